@@ -1,0 +1,25 @@
+"""Preservarium: the stream engine for IoT readings.
+
+`faust -A preservarium worker` finds the app as `preservarium.app`. It is made on first use (PEP 562), so
+importing a domain module loads neither Faust nor a driver.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from preservarium.engine import app as app
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name != "app":
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    import importlib
+
+    engine = importlib.import_module("preservarium.engine")
+    # Agents import the app from the engine, so they are imported after it and by name:
+    # the direction of imports stays agents -> tables -> engine.
+    importlib.import_module("agents").load()
+    return engine.app

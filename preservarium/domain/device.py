@@ -1,0 +1,118 @@
+"""Registry documents: what a device is, how it is decoded, checked and watched.
+
+These are the values of `iot_device_registry` (a `DeviceDoc` per device address) and `iot_type_registry` (the other
+documents, keyed "kind/name"), and the sections of a registry file. Instants are µs since the epoch, UTC.
+"""
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+#: Kinds of document on `iot_type_registry`; the record's key is f"{kind}/{name}".
+Kind = Literal["datatype", "parser", "type", "rule", "recipient"]
+
+
+class Span(TypedDict):
+    """A closed interval; None leaves the side open."""
+
+    min: float | None
+    max: float | None
+
+
+class DatatypeDoc(TypedDict):
+    """What can be measured: the `component_type` of a reading."""
+
+    name: str
+    rev: int
+    kind: Literal["number", "text", "boolean"]
+    unit: str  #: canonical unit; readings in others are converted
+    description: NotRequired[str]
+    fail_span: NotRequired[Span]  #: QARTOD gross range: outside is fail
+    suspect_span: NotRequired[Span]  #: outside is suspect
+    #: Further QARTOD tests and their parameters by name: spike, rate_of_change, flat_line, climatology, …
+    tests: NotRequired[dict[str, dict[str, Any]]]
+    counter: NotRequired[dict[str, Any]]  #: width (rollover modulus), … for meters
+    stale_after_s: NotRequired[float]
+
+
+class FieldMapping(TypedDict):
+    """Where one decoded field goes."""
+
+    component_type: str
+    pin_position: NotRequired[str]  #: "-1" where there is one
+    unit: NotRequired[str]  #: the unit the field comes in, where the parser does not say
+    scale: NotRequired[float]
+    offset: NotRequired[float]
+
+
+class ParserDoc(TypedDict):
+    """One version of a parser."""
+
+    name: str
+    version: int
+    rev: int
+    kind: str  #: table, json, senml, javascript, python, cayenne_lpp, …
+    status: Literal["draft", "active", "retired"]
+    source: Any  #: the field table or the JSON mapping as data; a script as text
+    hash: str  #: SHA-256 of the canonical source, hexadecimal
+    examples: NotRequired[list[dict[str, Any]]]  #: {hex|json, port?, expect}
+
+
+class DeviceTypeDoc(TypedDict):
+    """A kind of hardware."""
+
+    name: str
+    rev: int
+    manufacturer: str
+    parser: str  #: name; the active version is used
+    mode: NotRequired[str]  #: connector mode where the message names none
+    #: decoded field -> datatype. A field that is not named keeps its own name; None leaves it out.
+    mapping: NotRequired[dict[str, FieldMapping | None]]
+    rules: NotRequired[list[str]]  #: names of the alarm rules that watch devices of this type
+    datatypes: NotRequired[dict[str, dict[str, Any]]]  #: component_type -> fields that differ from the datatype
+    description: NotRequired[str]
+
+
+class RuleDoc(TypedDict):
+    """An alarm rule. Thresholds are in the datatype's canonical unit."""
+
+    name: str
+    rev: int
+    enabled: NotRequired[bool]
+    component_type: str
+    pin_position: NotRequired[str]  #: absent: each pin on its own
+    kind: str  #: high, low; later: rate, deviation, no_data, expression
+    severity: Literal["critical", "major", "minor", "warning", "indeterminate"]
+    threshold: NotRequired[float]
+    deadband: NotRequired[float]  #: clears only beyond threshold ∓ deadband
+    on_delay_s: NotRequired[float]
+    off_delay_s: NotRequired[float]
+    message: NotRequired[str]  #: template: {device_id} {name} {value} {unit} {threshold}
+    recipients: NotRequired[list[str]]
+    parameters: NotRequired[dict[str, Any]]
+
+
+class RecipientDoc(TypedDict):
+    """Who is told."""
+
+    name: str
+    rev: int
+    channel: Literal["mail", "webhook"]
+    address: str
+    severities: NotRequired[list[str]]  #: absent: all
+
+
+class DeviceDoc(TypedDict):
+    """One device; the key is its address."""
+
+    device_id: str  #: the address: EUI, MAC, topic part, serial
+    rev: int  #: grows with every change
+    type: str
+    name: NotRequired[str]  #: for people
+    enabled: bool
+    mode: NotRequired[str]
+    mapping: NotRequired[dict[str, FieldMapping | None]]  #: overrides the type's
+    datatypes: NotRequired[dict[str, dict[str, Any]]]  #: overrides the datatypes' fields
+    rules: NotRequired[dict[str, dict[str, Any] | None]]  #: rule -> fields that differ; None: the rule is off
+    variables: NotRequired[dict[str, Any]]  #: handed to scripts
+    birth: NotRequired[int]  #: µs; readings before it are of another device
+    experiment_id: NotRequired[str | None]
+    meta: NotRequired[dict[str, Any]]

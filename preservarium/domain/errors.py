@@ -1,0 +1,75 @@
+"""Errors, sorted by what the caller does with them.
+
+| class  | what the caller does |
+|--------|----------------------|
+| Reject | sends this one input to `iot_errors` with its reason code, and goes on |
+| Retry  | keeps the batch, pauses its partitions, and tries again without limit: a dependency is down |
+| Fatal  | ends the worker: going on would lose or corrupt data |
+
+Any other exception is a defect of ours: the batch is tried again a few times, then bisected to the record that
+provokes it, which goes to `iot_errors` as `handler_failed`.
+"""
+
+from enum import StrEnum
+
+
+class ReasonCode(StrEnum):
+    """Why an input went to `iot_errors`. The list is closed: dashboards and redrive select by it."""
+
+    ENVELOPE_TOO_LARGE = "envelope_too_large"  #: the record or its payload is over the size limit
+    ENVELOPE_NOT_UTF8 = "envelope_not_utf8"  #: text was expected and is not UTF-8, or holds NUL
+    ENVELOPE_NOT_JSON = "envelope_not_json"  #: the line is not JSON (torn, truncated)
+    ENVELOPE_TOO_DEEP = "envelope_too_deep"  #: JSON nested deeper than the limit
+    ENVELOPE_INVALID = "envelope_invalid"  #: JSON, but a field is missing or of the wrong type
+    ENVELOPE_NO_DEVICE = "envelope_no_device"  #: neither the envelope nor the record's key names a device
+    UNKNOWN_DEVICE = "unknown_device"  #: the device is not in the registry; redriven when it is registered
+    DEVICE_DISABLED = "device_disabled"  #: the device is registered and switched off
+    NO_PARSER = "no_parser"  #: the device's type has no active parser
+    DECODE_FAILED = "decode_failed"  #: the parser says that the payload is not of its format
+    DECODE_LIMIT = "decode_limit"  #: more readings, or a larger result, than a message may have
+    SCRIPT_FAULT = "script_fault"  #: a parser script raised
+    SCRIPT_TIMEOUT = "script_timeout"  #: a parser script went over its time or memory limit
+    SCRIPT_SUSPENDED = "script_suspended"  #: this script version faulted too often and is set aside
+    MAPPING_FAILED = "mapping_failed"  #: decoded, but no field maps to a datatype
+    VALUE_TYPE = "value_type"  #: the value is not of its datatype's kind
+    VALUE_NOT_FINITE = "value_not_finite"  #: NaN or infinity where a number is needed
+    VALUE_RANGE = "value_range"  #: outside the span that the sensor can report (QARTOD gross range: fail)
+    QUALITY_FAIL = "quality_fail"  #: another quality test says fail
+    TIMESTAMP_INVALID = "timestamp_invalid"  #: no instant, or outside 2000-01-01 … 2100-01-01
+    TIMESTAMP_FUTURE = "timestamp_future"  #: later than the allowed clock skew
+    TIMESTAMP_BEFORE_BIRTH = "timestamp_before_birth"  #: earlier than the device's registration allows
+    LATE_BEYOND_RETENTION = "late_beyond_retention"  #: older than the store keeps: writing it would falsify rollups
+    STORE_REJECTED = "store_rejected"  #: the database refused this one row
+    OUTPUT_TOO_LARGE = "output_too_large"  #: what the record became is larger than Kafka takes
+    STATE_LIMIT = "state_limit"  #: the device has more series or windows than its state may hold
+    ACTION_INVALID = "action_invalid"  #: an operator's action that the alarm's state does not allow
+    HANDLER_FAILED = "handler_failed"  #: a defect of ours, isolated to this record
+    LEGACY_INVALID = "legacy_invalid"  #: a `decoded_iot_data` message that lacks or garbles a field
+
+
+class PreservariumError(Exception):
+    """Something went wrong in Preservarium."""
+
+    def __init__(self, message: str | None = None) -> None:
+        # The docstring is the default message, so that documentation and error cannot drift.
+        super().__init__(message or (self.__doc__ or "").strip().splitlines()[0])
+
+
+class Reject(PreservariumError):
+    """This input cannot be used.
+
+    Attributes:
+        code: why, from the closed list.
+    """
+
+    def __init__(self, code: ReasonCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Retry(PreservariumError):
+    """A dependency cannot be reached now; the same batch is tried again."""
+
+
+class Fatal(PreservariumError):
+    """Going on would lose or corrupt data; the worker ends."""

@@ -1,0 +1,84 @@
+"""Every metric, declared once: name, kind, unit, labels, meaning.
+
+Counters end in `_total`; the unit is the last word before it. Documentation, dashboards and alert rules are made from
+`CATALOGUE`. Use the module's attributes: `RECORDS_RECEIVED.labels("normalize").inc(n)`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import Counter, Gauge, Histogram
+
+NAMESPACE = "preservarium"
+
+#: Seconds from a quick database round trip to a stuck dependency.
+LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A declared metric."""
+
+    name: str  #: as Prometheus sees it
+    kind: Literal["counter", "gauge", "histogram"]
+    labels: tuple[str, ...]
+    meaning: str
+
+
+CATALOGUE: dict[str, Metric] = {}
+
+
+def _declare(name: str, kind: Literal["counter", "gauge", "histogram"], labels: tuple[str, ...], meaning: str) -> str:
+    full = f"{NAMESPACE}_{name}"
+    if full in CATALOGUE:
+        message = f"metric {full} is declared twice"
+        raise ValueError(message)
+    CATALOGUE[full] = Metric(full, kind, labels, meaning)
+    return full
+
+
+def _counter(name: str, meaning: str, *labels: str) -> Counter:
+    return Counter(_declare(name, "counter", labels, meaning), meaning, labels)
+
+
+def _gauge(name: str, meaning: str, *labels: str) -> Gauge:
+    return Gauge(_declare(name, "gauge", labels, meaning), meaning, labels)
+
+
+def _histogram(name: str, meaning: str, *labels: str, buckets: tuple[float, ...] = LATENCY_BUCKETS_S) -> Histogram:
+    return Histogram(_declare(name, "histogram", labels, meaning), meaning, labels, buckets=buckets)
+
+
+# --- every stage ---
+RECORDS_RECEIVED = _counter("records_received_total", "Kafka records handed to a stage.", "stage")
+RECORDS_SENT = _counter("records_sent_total", "Kafka records that a stage produced, acknowledged.", "stage", "topic")
+READINGS = _counter("readings_total", "Readings that a stage passed on.", "stage")
+REFUSED = _counter("refused_total", "Inputs that went to iot_errors.", "stage", "code")
+BATCH_SECONDS = _histogram("batch_seconds", "Time from handing over a batch to its acknowledgement.", "stage")
+BATCH_RETRIES = _counter("batch_retries_total", "Batches tried again.", "stage", "kind")
+PENDING_RECORDS = _gauge("pending_records", "Records fetched and not yet acknowledged.", "stage")
+LAG_RECORDS = _gauge(
+    "lag_records", "Records in Kafka that a stage has not acknowledged.", "stage", "topic", "partition"
+)
+COMMIT_AGE_SECONDS = _gauge("commit_age_seconds", "Time since a stage last committed, while it has work.", "stage")
+PARTITIONS_PAUSED = _gauge("partitions_paused", "Partitions paused for a dependency or a fuse.", "stage")
+REBALANCES = _counter("rebalances_total", "Group rebalances seen.", "group")
+WATCHDOG = _counter("watchdog_total", "What the group watchdog did.", "action")
+
+# --- dependencies ---
+BREAKER_STATE = _gauge("breaker_state", "0 closed, 1 half-open, 2 open.", "dependency")
+BREAKER_OPENED = _counter("breaker_opened_total", "Times a circuit breaker opened.", "dependency")
+FUSE_BLOWN = _gauge("fuse_blown", "1 while a stage is stopped because too much of its input is refused.", "stage")
+CACHE = _counter("cache_total", "Look-ups by outcome.", "cache", "outcome")
+
+# --- connectors ---
+CONNECTOR_MESSAGES = _counter("connector_messages_total", "Device messages taken, acknowledged by Kafka.", "connector")
+CONNECTOR_REFUSED = _counter("connector_refused_total", "Device messages refused at the door.", "connector", "reason")
+
+# --- stores ---
+STORE_ROWS = _counter("store_rows_total", "Rows by outcome: stored, duplicate, rejected.", "store", "outcome")
+STORE_SECONDS = _histogram("store_seconds", "Time of one write, begin to commit.", "store")
+
+# --- alarms and notices ---
+ALARM_TRANSITIONS = _counter("alarm_transitions_total", "Alarm transitions.", "transition", "severity")
+NOTICES = _counter("notices_total", "Notices by outcome: sent, retried, failed.", "channel", "outcome")

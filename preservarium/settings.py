@@ -1,0 +1,520 @@
+"""Everything that can be set, in one frozen object that is checked at start.
+
+Names are `PRESERVARIUM_<SECTION>__<FIELD>` in the environment or in `.env`; a secret may stand in a file named by the
+same variable with `_FILE` behind it. `preservarium config` prints `.env.example` from this module.
+Fields marked `reload` change on SIGHUP without a restart.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote, unquote, urlsplit
+
+from dotenv import dotenv_values
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+PREFIX = "PRESERVARIUM_"
+
+RELOAD: dict[str, Any] = {"reload": True}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Kafka(_Section):
+    """Apache Kafka."""
+
+    bootstrap_servers: str = Field("localhost:9092", description="Brokers, host:port, separated by commas.")
+    topic_prefix: str = Field("", description="Put before every topic name, e.g. `site1.`.")
+    group: str = Field("preservarium", description="Consumer group of the app; the sinks add `-sink`, `-sync`, …")
+    partitions: int = Field(
+        12, ge=1, le=1000, description="Partitions of every topic; tables and streams need them equal."
+    )
+    replication: int = Field(1, ge=1, le=9, description="Replicas of every topic; 3 in production.")
+    session_timeout_s: float = Field(20.0, gt=1, description="A silent worker is replaced after this time.")
+    commit_interval_s: float = Field(1.0, gt=0, description="Acknowledged offsets are committed this often.")
+    linger_ms: int = Field(20, ge=0, le=1000, description="A produce request waits this long for company.")
+    fetch_bytes_max: int = Field(1_048_576, ge=65_536, description="Most bytes of one partition in one fetch.")
+    record_bytes_max: int = Field(1_000_000, ge=10_000, description="Largest record; brokers take 1 MiB by default.")
+    compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field("lz4", description="Of what we produce.")
+
+
+class Postgres(_Section):
+    """PostgreSQL or TimescaleDB: registry, measurements, alarms."""
+
+    host: str = Field("localhost", description="Host name, or the directory of a Unix socket.")
+    port: int = Field(5432, ge=1, le=65535, description="TCP port.")
+    database: str = Field("timeseries", description="Database name.")
+    user: str = Field("preservarium", description="Role.")
+    password: SecretStr = Field(SecretStr(""), description="Password; better in PRESERVARIUM_POSTGRES__PASSWORD_FILE.")
+    url: SecretStr = Field(SecretStr(""), description="A postgresql:// URL; wins over the fields above.")
+    pool_max: int = Field(6, ge=2, le=100, description="Connections a worker may hold.")
+    command_timeout_s: float = Field(30.0, gt=0, description="A statement that takes longer is cancelled.")
+    connect_timeout_s: float = Field(5.0, gt=0, description="A connection must stand within this time.")
+
+    @property
+    def dsn(self) -> str:
+        """A postgresql:// URL with the password in it: for drivers, never for logs."""
+        if url := self.url.get_secret_value():
+            return url
+        auth = quote(self.user, safe="")
+        if password := self.password.get_secret_value():
+            auth += ":" + quote(password, safe="")
+        if self.host.startswith("/"):
+            return f"postgresql://{auth}@/{quote(self.database, safe='')}?host={quote(self.host, safe='/')}&port={self.port}"
+        return f"postgresql://{auth}@{self.host}:{self.port}/{quote(self.database, safe='')}"
+
+
+class ClickHouse(_Section):
+    """ClickHouse over HTTP: a server, a cluster, or the embedded engine."""
+
+    enabled: bool = Field(True, description="Off where there is no ClickHouse: sync does not run.")
+    url: SecretStr = Field(SecretStr("http://localhost:8123"), description="http(s)://[user[:password]@]host:port.")
+    database: str = Field("preservarium", description="Database; migrations make it.")
+    cluster: str = Field("", description="Cluster name for ON CLUSTER and replicated engines; empty for one server.")
+    timeout_s: float = Field(30.0, gt=0, description="A request that takes longer fails and is retried.")
+    pool_max: int = Field(8, ge=1, le=100, description="HTTP connections a worker may hold.")
+
+    @property
+    def parts(self) -> tuple[str, int, str, str, bool]:
+        """(host, port, user, password, secure) of the URL."""
+        u = urlsplit(self.url.get_secret_value())
+        secure = u.scheme == "https"
+        port = u.port or (8443 if secure else 8123)
+        return (
+            u.hostname or "localhost",
+            port,
+            unquote(u.username or "default"),
+            unquote(u.password or ""),
+            secure,
+        )
+
+
+class Normalize(_Section):
+    """Raw messages to readings."""
+
+    payload_bytes_max: int = Field(
+        262_144, ge=256, json_schema_extra=RELOAD, description="Largest payload that is decoded."
+    )
+    readings_max: int = Field(
+        10_000, ge=1, json_schema_extra=RELOAD, description="Most readings one message may become."
+    )
+    config_cache_devices_max: int = Field(50_000, ge=100, description="Compiled device configurations kept in memory.")
+    config_cache_ttl_s: float = Field(
+        600.0, gt=0, description="A compiled configuration is looked up anew after this time."
+    )
+    unknown_cache_ttl_s: float = Field(10.0, gt=0, description="An unknown device is asked for again after this time.")
+    decoded_topic: str = Field(
+        "decoded_iot_data",
+        description="Input topic of the sink service that this replaces (old message format); empty: not read.",
+    )
+
+
+class Quality(_Section):
+    """Quality control of readings (the validate stage)."""
+
+    future_skew_s: float = Field(
+        300.0, ge=0, json_schema_extra=RELOAD, description="A device's clock may be this far ahead."
+    )
+    store_failed: bool = Field(
+        False, json_schema_extra=RELOAD, description="Store values flagged fail too, besides `iot_errors`."
+    )
+    series_per_device_max: int = Field(500, ge=1, description="Series of one device that keep state.")
+
+
+class Sink(_Section):
+    """Writing to PostgreSQL/TimescaleDB."""
+
+    rows_max: int = Field(
+        5_000,
+        ge=1,
+        le=5_000,
+        json_schema_extra=RELOAD,
+        description="Rows of one transaction; more would block the event loop.",
+    )
+    linger_s: float = Field(
+        0.1, ge=0, le=60, json_schema_extra=RELOAD, description="A batch waits this long for more rows."
+    )
+    flights: int = Field(2, ge=1, le=8, description="Transactions under way at once.")
+    chunk_days: int = Field(
+        1, ge=1, le=30, description="Days in one chunk (TimescaleDB) or partition (plain PostgreSQL)."
+    )
+    compress_after_days: int = Field(2, ge=1, description="Chunks older than this are compressed (TimescaleDB).")
+    retention_days: int = Field(
+        90, ge=8, description="Measurements older than this are dropped; must exceed the roll-ups' windows."
+    )
+
+
+class Sync(_Section):
+    """Writing to ClickHouse."""
+
+    rows_max: int = Field(50_000, ge=1, le=1_000_000, json_schema_extra=RELOAD, description="Rows of one insert.")
+    linger_s: float = Field(
+        0.3, ge=0, le=60, json_schema_extra=RELOAD, description="An insert waits this long for more rows."
+    )
+    retention_days: int = Field(365, ge=1, description="Rows older than this are dropped by ClickHouse.")
+
+
+class Fuse(_Section):
+    """Stops a partition when so much of it is refused that the fault must be ours."""
+
+    invalid_ratio_max: float = Field(
+        0.5, gt=0, le=1, json_schema_extra=RELOAD, description="Share of refused records that trips the fuse."
+    )
+    window_records: int = Field(
+        1_000, ge=10, json_schema_extra=RELOAD, description="Records that the share is taken over."
+    )
+    codes: str = Field(
+        "handler_failed,store_rejected",
+        description="Reason codes that count, separated by commas: those that a bad release of ours would cause.",
+    )
+
+
+class Breaker(_Section):
+    """Circuit breaker of each dependency; its partitions are paused while it is open."""
+
+    failures_max: int = Field(3, ge=1, json_schema_extra=RELOAD, description="Failures in a row that open it.")
+    open_s: float = Field(2.0, gt=0, json_schema_extra=RELOAD, description="First wait before it is tried again.")
+    open_max_s: float = Field(
+        30.0, gt=0, json_schema_extra=RELOAD, description="Longest wait; waits double, with jitter."
+    )
+
+
+class Agents(_Section):
+    """How every agent handles its batches."""
+
+    records_max: int = Field(
+        5_000,
+        ge=1,
+        json_schema_extra=RELOAD,
+        description="Records of one partition handed to an agent at once.",
+    )
+    pending_records_max: int = Field(
+        20_000, ge=100, description="Records of one partition kept in memory before its fetching pauses."
+    )
+    attempts_max: int = Field(
+        5,
+        ge=1,
+        json_schema_extra=RELOAD,
+        description="Tries of a batch whose handler fails for no known reason, before it is bisected.",
+    )
+    backoff_s: float = Field(0.2, gt=0, description="First wait between tries; waits double, with jitter.")
+    backoff_max_s: float = Field(10.0, gt=0, description="Longest wait between tries.")
+    enabled: str = Field("", description="Names of the agents to run in this worker, separated by commas; empty: all.")
+
+
+class Mail(_Section):
+    """Notices by mail."""
+
+    host: str = Field("", description="SMTP server; empty: no mail is sent.")
+    port: int = Field(25, ge=1, le=65535, description="SMTP port.")
+    user: str = Field("", description="SMTP user; empty: no authentication.")
+    password: SecretStr = Field(SecretStr(""), description="SMTP password; better in PRESERVARIUM_MAIL__PASSWORD_FILE.")
+    security: Literal["none", "starttls", "tls"] = Field("none", description="Transport security.")
+    sender: str = Field("preservarium@localhost", description="From address.")
+    recipients: str = Field("", description="Default To addresses, separated by commas, where the registry names none.")
+    timeout_s: float = Field(20.0, gt=0, description="A mail must be taken within this time.")
+
+
+class Mqtt(_Section):
+    """The MQTT connector."""
+
+    enabled: bool = Field(False, description="Run the connector inside the worker.")
+    url: SecretStr = Field(SecretStr("mqtt://localhost:1883"), description="mqtt(s)://[user[:password]@]host[:port].")
+    client_id: str = Field("preservarium", description="Stable, so that the broker keeps the session and redelivers.")
+    subscriptions: str = Field(
+        "devices/{device}/up",
+        description="Topic patterns, separated by commas; {device} marks the address, {mode} the connector mode, {port} the port, + any level.",
+    )
+    mode: str = Field("MQTT", description="Connector mode where the pattern names none.")
+    inflight_max: int = Field(1_000, ge=1, le=65_535, description="Messages taken and not yet acknowledged.")
+
+
+class Http(_Section):
+    """The HTTP connector: POST /ingest."""
+
+    enabled: bool = Field(True, description="Serve POST /ingest on the worker's web port.")
+    body_bytes_max: int = Field(5_000_000, ge=1_000, description="Largest body; more is refused with 413.")
+    inflight_max: int = Field(64, ge=1, description="Requests under way at once; more are refused with 429.")
+    token: SecretStr = Field(SecretStr(""), description="Bearer token that senders must show; empty: none is asked.")
+
+
+class Web(_Section):
+    """Console, health and metrics."""
+
+    host: str = Field(
+        "127.0.0.1",
+        description="Address the worker's web server binds; 0.0.0.0 to be reachable from outside.",
+    )
+    port: int = Field(6066, ge=1, le=65535, description="Port of the worker's web server.")
+    operator_token: SecretStr = Field(
+        SecretStr(""),
+        description="Token for operator actions and table inspection; empty: those are served to loopback only.",
+    )
+
+
+class Settings(BaseSettings):
+    """Preservarium's settings."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid", env_file=None
+    )
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", json_schema_extra=RELOAD, description="Least severe level that is logged."
+    )
+    log_format: Literal["auto", "console", "json"] = Field(
+        "auto", description="`auto`: console on a terminal, JSON elsewhere."
+    )
+    data_dir: str = Field(
+        ".preservarium",
+        description="RocksDB tables and, under `preservarium up`, the embedded services' data.",
+    )
+    kafka: Kafka = Kafka()
+    postgres: Postgres = Postgres()
+    clickhouse: ClickHouse = ClickHouse()
+    agents: Agents = Agents()
+    normalize: Normalize = Normalize()
+    quality: Quality = Quality()
+    sink: Sink = Sink()
+    sync: Sync = Sync()
+    fuse: Fuse = Fuse()
+    breaker: Breaker = Breaker()
+    mail: Mail = Mail()
+    mqtt: Mqtt = Mqtt()
+    http: Http = Http()
+    web: Web = Web()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Sources by precedence: arguments, environment and `.env`, then the replaced sink's names."""
+        variables = _variables()
+        return (
+            init_settings,
+            _Nested(settings_cls, _own(variables)),
+            _Nested(settings_cls, _legacy(variables)),
+        )
+
+
+class SettingsError(Exception):
+    """A setting is wrong. The message is one line that names the field; the command line exits with 2."""
+
+
+#: Environment names of the Kafka-TimescaleDB sink that this replaces -> (section, field).
+LEGACY_NAMES: Mapping[str, tuple[str, str]] = {
+    "KAFKA_BOOTSTRAP_SERVERS": ("kafka", "bootstrap_servers"),
+    "KAFKA_INPUT_TOPIC": ("normalize", "decoded_topic"),
+    "TIMESCALE_HOST": ("postgres", "host"),
+    "TIMESCALE_PORT": ("postgres", "port"),
+    "TIMESCALE_DB": ("postgres", "database"),
+    "TIMESCALE_USER": ("postgres", "user"),
+    "TIMESCALE_PASSWORD": ("postgres", "password"),
+    "BATCH_SIZE": ("sink", "rows_max"),
+    "BATCH_TIMEOUT": ("sink", "linger_s"),
+}
+
+
+class _Nested(PydanticBaseSettingsSource):
+    """A settings source over a nested mapping made beforehand."""
+
+    def __init__(self, settings_cls: type[BaseSettings], values: dict[str, Any]) -> None:
+        super().__init__(settings_cls)
+        self._values = values
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return self._values.get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return self._values
+
+
+def _variables() -> dict[str, str]:
+    """`.env` (or the file that PRESERVARIUM_ENV_FILE names) under the environment."""
+    file = os.environ.get(f"{PREFIX}ENV_FILE", ".env")
+    found = {k: v for k, v in dotenv_values(file).items() if v is not None} if Path(file).is_file() else {}
+    return {**found, **os.environ}
+
+
+def _own(variables: Mapping[str, str]) -> dict[str, Any]:
+    """The PRESERVARIUM_ variables as a nested mapping; `…_FILE` is replaced by the file's text."""
+    values: dict[str, Any] = {}
+    for name, value in sorted(variables.items()):
+        if not name.startswith(PREFIX) or name == f"{PREFIX}ENV_FILE":
+            continue
+        path = name.removeprefix(PREFIX).lower()
+        text = value
+        if path.endswith("_file"):
+            path = path.removesuffix("_file")
+            try:
+                text = Path(value).read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as e:
+                message = f"{name}: cannot read {value!r}: {e.__class__.__name__}"
+                raise SettingsError(message) from e
+        section, separator, field = path.partition("__")
+        if not separator:
+            values[section] = text
+        elif isinstance(values.setdefault(section, {}), dict):
+            values[section][field] = text
+        else:
+            message = f"{name}: {PREFIX}{section.upper()} is a value, not a section"
+            raise SettingsError(message)
+    return values
+
+
+def _legacy(variables: Mapping[str, str]) -> dict[str, Any]:
+    """The replaced sink's variables as a nested mapping."""
+    values: dict[str, Any] = {}
+    for name, (section, field) in LEGACY_NAMES.items():
+        if name in variables:
+            value = variables[name]
+            if name == "BATCH_SIZE" and value.isdigit():
+                # The old service took any size; ours is limited because a larger batch blocks the event loop.
+                value = str(min(int(value), 5_000))
+            values.setdefault(section, {})[field] = value
+    return values
+
+
+def load(**overrides: Any) -> Settings:
+    """Read and check every setting.
+
+    Raises:
+        SettingsError: one line that names the first wrong field as its environment variable.
+    """
+    try:
+        return Settings(**overrides)
+    except ValidationError as e:
+        first = e.errors()[0]
+        name = PREFIX + "__".join(str(part) for part in first["loc"]).upper()
+        what = "no such setting" if first["type"] == "extra_forbidden" else first["msg"]
+        given = (
+            ""
+            if "password" in name.lower() or "url" in name.lower() or "token" in name.lower()
+            else f" (given: {first.get('input')!r})"
+        )
+        more = f"; {len(e.errors()) - 1} more are wrong" if len(e.errors()) > 1 else ""
+        message = f"{name}: {what}{given}{more}"
+        raise SettingsError(message) from None
+
+
+@dataclass(frozen=True, slots=True)
+class FieldDoc:
+    """One setting as it is documented."""
+
+    section: str  #: "" for the top level
+    name: str
+    variable: str  #: environment variable
+    default: str
+    description: str
+    reload: bool  #: changes on SIGHUP
+
+
+def fields() -> Iterator[FieldDoc]:
+    """Every setting, in the order of the documentation."""
+    for name, info in Settings.model_fields.items():
+        section = info.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            for inner, inner_info in section.model_fields.items():
+                yield _field_doc(name, inner, inner_info)
+        else:
+            yield _field_doc("", name, info)
+
+
+def _field_doc(section: str, name: str, info: FieldInfo) -> FieldDoc:
+    default = info.default
+    text = default.get_secret_value() if isinstance(default, SecretStr) else str(default)
+    if isinstance(default, bool):
+        text = str(default).lower()
+    extra = info.json_schema_extra
+    variable = PREFIX + (f"{section}__{name}" if section else name).upper()
+    return FieldDoc(
+        section,
+        name,
+        variable,
+        text,
+        info.description or "",
+        isinstance(extra, dict) and bool(extra.get("reload")),
+    )
+
+
+def env_example() -> str:
+    """The commented `.env.example`: every setting with its default."""
+    lines = [
+        "# Preservarium's settings. A commented-out value is the default. Copy to .env and change what you need.",
+        "# A secret may stand in a file: put _FILE behind the variable's name and give the path.",
+        "# [reload]: changes on SIGHUP, without a restart.",
+    ]
+    section = None
+    for field in fields():
+        if field.section != section:
+            section = field.section
+            if section:
+                cls = Settings.model_fields[section].annotation
+                lines += ["", f"# --- {section}: {(cls.__doc__ or '').strip().splitlines()[0]}"]
+        lines += [
+            "",
+            f"# {field.description}{' [reload]' if field.reload else ''}",
+            f"# {field.variable}={field.default}",
+        ]
+    lines += [
+        "",
+        "# --- Names of the Kafka-TimescaleDB sink that this replaces; a PRESERVARIUM_ name wins over them.",
+    ]
+    lines += [f"# {name}: same as {PREFIX}{s.upper()}__{f.upper()}" for name, (s, f) in LEGACY_NAMES.items()]
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A setting that a reload changed, or would have."""
+
+    variable: str
+    old: str
+    new: str
+    applied: bool  #: False where the setting needs a restart
+
+
+class LiveSettings:
+    """The settings in force. `reload` swaps in new values of the fields that may change while running."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def __call__(self) -> Settings:
+        """The settings in force now; ask each time, keep no copy of a reloadable value."""
+        return self._settings
+
+    def reload(self) -> list[Change]:
+        """Read the sources again and apply what may change.
+
+        Raises:
+            SettingsError: a value is wrong; then nothing was changed.
+        """
+        new = load()
+        changes: list[Change] = []
+        merged: dict[str, Any] = {}
+        for field in fields():
+            before, after = (
+                getattr(getattr(s, field.section), field.name) if field.section else getattr(s, field.name)
+                for s in (self._settings, new)
+            )
+            if before != after:
+                changes.append(Change(field.variable, str(before), str(after), field.reload))
+            value = after if field.reload else before
+            if field.section:
+                merged.setdefault(field.section, {})[field.name] = value
+            else:
+                merged[field.name] = value
+        self._settings = Settings(**merged)
+        return changes

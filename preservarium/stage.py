@@ -1,0 +1,76 @@
+"""What a stage is: a handler from a batch to its effects. Feeds run it; the handler itself sends nothing.
+
+The order in which a feed carries out effects is what makes a crash harmless:
+
+1. every send is acknowledged by Kafka,
+2. then the state is written (changelog acknowledged, then RocksDB),
+3. then the batch is acknowledged.
+
+A crash before 2 runs the batch again on the old state and sends the same records again (same coordinates, so the next
+stage skips them). A crash after 2 runs it on the new state, whose watermark says that everything was sent.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from preservarium.topics import Topic
+
+
+class Record(Protocol):
+    """A Kafka record as the feeds hand it over (aiokafka's ConsumerRecord has this shape)."""
+
+    @property
+    def offset(self) -> int: ...  # noqa: D102
+    @property
+    def timestamp(self) -> int: ...  # noqa: D102  # ms since the epoch
+    @property
+    def key(self) -> bytes | None: ...  # noqa: D102
+    @property
+    def value(self) -> bytes | None: ...  # noqa: D102
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes]]: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Consecutive records of one partition, in offset order, never empty."""
+
+    topic: str  #: declared name, without prefix
+    partition: int
+    records: Sequence[Record]
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """A record to produce."""
+
+    topic: Topic
+    key: bytes | None
+    value: bytes | None
+    partition: int | None = None  #: None: murmur2(key) % partitions
+    headers: tuple[tuple[str, bytes], ...] = ()
+    timestamp_ms: int | None = None
+
+
+@dataclass(slots=True)
+class Effects:
+    """Everything that a batch causes."""
+
+    sends: list[Send] = field(default_factory=list)
+    #: table name -> key -> new value (None deletes); always of the batch's partition
+    puts: dict[str, dict[bytes, bytes | None]] = field(default_factory=dict)
+    #: run in order after the batch is acknowledged: for caches; must not raise
+    after: list[Callable[[], None]] = field(default_factory=list)
+    #: reason code -> records refused, for the fuse and the metrics
+    refused: dict[str, int] = field(default_factory=dict)
+
+    def put(self, table: str, key: bytes, value: bytes | None) -> None:
+        """Write `value` under `key` once the sends are acknowledged."""
+        self.puts.setdefault(table, {})[key] = value
+
+
+#: One partition at a time: agents that own tables.
+Handler = Callable[[Batch], Awaitable[Effects]]
+#: Several partitions at once: agents that write to a store and have a consumer group of their own.
+GroupHandler = Callable[[Sequence[Batch]], Awaitable[Effects]]

@@ -1,0 +1,53 @@
+"""Every Kafka topic, declared once: partitions, retention, compression, key, record.
+
+`preservarium migrate` creates them; `preservarium topics` compares what is declared with what is there.
+Topics keyed by device have the same partition count, because tables and streams are co-partitioned by
+murmur2(device) % N, the default of the Java clients and of aiokafka.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+HOUR_MS: Final = 3_600_000
+DAY_MS: Final = 24 * HOUR_MS
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """A declared topic."""
+
+    name: str  #: without the prefix that the settings may put before it
+    key: str  #: what the record key is
+    record: str  #: what a value (or a line of it) is
+    retention_ms: int | None  #: None: kept for ever (compacted topics keep the newest value of each key)
+    compacted: bool = False
+    config: tuple[tuple[str, str], ...] = ()  #: further topic settings of Kafka
+
+    def full(self, prefix: str) -> str:
+        """The name in the cluster."""
+        return prefix + self.name
+
+
+RAW = Topic("iot_raw_data", "device address", "raw message, one a line", 24 * HOUR_MS)
+STANDARDIZED = Topic("iot_standardized_data", "device address", "standardized message, one a line", 24 * HOUR_MS)
+VALIDATED = Topic("iot_validated_data", "device address", "validated message, one a line", 7 * DAY_MS)
+ERRORS = Topic("iot_errors", "device address", "error line", 14 * DAY_MS)
+ALERTS = Topic("iot_alerts", "device address", "alarm transition", 14 * DAY_MS)
+ANOMALIES = Topic("anomaly_alerts", "device address", "anomaly", 14 * DAY_MS)
+AGGREGATES = Topic("iot_aggregates", "device address", "closed window of one series", 7 * DAY_MS)
+COMMANDS = Topic("device_commands", "device address", "command to a device", 7 * DAY_MS)
+DEVICE_REGISTRY = Topic("iot_device_registry", "device address", "device configuration", None, compacted=True)
+TYPE_REGISTRY = Topic(
+    "iot_type_registry", "kind/name", "datatype, parser, device type, rule or recipient", None, compacted=True
+)
+ALARM_ACTIONS = Topic("alarm_actions", "device address", "operator action", 7 * DAY_MS)
+TASK_EVENTS = Topic("task_events", "file id", "task event", 7 * DAY_MS)
+#: Input of the sink service that this replaces; its name is a setting, its partitions are whatever its owner made.
+DECODED = Topic("decoded_iot_data", "any", "old service's message", 24 * HOUR_MS)
+
+TOPICS: Final[tuple[Topic, ...]] = (
+    RAW, STANDARDIZED, VALIDATED, ERRORS, ALERTS, ANOMALIES, AGGREGATES, COMMANDS,
+    DEVICE_REGISTRY, TYPE_REGISTRY, ALARM_ACTIONS, TASK_EVENTS, DECODED,
+)  # fmt: skip
+
+BY_NAME: Final = {t.name: t for t in TOPICS}
