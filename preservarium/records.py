@@ -398,11 +398,8 @@ def parse_raw(
         )
 
     def take(index: int, raw: bytes, parsed: Any) -> None:
-        device = None
         try:
             if is_envelope(parsed):
-                named = parsed["device"]
-                device = named if isinstance(named, str) and _device_fault(named) is None else None
                 fields = parse_envelope(
                     parsed, key_device=key_device, size=len(raw), payload_bytes_max=payload_bytes_max
                 )
@@ -412,7 +409,8 @@ def parse_raw(
                 _reject(ReasonCode.ENVELOPE_INVALID, "a line is a JSON object or array")
             received_at = _received_at(fields["received_at"], record)
         except Reject as e:
-            refuse(index, raw, e, device)
+            named = parsed["device"] if is_envelope(parsed) else None
+            refuse(index, raw, e, named if named and _device_fault(named) is None else None)
             return
         fields["received_at"] = received_at
         fields["raw_partition"] = partition
