@@ -1,0 +1,80 @@
+"""The `preservarium` command: one group, its commands in `preservarium/cli/`, one file a group."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any, Final
+
+import click
+import structlog
+
+from preservarium import __version__
+from preservarium.domain.errors import PreservariumError
+from preservarium.settings import SettingsError
+
+#: Modules of preservarium.cli; each has `commands: list[click.Command]`. A literal list, so that what the program
+#: offers can be read here and does not depend on what lies in a folder.
+CLI_MODULES: Final[tuple[str, ...]] = (
+    "migrate",
+    "registry",
+    "topics",
+    "config",
+)
+
+#: A wrong setting, as for wrong arguments: nothing was done.
+EXIT_USAGE: Final = 2
+#: The work failed, or a check found a difference.
+EXIT_FAILED: Final = 1
+
+
+class _Group(click.Group):
+    """Loads the command modules on first use and turns expected errors into one line."""
+
+    _loaded = False
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        for name in CLI_MODULES:
+            module = importlib.import_module(f"preservarium.cli.{name}")
+            for command in module.commands:
+                self.add_command(command)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands, sorted."""
+        self._load()
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name."""
+        self._load()
+        return super().get_command(ctx, cmd_name)
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+        """Run; an expected error becomes one line on stderr and an exit code."""
+        try:
+            return super().main(args, *rest, **extra)
+        except SettingsError as e:
+            click.echo(f"preservarium: {e}", err=True)
+            sys.exit(EXIT_USAGE)
+        except PreservariumError as e:
+            click.echo(f"preservarium: {e}", err=True)
+            sys.exit(EXIT_FAILED)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="preservarium")
+def cli() -> None:
+    """Preservarium: the stream engine for IoT readings."""
+    # Standard output is for what the command prints, so that `--json` can be piped.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+
+
+def main() -> None:
+    """Entry point of the `preservarium` command."""
+    cli(prog_name="preservarium")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`preservarium registry`."""
+
+import click
+
+commands: list[click.Command] = []

@@ -1,0 +1,259 @@
+"""Kafka topics: made as they are declared, and compared with what is there.
+
+Faust does not create plain topics and never looks at existing ones, so this is the one place that does.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+import structlog
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import IncompatibleBrokerVersion, KafkaError, TopicAlreadyExistsError, for_code
+
+from preservarium import topics as declared_topics
+from preservarium.domain.errors import PreservariumError
+from preservarium.settings import Settings
+from preservarium.topics import TOPICS, Topic
+
+log = structlog.get_logger(__name__)
+
+#: A batch is compressed and framed: this much above the largest record is left for its headers, key and batch header.
+RECORD_OVERHEAD_BYTES: Final = 65_536
+#: A new topic is usable when its leaders are known to the broker we ask; seconds even on a busy machine.
+READY_WAIT_S: Final = 30.0
+REQUEST_TIMEOUT_MS: Final = 30_000
+BACKOFF_FIRST_S: Final = 0.1
+BACKOFF_MAX_S: Final = 2.0
+
+
+class TopicsError(PreservariumError):
+    """The topics cannot be made or looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """A topic as it should be in this cluster."""
+
+    name: str  #: with prefix
+    partitions: int | None  #: None: whatever its owner made
+    replication: int | None
+    config: dict[str, str]  #: empty where the topic has another owner
+    create_partitions: int
+    create_replication: int
+
+
+@dataclass(frozen=True, slots=True)
+class Actual:
+    """A topic as it is."""
+
+    partitions: int
+    replication: int
+    config: dict[str, str]
+
+
+@dataclass(slots=True)
+class Comparison:
+    """Declared topics beside the actual ones."""
+
+    topics: list[tuple[Declared, Actual | None]] = field(default_factory=list)
+    created: list[str] = field(default_factory=list)
+    #: False where the broker cannot say how its topics are configured (librdkafka's in-memory broker)
+    config_known: bool = True
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of declared topics that do not exist."""
+        return [d.name for d, a in self.topics if a is None]
+
+    def differences(self) -> list[str]:
+        """One line for each thing that is not as declared; missing topics are not among them."""
+        lines: list[str] = []
+        for declared, actual in self.topics:
+            if actual is None:
+                continue
+            if declared.partitions is not None and actual.partitions != declared.partitions:
+                lines.append(f"{declared.name}: partitions {actual.partitions}, declared {declared.partitions}")
+            if declared.replication is not None and actual.replication != declared.replication:
+                lines.append(f"{declared.name}: replication {actual.replication}, declared {declared.replication}")
+            if self.config_known:
+                for key, value in declared.config.items():
+                    there = actual.config.get(key)
+                    if there != value:
+                        lines.append(f"{declared.name}: {key} {there}, declared {value}")
+        return lines
+
+    @property
+    def equal(self) -> bool:
+        """Whether everything is there and as declared."""
+        return not self.missing and not self.differences()
+
+    def document(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "topics": [{**asdict(d), "actual": asdict(a) if a else None} for d, a in self.topics],
+            "created": self.created,
+            "missing": self.missing,
+            "differences": self.differences(),
+            "config_known": self.config_known,
+            "equal": self.equal,
+        }
+
+
+def declare(topic: Topic, settings: Settings) -> Declared | None:
+    """What a declared topic is in this cluster; None where the settings switch it off."""
+    kafka = settings.kafka
+    if topic is declared_topics.DECODED:
+        if not settings.normalize.decoded_topic:
+            return None
+        # Its owner is the service that we replace: made if it is missing, otherwise left as it is.
+        return Declared(settings.normalize.decoded_topic, None, None, {}, kafka.partitions, kafka.replication)
+    config = {
+        "cleanup.policy": "compact" if topic.compacted else "delete",
+        "compression.type": "uncompressed" if kafka.compression == "none" else kafka.compression,
+        "max.message.bytes": str(kafka.record_bytes_max + RECORD_OVERHEAD_BYTES),
+    }
+    if not topic.compacted:
+        config["retention.ms"] = str(-1 if topic.retention_ms is None else topic.retention_ms)
+    config.update(topic.config)
+    return Declared(
+        topic.full(kafka.topic_prefix), kafka.partitions, kafka.replication, config, kafka.partitions, kafka.replication
+    )
+
+
+def declare_all(settings: Settings) -> list[Declared]:
+    """Every declared topic of this cluster."""
+    return [d for d in (declare(t, settings) for t in TOPICS) if d is not None]
+
+
+async def compare(settings: Settings, *, wait_s: float = 0.0) -> Comparison:
+    """Look at the topics and change nothing.
+
+    Args:
+        settings: where the brokers are and what is declared.
+        wait_s: how long to wait for brokers that are starting.
+
+    Raises:
+        TopicsError: no broker could be reached in that time.
+    """
+    admin = await _connect(settings, wait_s)
+    try:
+        return await _compare(admin, declare_all(settings))
+    finally:
+        await admin.close()
+
+
+async def create(settings: Settings, *, wait_s: float = 0.0) -> Comparison:
+    """Make the declared topics that are missing. Idempotent; existing topics are not altered.
+
+    Arguments as in `compare`.
+
+    Raises:
+        TopicsError: the brokers cannot be reached, or refuse to make a topic.
+    """
+    declared = declare_all(settings)
+    admin = await _connect(settings, wait_s)
+    try:
+        before = await _compare(admin, declared)
+        missing = [d for d in declared if d.name in set(before.missing)]
+        if not missing:
+            return before
+        try:
+            await _create(admin, missing)
+        except IncompatibleBrokerVersion:
+            # librdkafka's in-memory broker has no CreateTopics; it makes a topic that metadata is asked for.
+            await admin.describe_topics([d.name for d in missing])
+        after = await _until_ready(admin, declared)
+        after.created = [d.name for d in missing]
+        log.info("topics created", topics=after.created)
+        return after
+    finally:
+        await admin.close()
+
+
+async def _connect(settings: Settings, wait_s: float) -> Any:
+    deadline = time.monotonic() + wait_s
+    pause_s = BACKOFF_FIRST_S
+    while True:
+        admin = AIOKafkaAdminClient(
+            bootstrap_servers=settings.kafka.bootstrap_servers,
+            client_id="preservarium-admin",
+            request_timeout_ms=REQUEST_TIMEOUT_MS,
+        )
+        try:
+            await admin.start()
+        except (KafkaError, OSError) as e:
+            with suppress(KafkaError, OSError):
+                await admin.close()
+            if time.monotonic() + pause_s > deadline:
+                message = f"Kafka at {settings.kafka.bootstrap_servers} cannot be reached ({e}); tried for {wait_s:g} s"
+                raise TopicsError(message) from e
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+            pause_s = min(pause_s * 2, BACKOFF_MAX_S)
+        else:
+            return admin
+
+
+async def _create(admin: Any, missing: Sequence[Declared]) -> None:
+    response = await admin.create_topics(
+        [NewTopic(d.name, d.create_partitions, d.create_replication, topic_configs=dict(d.config)) for d in missing]
+    )
+    for name, code, *rest in response.topic_errors:
+        error = for_code(code)
+        # Another runner was faster: just what we wanted.
+        if code and error is not TopicAlreadyExistsError:
+            message = f"topic {name}: {error.__name__}{f': {rest[0]}' if rest and rest[0] else ''}"
+            raise TopicsError(message)
+
+
+async def _until_ready(admin: Any, declared: Sequence[Declared]) -> Comparison:
+    """Wait until all topics have leaders; a producer that is faster than that gets errors."""
+    deadline = time.monotonic() + READY_WAIT_S
+    while True:
+        found = await _compare(admin, declared)
+        if not found.missing:
+            return found
+        if time.monotonic() > deadline:
+            message = f"topics without leader after {READY_WAIT_S:g} s: {', '.join(found.missing)}"
+            raise TopicsError(message)
+        await asyncio.sleep(0.1)
+
+
+async def _compare(admin: Any, declared: Sequence[Declared]) -> Comparison:
+    # All topics are asked for, not ours by name: naming one that is missing makes it on brokers that auto-create.
+    metadata = {t["topic"]: t for t in await admin.describe_topics(None) if not t["error_code"]}
+    here = [d.name for d in declared if d.name in metadata]
+    result = Comparison()
+    configs: dict[str, dict[str, str]] = {}
+    if here:
+        try:
+            configs = await _configs(admin, here)
+        except IncompatibleBrokerVersion:
+            result.config_known = False
+    for d in declared:
+        topic = metadata.get(d.name)
+        actual = None
+        if topic is not None and all(p["leader"] >= 0 for p in topic["partitions"]):
+            partitions = topic["partitions"]
+            replication = min((len(p["replicas"]) for p in partitions), default=0)
+            wanted = configs.get(d.name, {})
+            actual = Actual(len(partitions), replication, {k: wanted[k] for k in d.config if k in wanted})
+        result.topics.append((d, actual))
+    return result
+
+
+async def _configs(admin: Any, names: Sequence[str]) -> dict[str, dict[str, str]]:
+    responses = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, name) for name in names])
+    found: dict[str, dict[str, str]] = {}
+    for response in responses:
+        for code, error, _kind, name, entries in response.resources:
+            if code:
+                message = f"topic {name}: cannot read its configuration: {error or for_code(code).__name__}"
+                raise TopicsError(message)
+            found[name] = {entry[0]: entry[1] for entry in entries}
+    return found
