@@ -82,3 +82,7 @@ STORE_SECONDS = _histogram("store_seconds", "Time of one write, begin to commit.
 # --- alarms and notices ---
 ALARM_TRANSITIONS = _counter("alarm_transitions_total", "Alarm transitions.", "transition", "severity")
 NOTICES = _counter("notices_total", "Notices by outcome: sent, retried, failed.", "channel", "outcome")
+
+# --- parser scripts ---
+SCRIPT_FAULTS = _counter("script_faults_total", "Calls of parser scripts without a result.", "code")
+SANDBOX_KILLS = _counter("sandbox_kills_total", "Sandbox processes killed for a script that did not end.", "lane")

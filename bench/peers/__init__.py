@@ -1,0 +1,1 @@
+"""The peers that bench/e2e.py runs beside Preservarium."""
