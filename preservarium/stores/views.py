@@ -1,0 +1,185 @@
+"""What people look at: devices with their last values, and alarms. Read only, paged, bounded in time.
+
+A small pool of its own, so that a busy console cannot take connections from the sink, nor a busy sink from the console.
+"""
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import asyncpg
+
+from preservarium.domain.errors import Retry
+from preservarium.settings import Postgres as PostgresSettings
+
+#: One page for the list and one for the alarms at the same time; more viewers wait a few milliseconds.
+CONNECTIONS_MAX: Final = 2
+#: The page asks every two seconds and gives up on an answer after eight.
+STATEMENT_TIMEOUT_S: Final = 4.0
+#: Last values of all devices of one page: 200 devices with 25 series each.
+VALUES_MAX: Final = 5_000
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+_DEVICES: Final = """
+SELECT device_id, name, type, enabled FROM devices
+WHERE device_id > $1 AND ($2 = '' OR device_id ILIKE $3 OR name ILIKE $3)
+ORDER BY device_id LIMIT $4
+"""
+_VALUES: Final = """
+SELECT s.device_id, s.component_type, s.pin_position, l.value, l.value_text, s.unit, l.timestamp, l.received_at,
+       l.quality
+FROM series s JOIN latest l USING (series_id) WHERE s.device_id = ANY($1)
+ORDER BY s.device_id, s.component_type, s.pin_position LIMIT $2
+"""
+_ALARMS: Final = """
+SELECT a.alarm_id, a.device_id, d.name AS device_name, a.rule, a.component_type, a.pin_position, a.severity, a.state,
+       a.occurred_at, a.detected_at, a.cleared_at, a.value, a.unit, a.threshold, a.message
+FROM alarms a LEFT JOIN devices d USING (device_id)
+WHERE ($1::boolean IS NULL OR (a.cleared_at IS NULL) = $1)
+  AND ($2::timestamptz IS NULL OR (a.occurred_at, a.alarm_id) < ($2, $3))
+ORDER BY a.occurred_at DESC, a.alarm_id DESC LIMIT $4
+"""
+
+
+class Views:
+    """Reads for the console. Connects on first use; may be used again after `close`.
+
+    Args:
+        settings: asked at each connect.
+    """
+
+    def __init__(self, settings: Callable[[], PostgresSettings]) -> None:
+        self._settings = settings
+        self._pool: asyncpg.Pool | None = None
+        self._connecting = asyncio.Lock()
+
+    async def devices(self, *, q: str, after: str, limit: int) -> dict[str, Any]:
+        """Registered devices behind address `after`, in the order of addresses, with the last value of each series.
+
+        Args:
+            q: part of an address or a name, any case; "" for all.
+            after: the last address of the page before, "" for the first page.
+            limit: most devices.
+
+        Returns:
+            `devices`; `next`: `after` of the next page or None; `total`: registered devices. Instants in µs.
+
+        Raises:
+            Retry: PostgreSQL cannot be asked, or has not been migrated.
+        """
+        rows = await self._fetch(_DEVICES, after, q, _containing(q), limit + 1)
+        page = rows[:limit]
+        devices = {
+            row["device_id"]: {
+                "device_id": row["device_id"],
+                "name": row["name"],
+                "type": row["type"],
+                "enabled": row["enabled"],
+                "last_seen": None,
+                "values": [],
+            }
+            for row in page
+        }
+        for row in await self._fetch(_VALUES, [*devices], VALUES_MAX):
+            device = devices[row["device_id"]]
+            received = _us(row["received_at"])
+            device["last_seen"] = max(device["last_seen"] or 0, received)
+            device["values"].append(
+                {
+                    "component_type": row["component_type"],
+                    "pin_position": row["pin_position"],
+                    "value": row["value"],
+                    "value_text": row["value_text"],
+                    "unit": row["unit"],
+                    "timestamp": _us(row["timestamp"]),
+                    "quality": row["quality"],
+                }
+            )
+        total = await self._fetch("SELECT count(*) FROM devices")
+        return {
+            "devices": [*devices.values()],
+            "next": page[-1]["device_id"] if len(rows) > limit else None,
+            "total": total[0][0],
+        }
+
+    async def alarms(self, *, active: bool | None, before: tuple[int, str] | None, limit: int) -> dict[str, Any]:
+        """Alarms, newest first.
+
+        Args:
+            active: True for those that are not cleared, False for cleared ones, None for all.
+            before: (occurred_at in µs, alarm_id) of the last one of the page before.
+            limit: most alarms.
+
+        Returns:
+            `alarms`; `next`: `before` of the next page or None; `total`: alarms in that state. Instants in µs.
+
+        Raises:
+            Retry: PostgreSQL cannot be asked, or has not been migrated.
+        """
+        instant, alarm_id = (_EPOCH + timedelta(microseconds=before[0]), before[1]) if before else (None, None)
+        rows = await self._fetch(_ALARMS, active, instant, alarm_id, limit + 1)
+        page = [
+            {key: _us(value) if isinstance(value, datetime) else value for key, value in row.items()}
+            for row in rows[:limit]
+        ]
+        total = await self._fetch(
+            "SELECT count(*) FROM alarms WHERE $1::boolean IS NULL OR (cleared_at IS NULL) = $1", active
+        )
+        last = page[-1] if len(rows) > limit else None
+        return {
+            "alarms": page,
+            "next": (last["occurred_at"], last["alarm_id"]) if last else None,
+            "total": total[0][0],
+        }
+
+    async def close(self) -> None:
+        """Give the connections back."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            # Not close(): that waits for a query that may hang.
+            pool.terminate()
+
+    async def _connected(self) -> asyncpg.Pool:
+        async with self._connecting:
+            if self._pool is None:
+                settings = self._settings()
+                # No connection is made here: the first query makes it.
+                self._pool = await asyncpg.create_pool(
+                    settings.dsn,
+                    min_size=0,
+                    max_size=CONNECTIONS_MAX,
+                    timeout=settings.connect_timeout_s,
+                    command_timeout=STATEMENT_TIMEOUT_S,
+                    server_settings={
+                        "application_name": "preservarium-console",
+                        "default_transaction_read_only": "on",
+                        "timezone": "UTC",
+                    },
+                )
+            return self._pool
+
+    async def _fetch(self, query: str, *arguments: Any) -> list[asyncpg.Record]:
+        try:
+            pool = await self._connected()
+            async with pool.acquire(timeout=self._settings().connect_timeout_s) as connection:
+                rows: list[asyncpg.Record] = await connection.fetch(query, *arguments)
+                return rows
+        except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError) as e:
+            message = f"PostgreSQL is not migrated: {e}"
+            raise Retry(message) from e
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as e:
+            # OSError includes TimeoutError. A pool may hand out a connection that died; the next call gets another.
+            message = f"PostgreSQL: {type(e).__name__}: {e}" if str(e) else f"PostgreSQL: {type(e).__name__}"
+            raise Retry(message) from e
+
+
+def _containing(text: str) -> str:
+    """A LIKE pattern for texts that contain this one literally."""
+    escaped = text.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
+    return f"%{escaped}%"
+
+
+def _us(instant: datetime) -> int:
+    return (instant - _EPOCH) // timedelta(microseconds=1)

@@ -1,0 +1,237 @@
+"""The audit's books: what adds up and, above all, what must not."""
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from preservarium import records, topics
+from preservarium.accounting import Bag, Ledger, Window
+from preservarium.stage import Batch
+
+NOW_US = 1_760_000_000_000_000
+START = {topic.name: {0: 0, 1: 0} for topic in (topics.RAW, topics.STANDARDIZED, topics.VALIDATED, topics.ERRORS)}
+START[topics.RAW.name] = {0: 100, 1: 200}
+
+
+class Rec:
+    def __init__(self, offset, value, key=None):
+        self.offset, self.value, self.key = offset, value, key
+        self.timestamp, self.headers = NOW_US // 1000, ()
+
+
+def raw_batch(partition, offsets, device="d1"):
+    return Batch(
+        topics.RAW.name,
+        partition,
+        [
+            Rec(
+                o, records.raw_line(device, {"t": 1.0, "h": 2.0}, received_at=NOW_US + o, connector="http", mode="HTTP")
+            )
+            for o in offsets
+        ],
+    )
+
+
+def decode(raw):
+    return message(raw["raw_partition"], raw["raw_offset"], raw["raw_index"], device=raw["device"])
+
+
+def message(partition, offset, index=0, *, device="d1", quality=None, generation=0):
+    readings = [{"component_type": c, "pin_position": "-1", "value": 1.0, "unit": ""} for c in ("t", "h")]
+    if quality:
+        for reading in readings:
+            reading["quality"] = quality
+    return {
+        "device_id": device, "connector_mode": "HTTP", "topic": "", "timestamp": NOW_US + offset * 10 + index,
+        "received_at": NOW_US, "raw_partition": partition, "raw_offset": offset, "raw_index": index,
+        "parser": "p@1", "config_rev": 1, "generation": generation, "readings": readings,
+    }  # fmt: skip
+
+
+def rows(*messages):
+    return [
+        (m["device_id"], m["connector_mode"], r["component_type"], r["pin_position"], m["timestamp"])
+        for m in messages
+        for r in m["readings"]
+    ]
+
+
+def ledger_of(offsets=(100, 101, 102)):
+    """A run of which everything arrived everywhere."""
+    ledger = Ledger(Window(START), decode)
+    ledger.add_raw(raw_batch(0, offsets), payload_bytes_max=1000)
+    messages = [message(0, o) for o in offsets]
+    ledger.add_standardized(messages)
+    ledger.add_validated([message(0, o, quality=1) for o in offsets])
+    for store in ("postgres", "clickhouse"):
+        ledger.add_rows(store, rows(*messages))
+    return ledger
+
+
+def wrong(account):
+    return {check["what"]: check["count"] for check in account.checks if check["count"]}
+
+
+def test_a_complete_run_adds_up():
+    account = ledger_of().account()
+    assert account.adds_up
+    assert account.facts["raw_messages"] == 3
+    assert account.facts["readings_in"] == account.facts["standardized"] == account.facts["validated"] == 6
+    assert account.facts["stored"] == {"postgres": 6, "clickhouse": 6}
+    assert "adds up: yes" in account.lines()[-1]
+    orjson.dumps(account.as_json())
+
+
+def test_a_run_without_input_adds_up():
+    account = Ledger(Window(START), decode).account()
+    assert account.adds_up
+    assert account.facts["raw_messages"] == 0
+
+
+def test_a_raw_message_that_vanished_is_named():
+    ledger = ledger_of()
+    ledger.add_raw(raw_batch(1, [205]), payload_bytes_max=1000)
+    account = ledger.account()
+    assert not account.adds_up
+    check = next(c for c in account.checks if c["what"].startswith("raw messages"))
+    assert check["examples"] == ["1/205/0"]
+    assert any("raw 1/205/0" in line for line in account.lines())
+
+
+def test_a_raw_message_in_iot_errors_is_accounted_for():
+    ledger = ledger_of()
+    ledger.add_raw(raw_batch(1, [205], device="stranger"), payload_bytes_max=1000)
+    ledger.add_errors(
+        [
+            records.error_line(
+                "normalize", "unknown_device", "?", topic=topics.RAW.name, partition=1, offset=205, now_us=NOW_US
+            )
+        ]
+    )
+    account = ledger.account()
+    assert account.adds_up
+    assert account.facts["errors_by_code"] == {"normalize.unknown_device": 1}
+
+
+def test_an_unreadable_line_counts_as_a_message():
+    ledger = ledger_of()
+    batch = Batch(topics.RAW.name, 0, [Rec(103, b'{"device": "d1", "payload": ')])
+    ledger.add_raw(batch, payload_bytes_max=1000)
+    assert ledger.account().facts["raw_messages"] == 4
+    assert not ledger.account().adds_up
+
+
+def test_a_reading_that_normalize_left_out_shows():
+    ledger = Ledger(Window(START), decode)
+    ledger.add_raw(raw_batch(0, [100]), payload_bytes_max=1000)
+    short = message(0, 100)
+    short["readings"].pop()
+    ledger.add_standardized([short])
+    ledger.add_validated([short])
+    for store in ("postgres", "clickhouse"):
+        ledger.add_rows(store, rows(short))
+    assert wrong(ledger.account()) == {"readings that the raw messages hold and the standardized topic does not": 1}
+
+
+def test_a_validated_reading_that_one_store_lacks_shows():
+    ledger = ledger_of()
+    ledger.add_raw(raw_batch(0, [103]), payload_bytes_max=1000)
+    m = message(0, 103)
+    ledger.add_standardized([m])
+    ledger.add_validated([m])
+    ledger.add_rows("postgres", rows(m))
+    assert wrong(ledger.account()) == {"validated readings not in clickhouse": 2}
+
+
+def test_a_reading_refused_by_a_store_is_accounted_for_in_that_store_only():
+    ledger = ledger_of()
+    ledger.add_raw(raw_batch(0, [103]), payload_bytes_max=1000)
+    m = message(0, 103)
+    ledger.add_standardized([m])
+    ledger.add_validated([m])
+    ledger.add_errors(
+        [
+            records.error_line(
+                "sink", "store_rejected", "?", topic=topics.VALIDATED.name, partition=0, offset=9, now_us=NOW_US,
+                raw_partition=0, raw_offset=103, raw_index=0,
+            )
+        ]
+    )  # fmt: skip
+    assert wrong(ledger.account()) == {"validated readings not in clickhouse": 2}
+
+
+def test_a_row_twice_in_a_store_shows():
+    ledger = ledger_of()
+    ledger.add_rows("clickhouse", rows(message(0, 101)))
+    assert wrong(ledger.account()) == {"rows twice in clickhouse": 2}
+
+
+def test_messages_sent_twice_between_stages_are_shown_and_harmless():
+    ledger = ledger_of()
+    ledger.add_standardized([message(0, 101)])
+    account = ledger.account()
+    assert account.adds_up
+    assert account.facts["duplicates_between_stages"] == {"standardized": 1, "validated": 0}
+
+
+def test_failed_values_are_not_expected_in_the_stores():
+    ledger = Ledger(Window(START), decode)
+    ledger.add_raw(raw_batch(0, [100]), payload_bytes_max=1000)
+    ledger.add_standardized([message(0, 100)])
+    ledger.add_validated([message(0, 100, quality=4)])
+    ledger.add_rows("postgres", [])
+    ledger.add_rows("clickhouse", [])
+    account = ledger.account()
+    assert account.adds_up
+    assert account.facts["to_store"] == 0
+
+
+def test_what_an_earlier_run_left_behind_is_left_out():
+    ledger = ledger_of()
+    ledger.add_standardized([message(0, 99)])
+    ledger.add_validated([message(0, 99), message(0, 100, generation=3)])
+    account = ledger.account()
+    assert account.adds_up
+    assert account.facts["raw_messages"] == 3
+    assert account.facts["lines_of_earlier_runs"] == {topics.STANDARDIZED.name: 1, topics.VALIDATED.name: 2}
+
+
+@given(st.sets(st.integers(100, 400), min_size=1, max_size=60), st.data())
+def test_whatever_single_message_is_lost_at_whatever_stage_shows(offsets, data):
+    lost = data.draw(st.sampled_from(sorted(offsets)))
+    stage = data.draw(st.sampled_from(["standardized", "validated", "postgres", "clickhouse"]))
+    kept = [message(0, o) for o in offsets if o != lost]
+    everything = [message(0, o) for o in offsets]
+    ledger = Ledger(Window(START), decode)
+    ledger.add_raw(raw_batch(0, sorted(offsets)), payload_bytes_max=1000)
+    ledger.add_standardized(kept if stage == "standardized" else everything)
+    ledger.add_validated(kept if stage in ("standardized", "validated") else everything)
+    for store in ("postgres", "clickhouse"):
+        ledger.add_rows(store, rows(*(kept if stage in ("standardized", "validated", store) else everything)))
+    assert not ledger.account().adds_up
+
+
+@given(st.lists(st.integers(0, 50)), st.lists(st.integers(0, 50)), st.sets(st.integers(0, 50)))
+def test_bags_compare_as_sets_do(mine, theirs, excused):
+    a, b = Bag(), Bag()
+    for key in mine:
+        a.add(key, key)
+    for key in theirs:
+        b.add(key, key)
+    c = a.compare(b, frozenset(excused))
+    left = set(mine) - set(theirs)
+    assert (c.both, c.missing, c.excused, c.extra) == (
+        len(set(mine) & set(theirs)),
+        len(left - excused),
+        len(left & excused),
+        len(set(theirs) - set(mine)),
+    )
+    assert len(a) == len(mine)
+    assert a.distinct() == len(set(mine))
+
+
+@pytest.mark.parametrize(("partition", "offset", "index"), [(0, 0, 0), (11, 123_456_789_012 % 2**36, 65_535)])
+def test_an_identity_is_named_by_its_coordinates(partition, offset, index):
+    ledger = Ledger(Window(START), None)
+    assert ledger.name(ledger._identity(partition, offset, index)) == f"{partition}/{offset}/{index}"
