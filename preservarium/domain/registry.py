@@ -1,0 +1,69 @@
+"""Changes of registry documents: the difference of two states as an event, and events folded back into a state.
+
+A stream holds the life of one document (`device/70B3D5…`, `parser/name@2`). `created` carries the whole document,
+`changed` the top-level fields that were set and those that were taken away, `removed` nothing.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import orjson
+
+CREATED: Final = "created"
+CHANGED: Final = "changed"
+REMOVED: Final = "removed"
+
+Document = dict[str, Any]
+
+
+def difference(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> tuple[str, Document] | None:
+    """The event (type, data) that leads from one state to the other; None where they are equal.
+
+    The order of keys within a document does not count.
+    """
+    if after is None:
+        return None if before is None else (REMOVED, {})
+    if before is None:
+        return CREATED, {"doc": dict(after)}
+    if same(before, after):
+        return None
+    changed = {k: v for k, v in after.items() if k not in before or not same(before[k], v)}
+    data: Document = {"set": changed}
+    if unset := [k for k in before if k not in after]:
+        data["unset"] = unset
+    return CHANGED, data
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two values are the same JSON: unlike in Python, true is not 1."""
+    return a == b and orjson.dumps(a, option=orjson.OPT_SORT_KEYS) == orjson.dumps(b, option=orjson.OPT_SORT_KEYS)
+
+
+def fold(state: Document | None, events: Iterable[tuple[str, Mapping[str, Any]]]) -> Document | None:
+    """The state after `events` (type, data), in order, on top of `state`; None: there is no document.
+
+    Raises:
+        ValueError: an event does not fit the state, or is of an unknown type.
+    """
+    for kind, data in events:
+        if kind == CREATED and state is None:
+            state = dict(data["doc"])
+        elif kind == CHANGED and state is not None:
+            unset = set(data.get("unset", ()))
+            state = {**{k: v for k, v in state.items() if k not in unset}, **data["set"]}
+        elif kind == REMOVED and state is not None:
+            state = None
+        else:
+            message = (
+                f"event {kind!r} does not fit a document that {'exists' if state is not None else 'does not exist'}"
+            )
+            raise ValueError(message)
+    return state
+
+
+def is_newer(rev: int, known_rev: int | None) -> bool:
+    """Whether a record of revision `rev` counts where `known_rev` was applied.
+
+    The relay may send a record again, and an old leader may send late: what is not newer is skipped.
+    """
+    return known_rev is None or rev > known_rev
