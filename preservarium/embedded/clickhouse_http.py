@@ -149,7 +149,9 @@ def first_word(text: bytes) -> str:
 def is_stateful(text: bytes) -> bool:
     """Whether the statement changes its session: only then is a session worth keeping."""
     words = [(t["word"] or b"").upper() for t, _ in zip(_tokens(text), range(4), strict=False)]
-    return words[:1] in ([b"SET"], [b"USE"]) or (words[:1] == [b"CREATE"] and b"TEMPORARY" in words)
+    if words[:1] != [b"CREATE"]:
+        return words[:1] in ([b"SET"], [b"USE"])
+    return words[1:2] == [b"TEMPORARY"] or words[1:4] == [b"OR", b"REPLACE", b"TEMPORARY"]
 
 
 def output_format(text: bytes) -> str | None:

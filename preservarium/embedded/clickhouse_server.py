@@ -412,11 +412,13 @@ class Handler(BaseHTTPRequestHandler):
             if len(raw) > STATEMENT_BYTES_MAX:
                 raise ClickHouseError.new(162, "QUERY_IS_TOO_LARGE", f"The form is over {STATEMENT_BYTES_MAX} bytes")
         fields: dict[str, str] = {}
-        for part in email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(bytes(raw)).iter_parts():  # type: ignore[attr-defined]
+        for part in email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(bytes(raw)).iter_parts():
             if part.get_filename() is not None:
                 raise ClickHouseError.new(48, "NOT_IMPLEMENTED", "External tables")
             name = part.get_param("name", header="content-disposition")
-            fields[str(name)] = part.get_payload(decode=True).decode("utf-8", "surrogateescape")
+            value = part.get_payload(decode=True)
+            assert isinstance(value, bytes), "a part of a form is no multipart itself"
+            fields[str(name)] = value.decode("utf-8", "surrogateescape")
         return fields
 
     # --- what goes on inside
