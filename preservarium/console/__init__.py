@@ -1,0 +1,28 @@
+"""The console: what a worker shows on its web port. `install(app)` mounts it."""
+
+from typing import Any
+
+from preservarium.console.tables import TableReader
+from preservarium.console.views import Console
+from preservarium.publish import partition_of
+from preservarium.stores.views import Views
+
+__all__ = ["install"]
+
+
+def install(app: Any) -> Console:
+    """Mount the console on the app's web server; call it once, while the app is being made.
+
+    The routes go straight to the aiohttp application under Faust's web server, before Faust adds its own: the first
+    that matches wins, and Faust too has a view for `/`.
+    """
+    reads = app.resource(Views(lambda: app.live().postgres))
+    tables = TableReader(lambda: app.state_tables, lambda key: partition_of(key, app.live().kafka.partitions))
+    console = Console(app, reads, tables)
+
+    def mount(*_: Any, **__: Any) -> None:
+        console.mount(app.web.web_app)
+
+    # Not now: making the web server would read the app's configuration before the command line has had its say.
+    app.on_worker_init.connect(mount, weak=False)
+    return console

@@ -1,0 +1,340 @@
+// The console page. It polls the JSON views of its own origin and writes text nodes only: names, messages and values
+// come from devices and registries, so nothing of them is ever parsed as HTML.
+"use strict";
+
+const STATUS_INTERVAL_MS = 1000;
+const LIST_INTERVAL_MS = 2000;
+// A poll that takes longer is given up, so that a stuck server shows as one.
+const TIMEOUT_MS = 8000;
+const DEVICES_LIMIT = 25;
+const VALUES_SHOWN = 6;
+// Lag above which a stage is drawn as behind: some seconds of a busy pipeline.
+const LAG_WARN_RECORDS = 20000;
+// A value older than this is drawn as old.
+const AGE_WARN_S = 3600;
+
+const $ = (id) => document.getElementById(id);
+const QUALITY = {
+  1: ["good", ""], 2: ["unknown", "not evaluated"], 3: ["suspect", "suspect"], 4: ["fail", "fail"], 9: ["unknown", "missing"],
+};
+const STAGES = {
+  connectors: "Connectors", normalize: "normalize", validate: "validate", alarm: "alarm", notify: "notify",
+  sink: "sink", sync: "sync", postgres: "PostgreSQL", clickhouse: "ClickHouse",
+};
+
+function el(tag, attributes, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name === "text") node.textContent = value;
+    else if (name === "class") node.className = value;
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.filter((c) => c !== null && c !== undefined));
+  return node;
+}
+
+const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
+function count(n) {
+  if (n === null || n === undefined || Number.isNaN(n)) return "–";
+  return n >= 100000 ? short.format(n) : whole.format(n);
+}
+function rate(n) {
+  if (n === null || n === undefined) return "–";
+  return n > 0 && n < 10 ? n.toFixed(1) : count(n);
+}
+function number(v) {
+  if (typeof v !== "number") return String(v ?? "–");
+  if (Number.isInteger(v) && Math.abs(v) < 1e12) return whole.format(v).replaceAll(",", " ");
+  return Number(v.toPrecision(6)).toString();
+}
+function age(us, now_us) {
+  if (!us) return "never";
+  const s = Math.round((now_us - us) / 1e6);
+  if (s < -1) return `in ${span(-s)}`;
+  return span(Math.max(0, s));
+}
+function span(s) {
+  if (s < 60) return `${s} s`;
+  if (s < 3600) return `${Math.floor(s / 60)} min`;
+  if (s < 86400) return `${Math.floor(s / 3600)} h`;
+  return `${Math.floor(s / 86400)} d`;
+}
+
+async function get(path) {
+  const response = await fetch(path, { signal: AbortSignal.timeout(TIMEOUT_MS), headers: { Accept: "application/json" } });
+  const body = await response.json();
+  if (!response.ok) throw new Error(body.error || `${response.status} from ${path}`);
+  return body;
+}
+
+// ---- flow ----------------------------------------------------------------------------------------------------------
+
+const boxes = new Map();
+
+function box(name) {
+  const SVG = "http://www.w3.org/2000/svg";
+  const svg = document.createElementNS(SVG, "svg");
+  svg.setAttribute("viewBox", "0 0 60 22");
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("aria-hidden", "true");
+  const path = document.createElementNS(SVG, "path");
+  svg.append(path);
+  const parts = {
+    root: el("div", { class: "stage" }), mark: el("span", { class: "mark" }), rate: el("span"), unit: el("small"),
+    detail: el("div", { class: "detail" }), path, svg,
+  };
+  parts.root.append(
+    el("h3", {}, el("span", { text: STAGES[name] || name }), parts.mark),
+    el("div", { class: "rate" }, parts.rate, " ", parts.unit), parts.detail, svg,
+  );
+  boxes.set(name, parts);
+  return parts.root;
+}
+
+function layFlow() {
+  const step = (name, first) => el("div", { class: first ? "step first" : "step" }, box(name));
+  $("flow").replaceChildren(
+    step("connectors", true), step("normalize"), step("validate"),
+    el("div", { class: "branches" },
+      el("div", { class: "branch" }, step("alarm"), step("notify")),
+      el("div", { class: "branch" }, step("sink"), step("postgres")),
+      el("div", { class: "branch" }, step("sync"), step("clickhouse"))),
+  );
+}
+
+function curve(points) {
+  if (!points || points.length < 2) return "";
+  const top = Math.max(...points, 1);
+  const step = 60 / (points.length - 1);
+  return points.map((p, i) => `${i ? "L" : "M"}${(i * step).toFixed(1)} ${(21 - (p / top) * 20).toFixed(1)}`).join("");
+}
+
+function drawBox(name, { state, mark, rate: r, unit, details, points }) {
+  const parts = boxes.get(name);
+  if (!parts) return;
+  parts.root.className = `stage ${state}`;
+  parts.mark.textContent = mark;
+  parts.rate.textContent = rate(r);
+  parts.unit.textContent = unit;
+  parts.detail.replaceChildren(...details.map(([text, over]) => el("span", { text, class: over ? "over" : null })));
+  parts.svg.style.display = points ? "" : "none";
+  if (points) parts.path.setAttribute("d", curve(points));
+}
+
+function drawStage(stage) {
+  let [state, mark] = ["good", "running"];
+  if (stage.fuse_blown) [state, mark] = ["bad", "fuse blown"];
+  else if (stage.stalled) [state, mark] = ["bad", "no progress"];
+  else if (stage.paused > 0) [state, mark] = ["warn", `${stage.paused} paused`];
+  else if (stage.lag > LAG_WARN_RECORDS) [state, mark] = ["warn", "behind"];
+  else if (!stage.received_total) [state, mark] = ["", "idle"];
+  const details = [[`lag ${count(stage.lag)}`, stage.lag > LAG_WARN_RECORDS], [`pending ${count(stage.pending)}`, false]];
+  details.push([`errors ${count(stage.errors_total)}${stage.errors_per_s ? ` (${rate(stage.errors_per_s)}/s)` : ""}`, stage.errors_per_s > 0]);
+  if (stage.commit_age_s > 5) details.push([`commit ${span(Math.round(stage.commit_age_s))} ago`, stage.commit_age_s > 30]);
+  drawBox(stage.name, { state, mark, rate: stage.received_per_s, unit: "records/s", details, points: stage.curve });
+}
+
+function drawStore(name, store, dependency) {
+  const open = dependency && dependency.state === "down";
+  drawBox(name, {
+    state: open ? "bad" : store ? "good" : "", mark: open ? "down" : dependency ? dependency.state : "",
+    rate: store ? store.per_s : 0, unit: "rows/s",
+    details: store ? Object.entries(store.rows).map(([k, v]) => [`${k} ${count(v)}`, k === "rejected" && v > 0]) : [["no rows yet", false]],
+    points: null,
+  });
+}
+
+// ---- status --------------------------------------------------------------------------------------------------------
+
+let nowUs = Date.now() * 1000;
+
+function drawStatus(s) {
+  nowUs = s.at;
+  $("fig-rate").textContent = rate(s.readings_per_s);
+  $("fig-lag").textContent = count(s.lag);
+  $("fig-errors").textContent = rate(s.errors_per_s);
+  $("worker").textContent = `${s.worker.id} · up ${span(Math.round(s.worker.uptime_s))} · ${s.version}`;
+  const pill = $("health");
+  const [cls, text] = !s.health.alive ? ["bad", "not healthy"] : !s.health.ready ? ["warn", "not ready"] : ["good", "healthy"];
+  if (pill.textContent !== text) pill.textContent = text;
+  pill.className = `pill ${cls}`;
+  const reasons = [...s.health.reasons];
+  $("banner").hidden = reasons.length === 0;
+  $("banner").textContent = reasons.join(" · ");
+
+  const connectors = Object.values(s.connectors);
+  const sum = (key) => connectors.reduce((a, c) => a + c[key], 0);
+  drawBox("connectors", {
+    state: connectors.length ? "good" : "", mark: connectors.length ? Object.keys(s.connectors).join(", ") : "no traffic here",
+    rate: sum("per_s"), unit: "messages/s",
+    details: [[`taken ${count(sum("taken"))}`, false], [`refused ${count(sum("refused"))}`, sum("refused") > 0]], points: null,
+  });
+  for (const stage of s.stages) drawStage(stage);
+  const dependency = (name) => s.dependencies.find((d) => d.name === name);
+  drawStore("postgres", s.stores.postgres, dependency("postgres"));
+  drawStore("clickhouse", s.stores.clickhouse, dependency("clickhouse"));
+
+  $("dependencies").replaceChildren(...s.dependencies.map((d) => el("li", {},
+    el("span", { text: d.name }),
+    el("span", { class: `pill ${d.state === "up" ? "good" : d.state === "down" ? "bad" : d.state === "trying" ? "warn" : ""}`, text: d.detail ? `${d.state}: ${d.detail}` : d.state }))));
+
+  $("errors-span").textContent = s.errors.length ? `of late: ${span(Math.round(s.errors_span_s))}` : "";
+  $("error-rows").replaceChildren(...(s.errors.length ? s.errors.slice(0, 12).map((e) => el("tr", {},
+    el("td", { text: e.code }), el("td", { text: e.stage }),
+    el("td", { class: "num", text: count(e.recent) }), el("td", { class: "num", text: count(e.total) })))
+    : [el("tr", {}, el("td", { colspan: "4", class: "quiet", text: "none" }))]));
+  $("clock").textContent = new Date(s.at / 1000).toISOString().replace("T", " ").slice(0, 19) + " UTC";
+}
+
+// ---- devices -------------------------------------------------------------------------------------------------------
+
+const rows = new Map();
+const expanded = new Set();
+const cursors = [""];  // of the pages before the one shown, and of this one
+let next = null;
+let query = "";
+
+function chip(value) {
+  const [cls, flag] = QUALITY[value.quality] || ["unknown", ""];
+  const pin = value.pin_position && value.pin_position !== "-1" ? ` [${value.pin_position}]` : "";
+  const why = [flag, ...(value.flags || [])].filter(Boolean).join(", ");
+  return el("span", { class: `value ${cls}`, title: `${age(value.timestamp, nowUs)} ago${why ? ` · ${why}` : ""}` },
+    el("i", { text: `${value.component_type}${pin} ` }),
+    el("b", { text: value.value === null || value.value === undefined ? (value.value_text ?? "–") : number(value.value) }),
+    value.unit ? ` ${value.unit}` : null,
+    why && cls !== "good" ? el("span", { class: "flag", text: ` ⚑ ${why}` }) : null);
+}
+
+function drawValues(entry) {
+  const { device, cell } = entry;
+  const all = device.values;
+  const open = expanded.has(device.device_id);
+  const list = el("div", { class: "values" }, ...all.slice(0, open ? all.length : VALUES_SHOWN).map(chip));
+  if (!all.length) list.append(el("span", { class: "quiet", text: device.enabled ? "nothing yet" : "switched off" }));
+  const focused = cell.contains(document.activeElement);
+  if (all.length > VALUES_SHOWN) {
+    const more = el("button", { type: "button", class: "more", "aria-expanded": String(open), text: open ? "fewer" : `+${all.length - VALUES_SHOWN}` });
+    more.addEventListener("click", () => { open ? expanded.delete(device.device_id) : expanded.add(device.device_id); drawValues(entry); });
+    list.append(more);
+    queueMicrotask(() => { if (focused) more.focus(); });
+  }
+  cell.replaceChildren(list);
+}
+
+function deviceRow(device) {
+  let entry = rows.get(device.device_id);
+  const text = JSON.stringify(device.values) + device.enabled;
+  if (!entry) {
+    entry = { row: el("tr"), cell: el("td"), age: el("td", { class: "num" }), name: el("div", { class: "device-name" }), address: el("div", { class: "device-address" }) };
+    entry.row.append(el("td", {}, entry.name, entry.address), entry.cell, entry.age);
+    rows.set(device.device_id, entry);
+  }
+  entry.device = device;
+  entry.name.textContent = device.name || device.device_id;
+  entry.address.textContent = [device.name ? device.device_id : null, device.type].filter(Boolean).join(" · ");
+  if (entry.text !== text) { entry.text = text; drawValues(entry); }
+  entry.age.textContent = age(device.last_seen, nowUs);
+  entry.age.className = `num${device.last_seen && nowUs - device.last_seen > AGE_WARN_S * 1e6 ? " old" : ""}`;
+  return entry.row;
+}
+
+function drawDevices(page) {
+  next = page.next_cursor;
+  const kept = new Set(page.devices.map((d) => d.device_id));
+  for (const id of rows.keys()) if (!kept.has(id)) { rows.delete(id); expanded.delete(id); }
+  const wanted = page.devices.map(deviceRow);
+  const body = $("device-rows");
+  // Rows are replaced only when the list changed, so that focus and selection stay where they are.
+  if (wanted.length !== body.children.length || wanted.some((row, i) => body.children[i] !== row)) body.replaceChildren(...wanted);
+  if (!wanted.length) body.replaceChildren(el("tr", {}, el("td", { colspan: "3", class: "quiet", text: query ? "no device matches" : "no devices yet" })));
+  if (page.total !== null && page.total !== undefined) $("fig-devices").textContent = count(page.total);
+  $("devices-note").hidden = !page.note;
+  $("devices-note").textContent = page.note || "";
+  $("previous").disabled = cursors.length < 2;
+  $("next").disabled = !next;
+  $("page").textContent = cursors.length > 1 || next ? `page ${cursors.length}` : "";
+}
+
+function drawAlarms(page) {
+  $("fig-alarms").textContent = page.total === null || page.total === undefined ? "–" : count(page.total);
+  $("alarms").replaceChildren(...(page.alarms.length ? page.alarms.map((a) => el("li", { class: a.severity },
+    el("div", {}, el("span", { class: "sev", text: a.severity }), " ", el("b", { text: a.device_name || a.device_id }), " ", el("span", { class: "quiet", text: age(a.occurred_at, nowUs) })),
+    el("div", { text: a.message || `${a.rule}: ${a.component_type ?? ""}` })))
+    : [el("li", { class: "none", text: page.note || "none" })]));
+}
+
+// ---- polling -------------------------------------------------------------------------------------------------------
+
+function poll(interval_ms, what) {
+  let running = false;
+  const run = async () => {
+    // A hidden page asks for nothing; a slow answer is not overtaken by the next question.
+    if (running || document.hidden) return;
+    running = true;
+    try { await what(); } finally { running = false; }
+  };
+  setInterval(run, interval_ms);
+  document.addEventListener("visibilitychange", run);
+  run();
+  return run;
+}
+
+async function status() {
+  try { drawStatus(await get("/api/status")); }
+  catch (e) {
+    $("health").className = "pill bad";
+    $("health").textContent = "no answer";
+    $("banner").hidden = false;
+    $("banner").textContent = `The worker does not answer: ${e.message}. What is shown may be old.`;
+  }
+}
+
+async function devices() {
+  const parameters = new URLSearchParams({ limit: String(DEVICES_LIMIT) });
+  if (query) parameters.set("q", query);
+  const asked = `${query} ${cursors.at(-1)}`;
+  if (cursors.at(-1)) parameters.set("cursor", cursors.at(-1));
+  try {
+    const page = await get(`/api/devices?${parameters}`);
+    if (asked === `${query} ${cursors.at(-1)}`) drawDevices(page);
+  } catch (e) { $("devices-note").hidden = false; $("devices-note").textContent = e.message; }
+}
+
+async function alarms() {
+  try { drawAlarms(await get("/api/alarms?state=active&limit=20")); }
+  catch (e) { drawAlarms({ alarms: [], total: null, note: e.message }); }
+}
+
+function themed(theme) {
+  if (theme) document.documentElement.dataset.theme = theme;
+  else delete document.documentElement.dataset.theme;
+}
+
+layFlow();
+try { themed(localStorage.getItem("theme")); } catch { /* storage is switched off: the system's choice stands */ }
+$("theme").addEventListener("click", () => {
+  const dark = document.documentElement.dataset.theme
+    ? document.documentElement.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  themed(dark ? "light" : "dark");
+  try { localStorage.setItem("theme", dark ? "light" : "dark"); } catch { /* as above */ }
+});
+poll(STATUS_INTERVAL_MS, status);
+const askDevices = poll(LIST_INTERVAL_MS, devices);
+poll(LIST_INTERVAL_MS, alarms);
+
+$("next").addEventListener("click", () => { if (next) { cursors.push(next); askDevices(); } });
+$("previous").addEventListener("click", () => { if (cursors.length > 1) { cursors.pop(); askDevices(); } });
+let typing = 0;
+$("search").addEventListener("input", () => {
+  clearTimeout(typing);
+  typing = setTimeout(() => { query = $("search").value.trim(); cursors.length = 1; devices(); }, 200);
+});
+$("search-form").addEventListener("submit", (event) => event.preventDefault());
+document.addEventListener("keydown", (event) => {
+  if (event.key === "/" && !/^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement?.tagName ?? "")) {
+    event.preventDefault();
+    $("search").focus();
+  }
+});

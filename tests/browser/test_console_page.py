@@ -1,0 +1,217 @@
+"""The console page in a real Chromium: it shows what the views say, escapes it, and works by keyboard and on a phone."""
+
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from devtools import chromium, find
+from pydantic import SecretStr
+
+from preservarium import metrics
+from preservarium.clock import SystemClock
+from preservarium.console.tables import TableReader
+from preservarium.console.views import Console
+from preservarium.domain.errors import Retry
+
+pytestmark = pytest.mark.browser
+
+EVIL = '<img src=x onerror="document.title=\'owned\'"><script>document.title="owned"</script>'
+
+
+class Reads:
+    def __init__(self):
+        self.down = False
+
+    async def devices(self, *, q, after, limit):
+        if self.down:
+            raise Retry("PostgreSQL: connection refused")
+        now = time.time_ns() // 1000
+
+        def device(n):
+            name = EVIL if n == 3 else f"Greenhouse {n}"
+            readings = [
+                ("air-temperature", 21.4 + n, "°C", 1), ("air-humidity", 54.2, "%", 1), ("battery-voltage", 3.021, "V", 1),
+                ("co2-concentration", 412 + n * 1000, "ppm", 3 if n == 1 else 1), ("pressure", 96812.0, "Pa", 4 if n == 2 else 1),
+                ("soil-moisture", 0.233, "m³/m³", 1), ("leaf-wetness", None, "", 9), (EVIL, 1.0, EVIL, 1),
+            ]  # fmt: skip
+            return {
+                "device_id": f"0018b200000{n:05}", "name": name, "type": "DL-AQ5", "enabled": True,
+                "last_seen": now - n * 1_500_000,
+                "values": [
+                    {
+                        "component_type": c, "pin_position": "-1", "value": v, "value_text": None, "unit": u,
+                        "timestamp": now - n * 1_500_000, "quality": quality,
+                    }
+                    for c, v, u, quality in (readings if n % 2 else readings[:4 + n % 5])
+                ],
+            }  # fmt: skip
+
+        found = [d for d in map(device, range(60)) if d["device_id"] > after and q in d["device_id"] + d["name"]]
+        page = found[:limit]
+        return {"devices": page, "next": page[-1]["device_id"] if len(found) > limit else None, "total": 60}
+
+    async def alarms(self, *, active, before, limit):
+        now = time.time_ns() // 1000
+        alarm = {
+            "alarm_id": "a", "device_id": "0018b20000000003", "device_name": EVIL, "rule": "co2-high", "severity": "major",
+            "component_type": "co2", "occurred_at": now - 90_000_000, "message": f"CO₂ 4412 ppm above 1500 {EVIL}",
+        }  # fmt: skip
+        return {"alarms": [alarm, {**alarm, "severity": "minor", "device_name": "Greenhouse 9", "message": "battery low: 2.4 V"}], "next": None, "total": 2}  # fmt: skip
+
+
+@pytest.fixture
+async def page():
+    if (executable := find()) is None:
+        pytest.skip("missing: Chromium (Debian: apt install chromium)")
+    async with chromium(executable) as page:
+        yield page
+
+
+@pytest.fixture
+async def site():
+    reads = Reads()
+    report = {
+        "problems": [],
+        "assignment": {"iot_raw_data": [0]},
+        "recovering": False,
+        "rebalancing": False,
+        "stages": {},
+    }
+    settings = SimpleNamespace(web=SimpleNamespace(operator_token=SecretStr("")))
+    host = SimpleNamespace(live=lambda: settings, clock=SystemClock(), health_report=lambda: report)
+    console = Console(host, reads, TableReader(dict, lambda key: 0))
+    application = web.Application()
+    console.mount(application)
+    for stage, n in {"normalize": 900, "validate": 880, "alarm": 870, "notify": 2, "sink": 860, "sync": 850}.items():
+        metrics.RECORDS_RECEIVED.labels(stage).inc(n)
+        metrics.READINGS.labels(stage).inc(n * 5)
+        metrics.LAG_RECORDS.labels(stage, "browser-test", "0").set(n // 10)
+        metrics.PENDING_RECORDS.labels(stage).set(12)
+    metrics.REFUSED.labels("normalize", "unknown_device").inc(7)
+    metrics.CONNECTOR_MESSAGES.labels("http").inc(910)
+    metrics.STORE_ROWS.labels("postgres", "stored").inc(4000)
+    metrics.STORE_ROWS.labels("clickhouse", "stored").inc(4000)
+    async with TestServer(application) as server:
+        yield SimpleNamespace(url=str(server.make_url("/")), reads=reads, report=report)
+    for stage in ("normalize", "validate", "alarm", "notify", "sink", "sync"):
+        metrics.LAG_RECORDS.labels(stage, "browser-test", "0").set(0)
+        metrics.PENDING_RECORDS.labels(stage).set(0)
+
+
+async def shot(page, name):
+    """Keep a picture where PRESERVARIUM_SHOTS names a directory; always take it, so that drawing is tested."""
+    directory = os.environ.get("SHOTS_DIR")
+    path = Path(directory or os.devnull) / name if directory else Path(os.devnull)
+    await page.screenshot(path)
+
+
+async def test_the_page_shows_what_the_views_say(page, site):
+    await page.size(1400, 1000)
+    await page.scheme("light")
+    await page.go(site.url)
+    await page.until("document.querySelectorAll('#device-rows tr').length === 25")
+    await page.until("document.getElementById('health').textContent === 'healthy'")
+    metrics.RECORDS_RECEIVED.labels("normalize").inc(5000)
+    metrics.READINGS.labels("normalize").inc(25000)
+    await page.until("parseFloat(document.getElementById('fig-rate').textContent.replace(/,/g, '')) > 100")
+    assert await page.js("document.getElementById('fig-devices').textContent") == "60"
+    assert await page.js("document.getElementById('fig-alarms').textContent") == "2"
+    flow = await page.js("document.getElementById('flow').innerText")
+    for name in ("Connectors", "normalize", "validate", "alarm", "notify", "sink", "sync", "PostgreSQL", "ClickHouse"):
+        assert name in flow
+    assert "unknown_device" in await page.js("document.getElementById('error-rows').innerText")
+    await shot(page, "light.png")
+    await page.scheme("dark")
+    await shot(page, "dark.png")
+    assert page.logged == []
+
+
+async def test_names_and_messages_are_text_and_never_markup(page, site):
+    await page.go(site.url)
+    await page.until("document.getElementById('device-rows').innerText.includes('<img')")
+    await page.until("document.getElementById('alarms').innerText.includes('<script>')")
+    assert await page.js("document.querySelectorAll('img, #device-rows script, #alarms script').length") == 0
+    assert await page.js("document.title") == "Preservarium"
+    # Were something to slip through, the policy would still not run it.
+    await page.js(
+        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'document.title=`owned`'}))"
+    )
+    assert await page.js("document.title") == "Preservarium"
+    assert any("Content Security Policy" in line for line in page.logged)
+
+
+async def test_search_and_pages_work_by_keyboard(page, site):
+    await page.go(site.url)
+    await page.until("document.querySelectorAll('#device-rows tr').length === 25")
+    await page.key("/", "/")
+    assert await page.js("document.activeElement.id") == "search"
+    for character in "00042":
+        await page.key(character, character)
+    await page.until("document.querySelectorAll('#device-rows tr').length === 1")
+    assert "Greenhouse 42" in await page.js("document.getElementById('device-rows').innerText")
+    await page.js("const s = document.getElementById('search'); s.value = ''; s.dispatchEvent(new Event('input'))")
+    await page.until("document.querySelectorAll('#device-rows tr').length === 25")
+    first = await page.js("document.querySelector('#device-rows tr').innerText")
+    await page.until("!document.getElementById('next').disabled")
+    await page.js("document.getElementById('next').focus(); document.activeElement.click()")
+    await page.until("document.getElementById('page').textContent === 'page 2'")
+    assert await page.js("document.querySelector('#device-rows tr').innerText") != first
+    await page.js("document.getElementById('previous').click()")
+    await page.until("document.getElementById('page').textContent === 'page 1'")
+    # Everything that can be clicked can be reached.
+    reached = set()
+    await page.js("document.activeElement.blur()")
+    for _ in range(12):
+        await page.key("Tab")
+        reached.add(await page.js("document.activeElement.id || document.activeElement.className"))
+    assert {"skip", "theme", "search"} <= reached
+
+
+async def test_a_phone_shows_everything_without_scrolling_sideways(page, site):
+    await page.size(390, 844, mobile=True)
+    await page.go(site.url)
+    await page.until("document.querySelectorAll('#device-rows tr').length === 25")
+    await page.until("document.querySelectorAll('.stage').length === 9")
+    assert await page.js("document.documentElement.scrollWidth <= 390")
+    await shot(page, "phone.png")
+    assert page.logged == []
+
+
+async def test_what_is_wrong_is_said(page, site):
+    await page.go(site.url)
+    await page.until("document.querySelectorAll('#device-rows tr').length === 25")
+    site.reads.down = True
+    await page.until("document.getElementById('devices-note').innerText.includes('does not answer')")
+    site.report["problems"].append("sink: fuse blown: 600 of the last 1000 records refused")
+    await page.until("document.getElementById('health').textContent === 'not healthy'")
+    assert "fuse" in await page.js("document.getElementById('banner').innerText")
+    await shot(page, "trouble.png")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+async def test_text_stands_out_from_its_ground(page, site, theme):
+    """WCAG 2.2, 1.4.3: 4.5 to 1 for text."""
+    await page.scheme(theme)
+    await page.go(site.url)
+    await page.until("document.querySelectorAll('#device-rows tr').length === 25")
+    low = await page.js(
+        """(() => {
+          const light = (c) => { const v = c.match(/[\\d.]+/g).slice(0, 3).map((x) => x / 255)
+            .map((x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+            return 0.2126 * v[0] + 0.7152 * v[1] + 0.0722 * v[2]; };
+          const ground = (e) => { for (; e; e = e.parentElement) {
+            const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)$|transparent/.test(c)) return c; } return "rgb(255, 255, 255)"; };
+          const low = [];
+          for (const e of document.querySelectorAll("body *")) {
+            if (![...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()) || !e.checkVisibility()) continue;
+            if (e.disabled || e.closest(".hidden")) continue;
+            const [a, b] = [light(getComputedStyle(e).color), light(ground(e))].sort((x, y) => y - x);
+            if ((a + 0.05) / (b + 0.05) < 4.5) low.push(`${e.tagName}.${e.className}: ${e.textContent.slice(0, 30)}`);
+          }
+          return low; })()"""
+    )
+    assert low == []
