@@ -71,9 +71,18 @@ BREAKER_OPENED = _counter("breaker_opened_total", "Times a circuit breaker opene
 FUSE_BLOWN = _gauge("fuse_blown", "1 while a stage is stopped because too much of its input is refused.", "stage")
 CACHE = _counter("cache_total", "Look-ups by outcome.", "cache", "outcome")
 
+# --- registry ---
+REGISTRY_OUTBOX = _gauge("registry_outbox_rows", "Registry changes that the relay is about to send.")
+REGISTRY_RELAYED = _counter("registry_relayed_total", "Registry records that the relay sent, acknowledged.")
+REGISTRY_DOCUMENTS = _gauge("registry_documents", "Documents of iot_type_registry in this worker's memory.", "kind")
+REGISTRY_REV = _gauge("registry_rev", "Highest revision that this worker has seen.", "topic")
+
 # --- connectors ---
 CONNECTOR_MESSAGES = _counter("connector_messages_total", "Device messages taken, acknowledged by Kafka.", "connector")
 CONNECTOR_REFUSED = _counter("connector_refused_total", "Device messages refused at the door.", "connector", "reason")
+CONNECTOR_RECONNECTS = _counter(
+    "connector_reconnects_total", "Connections lost or given up for a redelivery.", "connector"
+)
 
 # --- stores ---
 STORE_ROWS = _counter("store_rows_total", "Rows by outcome: stored, duplicate, rejected.", "store", "outcome")

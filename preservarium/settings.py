@@ -148,6 +148,9 @@ class Sink(_Section):
     retention_days: int = Field(
         90, ge=8, description="Measurements older than this are dropped; must exceed the roll-ups' windows."
     )
+    generation: int = Field(
+        0, ge=0, description="Offsets are kept for each; raise it to write what the topics hold once more."
+    )
 
 
 class Sync(_Section):
@@ -233,6 +236,7 @@ class Mqtt(_Section):
     )
     mode: str = Field("MQTT", description="Connector mode where the pattern names none.")
     inflight_max: int = Field(1_000, ge=1, le=65_535, description="Messages taken and not yet acknowledged.")
+    keepalive_s: int = Field(60, ge=5, le=65_535, description="A silent connection is tested after this time.")
 
 
 class Http(_Section):
