@@ -22,4 +22,8 @@ def __getattr__(name: str) -> Any:
     # Agents import the app from the engine, so they are imported after it and by name:
     # the direction of imports stays agents -> tables -> engine.
     importlib.import_module("agents").load()
+    for room in ("console", "connectors"):
+        importlib.import_module(f"preservarium.{room}").install(engine.app)
+    # Kept as an attribute: from now on Python finds it without asking here, so nothing is installed twice.
+    globals()["app"] = engine.app
     return engine.app

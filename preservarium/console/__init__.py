@@ -19,10 +19,5 @@ def install(app: Any) -> Console:
     reads = app.resource(Views(lambda: app.live().postgres))
     tables = TableReader(lambda: app.state_tables, lambda key: partition_of(key, app.live().kafka.partitions))
     console = Console(app, reads, tables)
-
-    def mount(*_: Any, **__: Any) -> None:
-        console.mount(app.web.web_app)
-
-    # Not now: making the web server would read the app's configuration before the command line has had its say.
-    app.on_worker_init.connect(mount, weak=False)
+    console.mount(app.web.web_app)
     return console
