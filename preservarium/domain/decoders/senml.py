@@ -1,0 +1,261 @@
+"""SenML packs, JSON and CBOR (RFC 8428), with the units of RFC 8798 left to the units table.
+
+A record's name is the base name and its own; the field is named by the own part, where there is one, because the base
+name says which device speaks. A pack whose records carry no own name is told apart by unit (`Cel` is a temperature).
+
+| label | JSON | CBOR | | label | JSON | CBOR |
+|---|---|---|-|---|---|---|
+| base version | bver | -1 | | unit | u | 1 |
+| base name | bn | -2 | | value | v | 2 |
+| base time | bt | -3 | | string value | vs | 3 |
+| base unit | bu | -4 | | boolean value | vb | 4 |
+| base value | bv | -5 | | sum | s | 5 |
+| base sum | bs | -6 | | time | t | 6 |
+| name | n | 0 | | update time | ut | 7 |
+|  |  |  | | data value | vd | 8 |
+"""
+
+import base64
+import binascii
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+import cbor2
+import orjson
+
+from preservarium.domain.decoders.base import DECODED_MAX, Decoded, ParserError, base_time, failed, source_of
+from preservarium.domain.errors import ReasonCode, Reject
+from preservarium.domain.reading import RawMessage
+
+#: RFC 8428, section 4.4: newer packs may mean something else.
+VERSION_MAX: Final = 10
+#: RFC 8428, section 4.5.3: smaller times count from now.
+RELATIVE_BELOW_S: Final = 2**28
+#: An instant beyond this is no time whatever it means.
+_TIME_S_MAX: Final = 1e12
+
+_LABELS: Final[dict[Any, str]] = {
+    -1: "bver", -2: "bn", -3: "bt", -4: "bu", -5: "bv", -6: "bs", 0: "n", 1: "u", 2: "v", 3: "vs", 4: "vb", 5: "s",
+    6: "t", 7: "ut", 8: "vd",
+}  # fmt: skip
+_TEXTS: Final = {"bn", "bu", "n", "u", "vs"}
+_NUMBERS: Final = {"bt", "bv", "bs", "v", "s", "t", "ut", "bver"}
+#: RFC 8428, section 4.5.1.
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9\-:./_]*")
+NAME_CHARACTERS_MAX: Final = 200
+TEXT_CHARACTERS_MAX: Final = 4_096
+
+#: What a unit alone says of a record without a name of its own.
+_NAME_OF_UNIT: Final = {
+    "Cel": "temperature", "K": "temperature", "%RH": "humidity", "V": "voltage", "A": "current", "W": "power",
+    "J": "energy", "Pa": "pressure", "lx": "illuminance", "lon": "longitude", "lat": "latitude", "%EL": "battery_level",
+    "EL": "battery_remaining_s", "m": "distance", "m/s": "velocity", "m/s2": "acceleration", "Hz": "frequency",
+    "pH": "ph", "dB": "level", "dBm": "power", "l": "volume", "l/s": "flow", "m3": "volume", "m3/s": "flow",
+    "kg": "mass", "g": "mass", "S/m": "conductivity", "W/m2": "irradiance", "count": "count", "/": "ratio",
+    "%": "ratio", "s": "duration", "beat/min": "heart_rate", "ohm": "resistance", "degC": "temperature",
+}  # fmt: skip
+
+
+def _records(payload: Any) -> list[dict[str, Any]]:
+    """A pack as records with JSON labels.
+
+    Raises:
+        Reject: it is none.
+    """
+    if isinstance(payload, str):
+        payload = payload.encode()
+    if isinstance(payload, bytes):
+        payload = _loads(payload)
+    if isinstance(payload, dict):
+        payload = [payload]
+    if not isinstance(payload, list) or not all(isinstance(r, dict) for r in payload):
+        message = "a SenML pack is an array of records"
+        raise failed(message)
+    return payload
+
+
+def _loads(data: bytes) -> Any:
+    # RFC 8428, section 6: CBOR packs are arrays, 0x80 to 0x9f; JSON ones begin with a bracket or blanks.
+    if 0x80 <= data[:1].ljust(1)[0] <= 0xBF:
+        try:
+            pack = cbor2.loads(data)
+        except Exception as e:  # cbor2 raises whatever the builders of its tags raise
+            message = f"the payload is not CBOR: {e}"
+            raise failed(message) from None
+        if not isinstance(pack, list | dict):
+            message = "a SenML pack is an array of records"
+            raise failed(message)
+        return [_labelled(r) for r in (pack if isinstance(pack, list) else [pack])]
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError as e:
+        message = f"the payload is neither JSON nor CBOR: {e.msg}"
+        raise failed(message) from None
+
+
+def _labelled(record: Any) -> Any:
+    if not isinstance(record, dict):
+        return record
+    labelled: dict[str, Any] = {}
+    for label, value in record.items():
+        name = _LABELS.get(label, label) if isinstance(label, int | str) else None
+        if not isinstance(name, str):
+            if isinstance(label, int):
+                continue  # numbers that are not assigned are optional extensions (section 4.4)
+            message = f"the label {label!r:.40} is not known"
+            raise failed(message)
+        if name == "vd" and isinstance(value, bytes):
+            value = base64.urlsafe_b64encode(value).rstrip(b"=").decode()
+        labelled[name] = value
+    return labelled
+
+
+def _checked(record: dict[str, Any]) -> dict[str, Any]:
+    for label, value in record.items():
+        if label in _TEXTS:
+            if not isinstance(value, str):
+                message = f"{label} is text, not {type(value).__name__}"
+                raise failed(message)
+        elif label in _NUMBERS:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
+                message = f"{label} is a number, not {value!r:.40}"
+                raise failed(message)
+        elif label == "vb":
+            if not isinstance(value, bool):
+                message = f"vb is true or false, not {value!r:.40}"
+                raise failed(message)
+        elif isinstance(label, str) and label.endswith("_"):
+            # Section 4.4: a label with an underscore behind it must be understood or the pack refused.
+            message = f"{label} must be understood, and is not"
+            raise failed(message)
+    return record
+
+
+def _finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def resolve(pack: list[dict[str, Any]], now_s: float) -> list[dict[str, Any]]:
+    """Resolved records (RFC 8428, section 4.6): no base fields, full names, absolute times.
+
+    Args:
+        pack: records with JSON labels.
+        now_s: the instant that relative times count from, seconds since the epoch, UTC.
+
+    Returns:
+        A record for each that has a value or a sum, with `n`, `t` and what it has of `u`, `v`, `vs`, `vb`, `vd`, `s`,
+        `ut` and extensions. `bver` is not repeated.
+
+    Raises:
+        Reject: DECODE_FAILED, the pack is not SenML, or of a version that is not known.
+    """
+    return [record for record, _ in _resolved(pack, now_s)]
+
+
+def _resolved(pack: list[dict[str, Any]], now_s: float) -> list[tuple[dict[str, Any], str]]:
+    """Resolved records, each with the part of its name that is its own."""
+    base: dict[str, Any] = {}
+    out: list[tuple[dict[str, Any], str]] = []
+    for given in pack:
+        record = _checked(given)
+        base.update({k: v for k, v in record.items() if k in {"bn", "bt", "bu", "bv", "bs", "bver"}})
+        if base.get("bver", VERSION_MAX) > VERSION_MAX:
+            message = f"SenML version {base['bver']}; {VERSION_MAX} is known"
+            raise failed(message)
+        if not record.keys() & {"v", "vs", "vb", "vd", "s"}:
+            continue
+        own = record.get("n", "")
+        name = base.get("bn", "") + own
+        if not _NAME.fullmatch(name) or len(name) > NAME_CHARACTERS_MAX:
+            message = f"{name!r:.80} is no SenML name"
+            raise failed(message)
+        at = base.get("bt", 0) + record.get("t", 0)
+        if abs(at) > _TIME_S_MAX:
+            message = f"the time {at} is out of range"
+            raise failed(message)
+        if at < RELATIVE_BELOW_S:
+            at += now_s
+        resolved: dict[str, Any] = {"n": name, "t": at}
+        if unit := record.get("u", base.get("bu")):
+            resolved["u"] = unit
+        if "v" in record:
+            resolved["v"] = record["v"] + base.get("bv", 0)
+        if "s" in record or "bs" in base:
+            resolved["s"] = record.get("s", 0) + base.get("bs", 0)
+        # Extensions with a base label of their own would end in nothing here: they are kept as they are.
+        resolved.update({k: v for k, v in record.items() if k not in resolved and k not in _BASE_LABELS})
+        out.append((resolved, own))
+        if len(out) > DECODED_MAX:
+            raise Reject(ReasonCode.DECODE_LIMIT, f"more than {DECODED_MAX} records")
+    return out
+
+
+_BASE_LABELS: Final = {"bn", "bt", "bu", "bv", "bs", "bver", "n", "t", "u", "v", "s"}
+
+
+class SenmlDecoder:
+    """Packs as JSON values, JSON text or CBOR bytes.
+
+    A sum is a field of its own, `<name>.sum`, in the unit times second (section 4.5.4).
+    """
+
+    __slots__ = ("_full_names",)
+
+    def __init__(self, source: Mapping[str, Any]) -> None:
+        names = source.get("names", "own")
+        if names not in {"own", "full"} or source.keys() - {"names", "description"}:
+            message = "a senml parser knows `names: own` or `names: full`"
+            raise ParserError(message)
+        self._full_names = names == "full"
+
+    def decode(self, raw: RawMessage) -> list[Decoded]:
+        """The records of a pack.
+
+        Raises:
+            Reject: DECODE_FAILED, or DECODE_LIMIT.
+        """
+        base_us = base_time(raw)
+        out: list[Decoded] = []
+        # Relative times keep whole microseconds of the base: seconds as a float have 52 bits.
+        for record, own in _resolved(_records(raw["payload"]), 0.0):
+            at_s = record["t"]
+            at = None if not at_s else base_us + round(at_s * 1e6) if at_s < RELATIVE_BELOW_S else round(at_s * 1e6)
+            unit = record.get("u")
+            name = record["n"] if self._full_names else own or _NAME_OF_UNIT.get(unit or "", record["n"])
+            found = False
+            for label in ("v", "vs", "vb", "vd"):
+                if label in record:
+                    found = True
+                    out.append(Decoded(name, _value(label, record[label]), unit, at, None))
+            if "s" in record and (record["s"] or not found):
+                out.append(Decoded(f"{name}.sum", record["s"], f"{unit}*s" if unit else "s", at, None))
+        return out
+
+
+def _value(label: str, value: Any) -> Any:
+    if label in {"v", "vb"}:
+        return value
+    if not isinstance(value, str) or len(value) > TEXT_CHARACTERS_MAX:
+        message = f"{label} is text of at most {TEXT_CHARACTERS_MAX} characters"
+        raise failed(message)
+    if label == "vd":
+        try:
+            base64.b64decode(value + "=" * (-len(value) % 4), altchars=b"-_", validate=True)
+        except (binascii.Error, ValueError):
+            message = "vd is not base64url"
+            raise failed(message) from None
+    return value
+
+
+def compile_parser(doc: Mapping[str, Any], variables: Mapping[str, Any] | None = None) -> SenmlDecoder:
+    """The decoder of a `senml` or `senml_cbor` parser. Variables are not used.
+
+    Raises:
+        ParserError: the source is wrong.
+    """
+    return SenmlDecoder(source_of(doc))
