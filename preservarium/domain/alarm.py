@@ -274,7 +274,7 @@ class Alarm:
     alarm_id: str = ""  #: the occurrence; "" while there is none
     sequence: int = 0  #: transitions of the occurrence so far
     occurred_at: int = 0  #: event time
-    detected_at: int = 0  #: reception of the message that brought the evidence
+    severity: str = ""  #: of the rule when it was raised
     cleared_at: int | None = None  #: event time
     value: float | None = None  #: of the reading that changed the condition last
     raw: Coordinates | None = None  #: of the message that held it
@@ -287,7 +287,8 @@ class Occasion:
     """When and by what an event comes."""
 
     at: int  #: event time for what the process does, the operator's time for actions; µs
-    detected_at: int  #: µs
+    detected_at: int  #: reception of the message that brings the evidence, or the operator's time; µs
+    severity: str = ""  #: of the rule
     value: float | None = None
     raw: Coordinates | None = None
     until: int | None = None  #: for SHELVE
@@ -377,7 +378,7 @@ def _raise(point: Point, alarm: Alarm, occurred_at: int, now: Occasion) -> Step:
             alarm_id=alarm_id(point.device_id, point.rule, point.pin_position, occurred_at, point.generation),
             sequence=1,
             occurred_at=occurred_at,
-            detected_at=now.detected_at,
+            severity=now.severity,
             cleared_at=None,
         )
     return Step(alarm, (*transitions, Transition(TRANSITION_NAMES[Event.RAISE], alarm)))

@@ -163,9 +163,9 @@ class TransitionDoc(TypedDict):
     transition: str  #: raised, cleared, acknowledged, …, superseded, withdrawn
     state: str  #: after the transition
     occurred_at: int
-    detected_at: int
+    detected_at: int  #: of this transition: reception of the message that brought it, or the operator's time
     cleared_at: int | None
-    transition_at: int  #: of this transition: event time, or the operator's time
+    transition_at: int  #: of this transition in event time, or the operator's time
     value: float | None
     unit: str
     threshold: float | None
@@ -197,6 +197,9 @@ class _Live:
 
     watch: Watch
     alarm: Alarm
+
+
+_UNUSED: Final = _Live(Watch(), NEW)
 
 
 # {"v": 1, "g": {generation: {"m": marks, "a": {rule: {pin: row}}}}, "limited": 1 once reported}
@@ -293,7 +296,7 @@ class DeviceAlarms:
                     late = True
                     continue
                 raw = Coordinates(message["raw_partition"], offset, index)
-                now = Occasion(verdict.at, message["received_at"], value, raw)
+                now = Occasion(verdict.at, message["received_at"], rule.severity, value, raw)
                 if verdict.evaluation is Evaluation.RAISED:
                     event = Event.RAISE
                 elif rule.latching:
@@ -334,11 +337,30 @@ class DeviceAlarms:
             return outcome
         if action.alarm_id is not None and action.alarm_id != live.alarm.alarm_id:
             outcome.refusal = Refusal.OTHER_OCCURRENCE
-            return outcome
-        point = Point(self._device_id, rule.name, action.pin_position, GENERATION_LIVE)
-        now = Occasion(action.at, action.at, until=action.until, one_shot=action.one_shot)
-        self._apply(point, live, action.event, now, rule, rules, outcome, action)
+        else:
+            point = Point(self._device_id, rule.name, action.pin_position, GENERATION_LIVE)
+            now = Occasion(action.at, action.at, rule.severity, until=action.until, one_shot=action.one_shot)
+            self._apply(point, live, action.event, now, rule, rules, outcome, action)
+        self._forget_unused(GENERATION_LIVE, kept, rule.name, action.pin_position)
         return outcome
+
+    def _forget_unused(self, generation: int, kept: Mapping[str, Any], rule: str, pin: str) -> None:
+        """Keep no state for a pin that only actions have named: no reading, and normal."""
+        points = self._live[generation]
+        if points[rule, pin] != _UNUSED:
+            return
+        del points[rule, pin]
+        self._counts[generation] = self._count(generation, kept) - 1
+        pins = kept["a"].get(rule, {})
+        if pins.pop(pin, None) is not None and not pins:
+            del kept["a"][rule]
+
+    def _count(self, generation: int, kept: Mapping[str, Any]) -> int:
+        count = self._counts.get(generation)
+        if count is None:
+            points = self._live.get(generation, {})
+            count = len({(r, p) for r, pins in kept["a"].items() for p in pins} | set(points))
+        return count
 
     def _generation(self, generation: int) -> dict[str, Any]:
         generations: dict[str, dict[str, Any]] = self._document["g"]
@@ -367,9 +389,7 @@ class DeviceAlarms:
         if row is not None:
             live = points[rule, pin] = _unpack(row)
             return live
-        count = self._counts.get(generation)
-        if count is None:
-            count = sum(map(len, kept["a"].values()))
+        count = self._count(generation, kept)
         if count >= ALARMS_PER_DEVICE_MAX:
             if "limited" not in self._document:
                 self._document["limited"] = 1
@@ -396,7 +416,7 @@ class DeviceAlarms:
         if self._checked.get(generation) is rules:
             return
         self._checked[generation] = rules
-        self._counts[generation] = len({(r, p) for r, pins in kept["a"].items() for p in pins} | set(points))
+        self._counts[generation] = self._count(generation, kept)
         gone = {name for name in kept["a"] if name not in rules.by_name}
         gone.update(name for name, _ in points if name not in rules.by_name)
         for name in sorted(gone):
@@ -431,7 +451,8 @@ class DeviceAlarms:
                 waiting.append(until)
                 continue
             point = Point(self._device_id, name, pin, generation)
-            self._apply(point, live, Event.UNSHELVE, Occasion(until, now), rule, rules, outcome)
+            self._apply(point, live, Event.UNSHELVE, Occasion(until, now, rule.severity), rule, rules, outcome)
+            self._forget_unused(generation, kept, name, pin)
         kept.pop("until", None)
         if waiting:
             kept["until"] = min(waiting)
@@ -476,7 +497,7 @@ def _line(
         "component_type": rule.component_type if rule else "",
         "unit": rule.unit if rule else "",
         "threshold": rule.threshold if rule else "",
-        "severity": rule.severity if rule else "indeterminate",
+        "severity": alarm.severity,
     }
     return {
         "alarm_id": alarm.alarm_id,
@@ -490,15 +511,15 @@ def _line(
         "pin_position": point.pin_position,
         "severity": fields["severity"],
         "transition": transition.name,
-        "state": alarm.state,
+        "state": alarm.state.value,
         "occurred_at": alarm.occurred_at,
-        "detected_at": alarm.detected_at,
+        "detected_at": now.detected_at,
         "cleared_at": alarm.cleared_at,
         "transition_at": now.at,
         "value": alarm.value,
         "unit": fields["unit"],
         "threshold": rule.threshold if rule else None,
-        "message": render(rule.message, fields) if rule else "",
+        "message": render(rule.message, fields) if rule else "the rule no longer watches the device",
         "recipients": list(rule.recipients) if rule else [],
         "actor": action.actor if action else None,
         "comment": action.comment if action and action.comment else None,
@@ -514,8 +535,8 @@ def _pack(live: _Live) -> _Row:
     row: _Row = [watch.at, int(watch.active), watch.since]
     if alarm != NEW:
         row += [
-            alarm.state, alarm.active_at, alarm.alarm_id, alarm.sequence, alarm.occurred_at, alarm.detected_at,
-            alarm.cleared_at, alarm.value, alarm.raw, alarm.shelved_until, int(alarm.one_shot),
+            alarm.state.value, alarm.active_at, alarm.alarm_id, alarm.sequence, alarm.occurred_at, alarm.severity,
+            alarm.cleared_at, alarm.value, alarm.raw and list(alarm.raw), alarm.shelved_until, int(alarm.one_shot),
         ]  # fmt: skip
     return row
 
@@ -524,11 +545,9 @@ def _unpack(row: _Row) -> _Live:
     watch = Watch(row[0], bool(row[1]), row[2])
     if len(row) == 3:
         return _Live(watch, NEW)
-    (state, active_at, occurrence, sequence, occurred_at, detected_at, cleared_at, value, raw, until, one_shot) = row[
-        3:
-    ]
+    (state, active_at, occurrence, sequence, occurred_at, severity, cleared_at, value, raw, until, one_shot) = row[3:]
     alarm = Alarm(
-        State(state), watch.active, active_at, occurrence, sequence, occurred_at, detected_at, cleared_at, value,
+        State(state), watch.active, active_at, occurrence, sequence, occurred_at, severity, cleared_at, value,
         None if raw is None else Coordinates(*raw), until, bool(one_shot),
     )  # fmt: skip
     return _Live(watch, alarm)

@@ -20,6 +20,7 @@ from math import isfinite
 from typing import Any, Final, Literal, NamedTuple, cast
 
 from preservarium.domain.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc, RuleDoc
+from preservarium.domain.units import canonical
 
 #: Rules that watch one device. Each costs a comparison for every reading of its component type.
 RULES_PER_DEVICE_MAX: Final = 100
@@ -153,7 +154,7 @@ def compile_rule(doc: RuleDoc, datatype: DatatypeDoc | None) -> Rule:
         on_delay_us=round(_number(doc, "on_delay_s", 0.0, least=0.0) * 1e6),
         off_delay_us=round(_number(doc, "off_delay_s", 0.0, least=0.0) * 1e6),
         gap_max_us=None if gap_max is None else round(float(gap_max) * 1e6),
-        unit=datatype["unit"] if datatype else "",
+        unit=canonical(datatype["unit"])[0] if datatype else "",
         message=doc.get("message") or (_MESSAGE_HIGH if kind == "high" else _MESSAGE_LOW),
         recipients=tuple(doc.get("recipients") or ()),
         latching=bool(parameters.get("latching", False)),
