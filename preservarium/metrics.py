@@ -75,7 +75,7 @@ CACHE = _counter("cache_total", "Look-ups by outcome.", "cache", "outcome")
 REGISTRY_OUTBOX = _gauge("registry_outbox_rows", "Registry changes that the relay is about to send.")
 REGISTRY_RELAYED = _counter("registry_relayed_total", "Registry records that the relay sent, acknowledged.")
 REGISTRY_DOCUMENTS = _gauge("registry_documents", "Documents of iot_type_registry in this worker's memory.", "kind")
-REGISTRY_REV = _gauge("registry_rev", "Highest revision that this worker has seen.", "topic")
+REGISTRY_REV = _gauge("registry_rev", "Highest revision of iot_type_registry that this worker has seen.")
 
 # --- connectors ---
 CONNECTOR_MESSAGES = _counter("connector_messages_total", "Device messages taken, acknowledged by Kafka.", "connector")
@@ -87,6 +87,7 @@ CONNECTOR_RECONNECTS = _counter(
 # --- stores ---
 STORE_ROWS = _counter("store_rows_total", "Rows by outcome: stored, duplicate, rejected.", "store", "outcome")
 STORE_SECONDS = _histogram("store_seconds", "Time of one write, begin to commit.", "store")
+STORAGE_JOBS_FAILING = _gauge("storage_jobs_failing", "Background jobs of the storage whose last run failed.")
 
 # --- alarms and notices ---
 ALARM_TRANSITIONS = _counter("alarm_transitions_total", "Alarm transitions.", "transition", "severity")

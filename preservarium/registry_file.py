@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import RoundTripConstructor
@@ -142,6 +151,26 @@ class Datatype(_Model):
         return self
 
 
+def _overrides(value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    for name, changed in value.items():
+        unknown = changed.keys() - (Datatype.model_fields.keys() - {"name"})
+        if unknown:
+            message = f"{name}: a datatype has no field {sorted(unknown)[0]!r}"
+            raise ValueError(message)
+        for span in ("fail_span", "suspect_span"):
+            if changed.get(span) is not None:
+                try:
+                    changed[span] = Span.model_validate(changed[span]).model_dump()
+                except ValidationError as e:
+                    message = f"{name}.{span}: {e.errors()[0]['msg'].removeprefix('Value error, ')}"
+                    raise ValueError(message) from None
+    return value
+
+
+#: Fields of datatypes that a device type or a device says otherwise.
+Overrides = Annotated[dict[str, dict[str, Any]], AfterValidator(_overrides)]
+
+
 class FieldMapping(_Model):
     """Where a decoded field goes."""
 
@@ -180,7 +209,7 @@ class DeviceType(_Model):
     mode: Line | None = None
     mapping: dict[str, FieldMapping | None] | None = None
     rules: list[Name] | None = None
-    datatypes: dict[str, dict[str, Any]] | None = None
+    datatypes: Overrides | None = None
     description: Text | None = None
 
 
@@ -248,33 +277,21 @@ class Device(_Model):
     enabled: bool = True
     mode: Line | None = None
     mapping: dict[str, FieldMapping | None] | None = None
-    datatypes: dict[str, dict[str, Any]] | None = None
+    datatypes: Overrides | None = None
     rules: dict[str, dict[str, Any] | None] | None = None
     variables: dict[str, Any] | None = None
     birth: Instant | None = None
     experiment_id: Name | None = None
     meta: dict[str, Any] | None = None
 
-    @field_validator("datatypes")
+    @field_validator("rules")
     @classmethod
-    def _spans(cls, value: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
-        return _overrides(value)
-
-
-def _overrides(value: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
-    for name, changed in (value or {}).items():
-        unknown = changed.keys() - (Datatype.model_fields.keys() - {"name"})
-        if unknown:
-            message = f"{name}: a datatype has no field {sorted(unknown)[0]!r}"
-            raise ValueError(message)
-        for span in ("fail_span", "suspect_span"):
-            if changed.get(span) is not None:
-                try:
-                    changed[span] = Span.model_validate(changed[span]).model_dump()
-                except ValidationError as e:
-                    message = f"{name}.{span}: {e.errors()[0]['msg'].removeprefix('Value error, ')}"
-                    raise ValueError(message) from None
-    return value
+    def _rules(cls, value: dict[str, dict[str, Any] | None] | None) -> dict[str, dict[str, Any] | None] | None:
+        for name, changed in (value or {}).items():
+            if unknown := (changed or {}).keys() - (Rule.model_fields.keys() - {"name"}):
+                message = f"{name}: a rule has no field {sorted(unknown)[0]!r}"
+                raise ValueError(message)
+        return value
 
 
 MODELS: Final[Mapping[str, type[_Model]]] = {

@@ -4,7 +4,7 @@ A stream holds the life of one document (`device/70B3D5…`, `parser/name@2`). `
 `changed` the top-level fields that were set and those that were taken away, `removed` nothing.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import orjson
@@ -67,3 +67,67 @@ def is_newer(rev: int, known_rev: int | None) -> bool:
     The relay may send a record again, and an old leader may send late: what is not newer is skipped.
     """
     return known_rev is None or rev > known_rev
+
+
+#: A removed device leaves a mark with the revision of its removal, so that an older record that comes again does not
+#: bring it back.
+DELETED: Final = "deleted"
+
+
+def rev_of(value: bytes | None) -> int | None:
+    """The revision of a stored device or of its mark; None where there is no value.
+
+    Raises:
+        ValueError: the value is not what the registry writes.
+    """
+    if value is None:
+        return None
+    document = orjson.loads(value)
+    rev = document.get("rev") if isinstance(document, dict) else None
+    if not isinstance(rev, int) or isinstance(rev, bool):
+        message = "a registry document without a revision"
+        raise ValueError(message)
+    return rev
+
+
+def fold_devices(
+    records: Iterable[tuple[bytes | None, bytes | None, int | None]], stored: Callable[[bytes], bytes | None]
+) -> tuple[dict[bytes, bytes | None], dict[int, str]]:
+    """What records of `iot_device_registry` make of the stored devices.
+
+    Args:
+        records: (key, value, revision from the header), in offset order.
+        stored: the value that the table has for a key.
+
+    Returns:
+        New values by key (only of devices that change), and what is wrong by index of the record.
+    """
+    puts: dict[bytes, bytes | None] = {}
+    known: dict[bytes, int | None] = {}
+    faults: dict[int, str] = {}
+    for i, (key, value, header_rev) in enumerate(records):
+        if not key:
+            faults[i] = "a record of the device registry needs the device's address as its key"
+            continue
+        try:
+            rev = rev_of(value) if value is not None else header_rev
+            device_id = key.decode()
+            if value is not None and orjson.loads(value).get("device_id") != device_id:
+                faults[i] = "the key is not the document's device_id"
+                continue
+        except ValueError as e:  # JSON's and UTF-8's errors are ValueErrors
+            faults[i] = f"not a device document: {e}"
+            continue
+        if key not in known:
+            try:
+                known[key] = rev_of(stored(key))
+            except ValueError:
+                known[key] = None  # what is there cannot be read: anything is better
+        if value is None and rev is None:
+            # A tombstone that somebody else wrote: it says nothing about order, and is obeyed.
+            puts[key], known[key] = None, None
+        elif rev is not None and is_newer(rev, known[key]):
+            known[key] = rev
+            mark = {"device_id": device_id, "rev": rev, DELETED: True}
+            puts[key] = orjson.dumps(mark) if value is None else value
+    return puts, faults
