@@ -1,0 +1,90 @@
+"""sink: validated readings, alarms and the old service's messages into PostgreSQL, exactly once.
+
+Three stages with a consumer group each, so that none holds up another, and a timer for the storage's upkeep. The
+database's offsets say where each partition starts; a database that is down pauses these stages and nothing else.
+"""
+
+import structlog
+
+from preservarium import metrics, topics
+from preservarium.domain.errors import Retry
+from preservarium.engine import app
+from preservarium.sink import AlarmSink, LegacySink, ReadingSink
+from preservarium.stores.breaker import Breaker
+from preservarium.stores.timescale import PostgresPool, TimescaleStore
+
+_log = structlog.get_logger(__name__)
+
+#: Partitions, retention, roll-ups and the late lane are looked at this often.
+UPKEEP_S = 30.0
+
+_pool = app.resource(PostgresPool(app.live))
+_breaker = Breaker("postgres", lambda: app.live().breaker, clock=app.clock)
+
+
+def _store(sink: str) -> TimescaleStore:
+    return TimescaleStore(app.live, sink=sink, pool=_pool, clock=app.clock, breaker=_breaker)
+
+
+store = _store("sink")
+_readings = ReadingSink("sink", topics.VALIDATED.name, store, app.publisher.publish, app.live, clock=app.clock)
+_alarms = AlarmSink(
+    "sink-alarms", topics.ALERTS.name, _store("sink-alarms"), app.publisher.publish, app.live, clock=app.clock
+)
+_decoded = LegacySink(
+    "sink-decoded", topics.DECODED.name, _store("sink-decoded"), app.publisher.publish, app.live, clock=app.clock
+)
+
+app.group_stage(
+    topics.VALIDATED,
+    name="sink",
+    group="sink",
+    records_max=lambda: app.live().sink.rows_max,
+    linger_s=lambda: app.live().sink.linger_s,
+    flights=app.live().sink.flights,
+    on_assigned=_readings.on_assigned,
+)(_readings)
+
+app.group_stage(
+    topics.ALERTS,
+    name="sink-alarms",
+    group="sink-alarms",
+    records_max=lambda: app.live().sink.rows_max,
+    # An alarm is to be seen at once, and they are few.
+    linger_s=lambda: 0.0,
+    on_assigned=_alarms.on_assigned,
+)(_alarms)
+
+if app.live().normalize.decoded_topic:
+    app.group_stage(
+        topics.DECODED,
+        name="sink-decoded",
+        group="sink-decoded",
+        records_max=lambda: app.live().sink.rows_max,
+        linger_s=lambda: app.live().sink.linger_s,
+        on_assigned=_decoded.on_assigned,
+        kafka_topic=app.live().kafka.topic_prefix + app.live().normalize.decoded_topic,
+    )(_decoded)
+
+
+@app.timer(interval=UPKEEP_S)
+async def sink_upkeep() -> None:
+    """Make partitions ahead, drop old ones, refresh roll-ups, merge late rows, and see that background jobs work."""
+    try:
+        await store.maintain()
+        failing = await store.failing_jobs()
+    except Retry as e:
+        _log.warning("storage upkeep put off", error=str(e))
+        return
+    metrics.STORAGE_JOBS_FAILING.set(len(failing))
+    if failing:
+        _log.warning("storage jobs fail", jobs=failing)
+
+
+@app.task
+async def sink_policies() -> None:
+    """Bring the storage policies to what the settings say."""
+    try:
+        await store.apply_policies()
+    except Retry as e:
+        _log.warning("storage policies not applied", error=str(e), action="applied at the next start")

@@ -1,0 +1,127 @@
+"""A store in memory, for tests and for trying things out: it passes the same contract suite as the real one."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+from preservarium.clock import Clock, SystemClock
+from preservarium.domain.errors import ReasonCode, Retry
+from preservarium.domain.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, Message
+from preservarium.stores.base import (
+    DAY_US,
+    FUTURE_MAX_US,
+    BeforeCommit,
+    Moved,
+    Moves,
+    Rejected,
+    WriteResult,
+    derivation_fault,
+    series_fault,
+    timestamp_code,
+    value_fault,
+)
+
+#: (device_id, connector_mode, component_type, pin_position, timestamp)
+RowKey = tuple[str, str, str, str, int]
+
+_FROM_MESSAGE = (
+    "topic", "received_at", "raw_partition", "raw_offset", "raw_index", "parser", "config_rev", "generation",
+)  # fmt: skip
+
+
+class MemoryStore:
+    """Keeps everything in dictionaries; not for more than fits.
+
+    Args:
+        retention_days: readings older than this are rejected.
+        clock: for retention.
+    """
+
+    def __init__(self, *, retention_days: int = 90, clock: Clock | None = None) -> None:
+        #: natural key -> columns of iot_measurements
+        self.rows: dict[RowKey, dict[str, Any]] = {}
+        #: (topic, partition) -> next offset
+        self.positions: dict[tuple[str, int], int] = {}
+        #: While not empty, every call raises Retry with this text.
+        self.down = ""
+        self._retention_days = retention_days
+        self._clock = clock or SystemClock()
+
+    async def offsets(self, topic: str, partitions: Sequence[int]) -> dict[int, int | None]:
+        """The next offset of each partition; None where nothing of it was ever written."""
+        self._check()
+        return {p: self.positions.get((topic, p)) for p in partitions}
+
+    async def write(
+        self, messages: Sequence[Message], moves: Moves, *, before_commit: BeforeCommit | None = None
+    ) -> WriteResult:
+        """Store readings and offsets, or neither; see `Store.write`."""
+        self._check()
+        held = {key: self.positions.get(key) for key in moves}
+        if any(held[key] != move.expected for key, move in moves.items()):
+            raise Moved(held)
+        now_us = self._clock.now_us()
+        oldest_us = max(TIMESTAMP_MIN_US, now_us - self._retention_days * DAY_US)
+        newest_us = min(TIMESTAMP_MAX_US - 1, now_us + FUTURE_MAX_US)
+        result = WriteResult()
+        batch: dict[RowKey, dict[str, Any]] = {}
+        total = 0
+        for index, message in enumerate(messages):
+            for position, reading in enumerate(message["readings"]):
+                total += 1
+                try:
+                    row = _row(message, reading, oldest_us, newest_us)
+                except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as e:
+                    row = ReasonCode.STORE_REJECTED, f"{type(e).__name__}: {e}"
+                if isinstance(row, tuple):
+                    result.rejected.append(Rejected(index, position, *row))
+                else:
+                    key = (*_series(message, reading), row["timestamp"])
+                    batch[key] = row
+        if before_commit is not None:
+            await before_commit(result.rejected)
+        for key, row in batch.items():
+            stored = self.rows.get(key)
+            if stored is None or stored["generation"] < row["generation"]:
+                self.rows[key] = row
+                result.accepted += 1
+        result.duplicates = total - result.accepted - len(result.rejected)
+        self.positions.update({key: move.next for key, move in moves.items()})
+        return result
+
+    async def close(self) -> None:
+        """Nothing to give back; what is stored stays."""
+
+    def _check(self) -> None:
+        if self.down:
+            raise Retry(self.down)
+
+
+def _series(message: Any, reading: Any) -> tuple[str, str, str, str]:
+    return message["device_id"], message["connector_mode"], reading["component_type"], reading["pin_position"]
+
+
+def _row(message: Any, reading: Any, oldest_us: int, newest_us: int) -> dict[str, Any] | tuple[ReasonCode, str]:
+    key = _series(message, reading)
+    experiment_id = message.get("experiment_id")
+    text = derivation_fault((message["parser"], message["config_rev"], experiment_id))
+    text = text or series_fault(key, reading["unit"], message["topic"])
+    if text:
+        return ReasonCode.STORE_REJECTED, text
+    timestamp = reading.get("timestamp", message["timestamp"])
+    fault = timestamp_code(timestamp, oldest_us=oldest_us, newest_us=newest_us) or value_fault(reading)
+    if fault:
+        return fault
+    value = reading.get("value")
+    row: dict[str, Any] = dict(zip(("device_id", "connector_mode", "component_type", "pin_position"), key, strict=True))
+    row |= {name: message[name] for name in _FROM_MESSAGE}
+    row |= {
+        "timestamp": timestamp,
+        "value": None if value is None else float(value),
+        "value_text": reading.get("value_text"),
+        "unit": reading["unit"],
+        "quality": int(reading["quality"]),
+        "flags": deepcopy(reading.get("flags")) or None,
+        "experiment_id": experiment_id or "",
+    }
+    return row

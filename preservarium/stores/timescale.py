@@ -1,0 +1,1062 @@
+"""Readings into PostgreSQL, with TimescaleDB or without: rows and offsets in one transaction, by binary COPY.
+
+The way of a write:
+
+1. The messages become rows of PostgreSQL's binary COPY format in one pass, without an object per row: a prefix that is
+   kept per series, the time, quality and value, and a tail that is made once per message. Rows sort by key as bytes.
+2. In one transaction: compare-and-set of `sink_offsets`, `latest`, then COPY straight into `measurements`.
+3. COPY meets a key that is stored: the same rows go through a temporary table and `ON CONFLICT DO NOTHING`.
+4. PostgreSQL refuses the data: the rows are bisected under savepoints to those that it refuses; the rest commits.
+5. Anything else is the database's fault, not the data's: `Retry`. Whether the transaction was committed shows in
+   `sink_offsets`, which the caller reads again.
+
+Rows of a later generation overwrite (a deliberate replay); they take a path of their own, because ON CONFLICT DO
+UPDATE into compressed chunks decompresses them. Rows older than the compression horizon are staged in
+`measurements_late` and merged by `maintain`, chunk by chunk.
+"""
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import asyncpg
+import orjson
+import structlog
+
+from preservarium import metrics
+from preservarium.clock import Clock, SystemClock
+from preservarium.domain.errors import PreservariumError, ReasonCode, Retry
+from preservarium.domain.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, Message
+from preservarium.settings import Settings
+from preservarium.stores.base import (
+    DAY_US,
+    FUTURE_MAX_US,
+    NAME_CHARS_MAX,
+    TEXT_CHARS_MAX,
+    TOPIC_CHARS_MAX,
+    BeforeCommit,
+    Moved,
+    Moves,
+    Rejected,
+    WriteResult,
+    derivation_fault,
+    series_fault,
+    text_fault,
+    timestamp_code,
+    value_fault,
+)
+from preservarium.stores.breaker import Breaker
+
+_log = structlog.get_logger(__name__)
+
+#: The names of the series and derivations that are in memory. 200,000 series are about 60 MB; beyond, all are
+#: forgotten and read again as they come.
+CACHE_MAX: Final = 200_000
+#: A deadlock or a serialisation failure is over at once; three in a row mean something else.
+CONFLICTS_MAX: Final = 3
+#: Staged rows moved in one transaction: some 100 ms, so that live writes never wait long.
+LATE_ROWS_MAX: Final = 20_000
+
+#: What says that the row is at fault: data (22), integrity (23), a limit such as an index row's size (54).
+_DATA_ERRORS: Final = (
+    asyncpg.DataError,
+    asyncpg.IntegrityConstraintViolationError,
+    asyncpg.ProgramLimitExceededError,
+    asyncpg.RaiseError,
+)
+_CONFLICTS: Final = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+#: What says that nothing can be known about the row. InternalClientError: the pool may hand out a connection that the
+#: server has just ended (asyncpg issue 1069). Errors of PostgreSQL outside _DATA_ERRORS are here as well: a missing
+#: table or right, a full disk, a standby are no row's fault, and waiting loses nothing.
+INFRASTRUCTURE_ERRORS: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
+
+_COLUMNS: Final = (
+    "series_id", "timestamp", "quality", "value", "value_text", "flags", "unit", "topic",
+    "received_at", "raw_partition", "raw_offset", "raw_index", "generation", "derivation_id",
+)  # fmt: skip
+_COLUMN_LIST: Final = ", ".join(_COLUMNS)
+
+# Binary COPY (PostgreSQL manual, COPY, "Binary Format"): a count of fields, then length and bytes of each; -1 is NULL.
+_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
+_TRAILER: Final = struct.pack(">h", -1)
+_PREFIX: Final = struct.Struct(">hiii").pack  # fields | 4 series_id | length of the timestamp
+_VALUE: Final = struct.Struct(">qihid").pack  # timestamp | 2 quality | 8 value
+_NO_VALUE: Final = struct.Struct(">qihi").pack  # timestamp | 2 quality | -1
+_TAIL: Final = struct.Struct(">iqihiqii").pack  # 8 received_at | 2 raw_partition | 8 raw_offset | 4 raw_index
+_DERIVATION: Final = struct.Struct(">iiii").pack  # 4 generation | 4 derivation_id
+_NULLS: Final = struct.pack(">iiii", -1, -1, -1, -1)  # value_text, flags, unit, topic
+_NULL: Final = struct.pack(">i", -1)
+_HEAD: Final = struct.Struct(">hiiiqih").unpack_from  # back again: …, series_id, …, timestamp, …, quality
+_VALUE_AT: Final = 28
+_TEXT_OID: Final = 25
+
+#: (device_id, connector_mode, component_type, pin_position)
+SeriesKey = tuple[str, str, str, str]
+#: (parser, config_rev, experiment_id)
+DerivationKey = tuple[str, int, str | None]
+#: (row prefix, unit, topic)
+_Series = tuple[bytes, str, str]
+#: (series prefix, timestamp) -> row
+_Rows = dict[tuple[bytes, int], bytes]
+
+_CREATE_STAGING: Final = "CREATE TEMP TABLE IF NOT EXISTS sink_staging (LIKE measurements) ON COMMIT DELETE ROWS"
+#: Only where one transaction merges twice is there anything to clear.
+_CLEAR_STAGING: Final = "DELETE FROM sink_staging"
+_MERGE: Final = f"""
+INSERT INTO measurements ({_COLUMN_LIST}) SELECT {_COLUMN_LIST} FROM sink_staging
+ORDER BY series_id, timestamp ON CONFLICT (series_id, timestamp) DO NOTHING"""
+_MERGE_LATE: Final = f"""
+INSERT INTO measurements_late ({_COLUMN_LIST}) SELECT {_COLUMN_LIST} FROM sink_staging
+ORDER BY series_id, timestamp ON CONFLICT (series_id, timestamp) DO NOTHING"""
+_CORRECT: Final = f"""
+INSERT INTO measurements AS m ({_COLUMN_LIST}) SELECT {_COLUMN_LIST} FROM sink_staging
+ORDER BY series_id, timestamp ON CONFLICT (series_id, timestamp) DO UPDATE
+SET {", ".join(f"{c} = excluded.{c}" for c in _COLUMNS[2:])} WHERE m.generation < excluded.generation"""
+_EPOCH_SQL: Final = "'2000-01-01 00:00+00'::timestamptz"
+
+_DIRTY: Final = f"""
+dirty AS (
+  INSERT INTO rollup_dirty SELECT {_EPOCH_SQL} + f * INTERVAL '1 microsecond', {_EPOCH_SQL} + t * INTERVAL '1 microsecond'
+  FROM unnest($13::bigint[], $14::bigint[]) AS u(f, t)),"""
+_ADVANCE: Final = f"""
+WITH moved AS (
+  UPDATE sink_offsets AS o SET next_offset = u.next, updated_at = now()
+  FROM unnest($3::text[], $4::int[], $5::bigint[], $6::bigint[]) AS u(topic, partition, expected, next)
+  WHERE o.sink = $1 AND o.generation = $2 AND o.topic = u.topic AND o.partition = u.partition AND o.next_offset = u.expected
+  RETURNING 1),
+%s
+newest AS (
+  INSERT INTO latest AS l (series_id, timestamp, value, value_text, quality, received_at)
+  SELECT s, {_EPOCH_SQL} + t * INTERVAL '1 microsecond', v, x, q, {_EPOCH_SQL} + r * INTERVAL '1 microsecond'
+  FROM unnest($7::int[], $8::bigint[], $9::float8[], $10::text[], $11::int[], $12::bigint[]) AS u(s, t, v, x, q, r)
+  ON CONFLICT (series_id) DO UPDATE SET timestamp = excluded.timestamp, value = excluded.value, value_text = excluded.value_text,
+    quality = excluded.quality, received_at = excluded.received_at
+  WHERE excluded.timestamp > l.timestamp)
+SELECT count(*) FROM moved"""
+
+_SELECT_SERIES: Final = """
+SELECT s.series_id, s.device_id, s.connector_mode, s.component_type, s.pin_position, s.unit, s.topic
+FROM unnest($1::text[], $2::text[], $3::text[], $4::text[]) AS u(d, m, c, p)
+JOIN series s ON s.device_id = u.d AND s.connector_mode = u.m AND s.component_type = u.c AND s.pin_position = u.p"""
+_INSERT_SERIES: Final = """
+INSERT INTO series (device_id, connector_mode, component_type, pin_position, unit, topic)
+SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[]) AS u(d, m, c, p, unit, topic)
+ORDER BY d, c, p, m ON CONFLICT (device_id, component_type, pin_position, connector_mode) DO NOTHING
+RETURNING series_id, device_id, connector_mode, component_type, pin_position, unit, topic"""
+_SELECT_DERIVATIONS: Final = """
+SELECT d.derivation_id, d.parser, d.config_rev, d.experiment_id FROM unnest($1::text[], $2::bigint[], $3::text[]) AS u(p, r, e)
+JOIN derivations d ON d.parser = u.p AND d.config_rev = u.r AND d.experiment_id = u.e"""
+_INSERT_DERIVATIONS: Final = """
+INSERT INTO derivations (parser, config_rev, experiment_id)
+SELECT * FROM unnest($1::text[], $2::bigint[], $3::text[]) AS u(p, r, e) ORDER BY p, r, e
+ON CONFLICT (parser, config_rev, experiment_id) DO NOTHING
+RETURNING derivation_id, parser, config_rev, experiment_id"""
+
+
+class PostgresPool:
+    """A pool of connections to the settings' database, made when first needed and again after `close`.
+
+    Args:
+        settings: asked when the pool is made.
+        name: shown by the server as application_name.
+    """
+
+    def __init__(self, settings: Callable[[], Settings], name: str = "preservarium-sink") -> None:
+        self._settings = settings
+        self._name = name
+        self._pool: Any = None
+        self._lock = asyncio.Lock()
+        self.engine = ""  #: timescaledb or plain, once connected
+
+    def acquire(self) -> "_Connection":
+        """A connection for an `async with` block, given back at its end, closed where it failed."""
+        return _Connection(self)
+
+    async def ready(self) -> Any:
+        """The asyncpg pool; makes it where there is none."""
+        if self._pool is not None:
+            return self._pool
+        async with self._lock:
+            if self._pool is None:
+                s = self._settings().postgres
+                pool = await asyncpg.create_pool(
+                    s.dsn,
+                    min_size=0,
+                    max_size=s.pool_max,
+                    timeout=s.connect_timeout_s,
+                    command_timeout=s.command_timeout_s,
+                    # Connections are given back clean or closed, so the round trip of RESET ALL is saved.
+                    reset=_no_reset,
+                    init=_init,
+                    server_settings={"application_name": self._name},
+                )
+                try:
+                    self.engine = await pool.fetchval("SELECT storage_engine()")
+                except BaseException:
+                    pool.terminate()
+                    raise
+                self._pool = pool
+        return self._pool
+
+    @property
+    def connect_timeout_s(self) -> float:
+        """How long a connection may take to be had."""
+        return self._settings().postgres.connect_timeout_s
+
+    async def close(self) -> None:
+        """Close every connection."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            try:
+                await asyncio.wait_for(pool.close(), self.connect_timeout_s)
+            except (TimeoutError, *INFRASTRUCTURE_ERRORS):
+                pool.terminate()
+
+
+async def _init(connection: Any) -> None:
+    await connection.execute(_CREATE_STAGING)
+
+
+async def _no_reset(_connection: Any) -> None:
+    return None
+
+
+class _Connection:
+    """One use of a pooled connection."""
+
+    def __init__(self, pool: PostgresPool) -> None:
+        self._owner = pool
+        self._pool: Any = None
+        self._connection: Any = None
+
+    async def __aenter__(self) -> Any:
+        self._pool = await self._owner.ready()
+        self._connection = await self._pool.acquire(timeout=self._owner.connect_timeout_s)
+        return self._connection
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        connection = self._connection
+        if error is not None and not isinstance(error, (PreservariumError, *_DATA_ERRORS, *_CONFLICTS)):
+            # Cancelled in the middle, or broken, or nobody knows: not a connection to hand on.
+            connection.terminate()
+        await self._pool.release(connection)
+
+
+@dataclass(slots=True)
+class _Encoded:
+    """The rows of a write."""
+
+    rows: _Rows = field(default_factory=dict)
+    late: _Rows = field(default_factory=dict)
+    corrections: _Rows = field(default_factory=dict)
+    rejected: list[Rejected] = field(default_factory=list)
+    readings: int = 0
+    missing: bool = False  #: a series or derivation is not known yet; the rest is incomplete
+
+
+class TimescaleStore:
+    """The store of readings (see preservarium/stores/base.py for what it promises) and of alarms.
+
+    Safe for concurrent use within one event loop; two writes of one partition must follow each other.
+
+    Args:
+        settings: asked at each write.
+        sink: whose offsets; each consumer group has its own.
+        pool: shared connections; its own where none is given.
+        clock: for retention.
+        breaker: shared by all that use the database; its own where none is given.
+        copy_first: False goes through the temporary table always (for measurements).
+        late_lane: whether old rows are staged; None: where TimescaleDB compresses.
+    """
+
+    def __init__(
+        self,
+        settings: Callable[[], Settings],
+        *,
+        sink: str = "sink",
+        pool: PostgresPool | None = None,
+        clock: Clock | None = None,
+        breaker: Breaker | None = None,
+        copy_first: bool = True,
+        late_lane: bool | None = None,
+    ) -> None:
+        self.sink = sink
+        self.breaker = breaker or Breaker("postgres", lambda: settings().breaker, clock=clock)
+        self._settings = settings
+        self._pool = pool or PostgresPool(settings)
+        self._clock = clock or SystemClock()
+        self._copy_first = copy_first
+        self._late_lane = late_lane
+        self._merge_next = not copy_first
+        self._series: dict[SeriesKey, _Series] = {}
+        self._derivations: dict[DerivationKey, int] = {}
+        #: (parser, config_rev, experiment_id, generation) -> the last 16 bytes of a row
+        self._tails: dict[tuple[str, int, str | None, int], bytes] = {}
+
+    # --- the promise
+
+    async def offsets(self, topic: str, partitions: Sequence[int]) -> dict[int, int | None]:
+        """The next offset of each partition; None where nothing of it was ever written."""
+        if not partitions:
+            return {}
+        async with self.breaker:
+            try:
+                async with self._pool.acquire() as connection:
+                    found = await self._positions(connection, [(topic, p) for p in partitions])
+            except INFRASTRUCTURE_ERRORS as e:
+                raise _retry(e) from e
+        return {p: found[topic, p] for p in partitions}
+
+    async def write(
+        self, messages: Sequence[Message], moves: Moves, *, before_commit: BeforeCommit | None = None
+    ) -> WriteResult:
+        """Store readings and offsets, or neither; see `Store.write`."""
+        started = self._clock.monotonic_s()
+        now_us = self._clock.now_us()
+        async with self.breaker:
+            try:
+                for attempt in range(CONFLICTS_MAX):
+                    try:
+                        result = await self._write(messages, moves, now_us, before_commit)
+                        break
+                    except _CONFLICTS:
+                        if attempt == CONFLICTS_MAX - 1:
+                            raise
+            except INFRASTRUCTURE_ERRORS as e:
+                raise _retry(e) from e
+        metrics.STORE_SECONDS.labels("postgres").observe(self._clock.monotonic_s() - started)
+        count = metrics.STORE_ROWS.labels
+        count("postgres", "stored").inc(result.accepted)
+        if result.duplicates:
+            count("postgres", "duplicate").inc(result.duplicates)
+        if result.rejected:
+            count("postgres", "rejected").inc(len(result.rejected))
+        return result
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._pool.close()
+
+    # --- one write
+
+    async def _write(
+        self, messages: Sequence[Message], moves: Moves, now_us: int, before_commit: BeforeCommit | None
+    ) -> WriteResult:
+        await self._pool.ready()  # the engine decides about the late lane
+        sink = self._settings().sink
+        bounds = _Bounds(
+            oldest=max(TIMESTAMP_MIN_US, now_us - sink.retention_days * DAY_US),
+            newest=min(TIMESTAMP_MAX_US - 1, now_us + FUTURE_MAX_US),
+            late=now_us - sink.compress_after_days * DAY_US if self._stages_late() else TIMESTAMP_MIN_US,
+        )
+        encoded = _encode(messages, self._series.get, self._tails.get, bounds, None)
+        async with self._pool.acquire() as connection, self._fence(connection, moves):
+            if not self._merge_next:
+                try:
+                    return await self._transaction(connection, messages, encoded, moves, bounds, before_commit, "copy")
+                except asyncpg.UniqueViolationError:
+                    self._merge_next = True
+                except _DATA_ERRORS:
+                    pass
+            try:
+                result = await self._transaction(connection, messages, encoded, moves, bounds, before_commit, "merge")
+            except _DATA_ERRORS:
+                result = await self._transaction(connection, messages, encoded, moves, bounds, before_commit, "bisect")
+            if self._copy_first and not result.duplicates:
+                self._merge_next = False
+            return result
+
+    async def _transaction(
+        self,
+        connection: Any,
+        messages: Sequence[Message],
+        encoded: _Encoded,
+        moves: Moves,
+        bounds: "_Bounds",
+        before_commit: BeforeCommit | None,
+        how: str,
+    ) -> WriteResult:
+        """One transaction. Names made in it are kept in memory only once it is committed."""
+        names: _Names | None = None
+        async with connection.transaction():
+            if encoded.missing:
+                names = await self._resolve(connection, messages)
+                encoded = _encode(messages, names.series.get, names.tails.get, bounds, names)
+            rows, late, corrections = encoded.rows, encoded.late, encoded.corrections
+            refused: dict[tuple[bytes, int], str] = {}
+            if how == "bisect":
+                accepted = 0
+                for part, statement in ((rows, _MERGE), (late, _MERGE_LATE), (corrections, _CORRECT)):
+                    accepted += await self._bisect(connection, sorted(part.items()), statement, refused)
+                rows, late, corrections = (
+                    {k: v for k, v in part.items() if k not in refused} for part in (rows, late, corrections)
+                )
+                await self._advance(connection, moves, (rows, late, corrections))
+            else:
+                await self._advance(connection, moves, (rows, late, corrections))
+                accepted = 0
+                if rows:
+                    if how == "copy":
+                        await _copy(connection, "measurements", rows.values())
+                        accepted += len(rows)
+                    else:
+                        accepted += await self._merge(connection, rows.values(), _MERGE)
+                if late:
+                    accepted += await self._merge(connection, late.values(), _MERGE_LATE)
+                if corrections:
+                    accepted += await self._merge(connection, corrections.values(), _CORRECT)
+            rejected = encoded.rejected
+            if refused:
+                known = self._series if names is None else names.series
+                rejected = sorted([*rejected, *_find(messages, refused, known)], key=lambda r: (r.message, r.reading))
+            if before_commit is not None:
+                await before_commit(rejected)
+        if names is not None:
+            self._keep(names)
+        return WriteResult(accepted, encoded.readings - accepted - len(rejected), rejected)
+
+    async def _advance(self, connection: Any, moves: Moves, parts: Sequence[_Rows]) -> None:
+        """Compare-and-set of the offsets, newest values, and what the roll-ups must look at again.
+
+        Raises:
+            Moved: without positions: they are read when this transaction is undone.
+        """
+        newest: dict[bytes, int] = {}
+        get = newest.get
+        for part in parts:
+            for prefix, timestamp in part:
+                if get(prefix, -1) < timestamp:
+                    newest[prefix] = timestamp
+        latest: tuple[list[Any], ...] = ([], [], [], [], [], [])
+        for prefix, timestamp in newest.items():
+            for part in parts:
+                if row := part.get((prefix, timestamp)):
+                    for column, value in zip(latest, _read_row(row), strict=True):
+                        column.append(value)
+                    break
+        fresh = [(t, p, m.next) for (t, p), m in moves.items() if m.expected is None]
+        known = sorted((t, p, m.expected, m.next) for (t, p), m in moves.items() if m.expected is not None)
+        if fresh:
+            status = await connection.execute(
+                "INSERT INTO sink_offsets (sink, topic, partition, generation, next_offset)"
+                " SELECT $1, t, p, $2, n FROM unnest($3::text[], $4::int[], $5::bigint[]) AS u(t, p, n)"
+                " ORDER BY t, p ON CONFLICT DO NOTHING",
+                self.sink,
+                self._settings().sink.generation,
+                *map(list, zip(*sorted(fresh), strict=True)),
+            )
+            if _count(status) != len(fresh):
+                raise Moved({})
+        if not known and not newest:
+            return
+        arguments = [
+            self.sink,
+            self._settings().sink.generation,
+            [k[0] for k in known],
+            [k[1] for k in known],
+            [k[2] for k in known],
+            [k[3] for k in known],
+            *latest,
+        ]
+        plain = self._pool.engine != "timescaledb"
+        if plain:
+            ranges = _dirty_ranges(parts)
+            arguments += [[f for f, _ in ranges], [t for _, t in ranges]]
+        moved = await connection.fetchval(_ADVANCE % (_DIRTY if plain else ""), *arguments)
+        if moved != len(known):
+            raise Moved({})
+
+    @asynccontextmanager
+    async def _fence(self, connection: Any, moves: Moves) -> AsyncIterator[None]:
+        try:
+            yield
+        except Moved:
+            raise Moved(await self._positions(connection, moves)) from None
+
+    async def _positions(self, connection: Any, keys: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int | None]:
+        wanted = list(keys)
+        rows = await connection.fetch(
+            "SELECT o.topic, o.partition, o.next_offset FROM unnest($3::text[], $4::int[]) AS u(t, p)"
+            " JOIN sink_offsets o ON o.sink = $1 AND o.generation = $2 AND o.topic = u.t AND o.partition = u.p",
+            self.sink,
+            self._settings().sink.generation,
+            [t for t, _ in wanted],
+            [p for _, p in wanted],
+        )
+        found: dict[tuple[str, int], int | None] = dict.fromkeys(wanted)
+        found.update({(topic, partition): next_offset for topic, partition, next_offset in rows})
+        return found
+
+    async def _merge(self, connection: Any, rows: Iterable[bytes], statement: str) -> int:
+        """Through the temporary table. Returns how many rows were stored."""
+        if statement is _CORRECT and self._pool.engine == "timescaledb":
+            # A replay may touch more compressed rows than the limit that guards against accidents.
+            await connection.execute("SET LOCAL timescaledb.max_tuples_decompressed_per_dml_transaction = 0")
+        await connection.execute(_CLEAR_STAGING)
+        await _copy(connection, "sink_staging", rows)
+        return _count(await connection.execute(statement))
+
+    async def _bisect(
+        self,
+        connection: Any,
+        items: list[tuple[tuple[bytes, int], bytes]],
+        statement: str,
+        refused: dict[tuple[bytes, int], str],
+    ) -> int:
+        """Store what can be stored of `items`; the others with PostgreSQL's reason go to `refused`."""
+        if not items:
+            return 0
+        try:
+            async with connection.transaction():
+                return await self._merge(connection, [row for _, row in items], statement)
+        except _DATA_ERRORS as e:
+            if len(items) == 1:
+                refused[items[0][0]] = f"{type(e).__name__}: {e}"
+                return 0
+        half = len(items) // 2
+        return await self._bisect(connection, items[:half], statement, refused) + await self._bisect(
+            connection, items[half:], statement, refused
+        )
+
+    # --- names
+
+    async def _resolve(self, connection: Any, messages: Sequence[Message]) -> "_Names":
+        """Every series and derivation of the messages: known ones from memory, others read or made."""
+        names = _Names()
+        series: dict[SeriesKey, tuple[str, str]] = {}
+        derivations: set[DerivationKey] = set()
+        generations: set[tuple[DerivationKey, int]] = set()
+        for message in messages:
+            # What cannot be looked up, such as a list for a name, is left to the encoder, which says what is wrong.
+            with suppress(TypeError, KeyError):
+                derivation = (message["parser"], message["config_rev"], message.get("experiment_id"))
+                if derivation in self._derivations:
+                    names.derivations[derivation] = self._derivations[derivation]
+                elif derivation_fault(derivation) is None:
+                    derivations.add(derivation)
+                generations.add((derivation, message["generation"]))
+            for reading in message["readings"]:
+                with suppress(TypeError, KeyError):
+                    key = (
+                        message["device_id"],
+                        message["connector_mode"],
+                        reading["component_type"],
+                        reading["pin_position"],
+                    )
+                    known = self._series.get(key)
+                    if known is not None:
+                        names.series[key] = known
+                    elif key not in series and series_fault(key, reading["unit"], message["topic"]) is None:
+                        series[key] = (reading["unit"], message["topic"])
+        await self._resolve_series(connection, series, names)
+        await self._resolve_derivations(connection, derivations, names)
+        for derivation, generation in generations:
+            number = names.derivations.get(derivation)
+            if number is not None and _is_int4(generation):
+                names.tails[(*derivation, generation)] = _DERIVATION(4, generation, 4, number)
+        return names
+
+    async def _resolve_series(self, connection: Any, wanted: dict[SeriesKey, tuple[str, str]], names: "_Names") -> None:
+        for statement in (_SELECT_SERIES, _INSERT_SERIES, _SELECT_SERIES):
+            # The last look is for what another transaction made meanwhile: one statement does not see it.
+            missing = [key for key in wanted if key not in names.series]
+            if not missing:
+                return
+            columns: list[list[str]] = [list(c) for c in zip(*missing, strict=True)]
+            if statement is _INSERT_SERIES:
+                columns += [[wanted[k][0] for k in missing], [wanted[k][1] for k in missing]]
+            for number, device, mode, component, pin, unit, topic in await connection.fetch(statement, *columns):
+                names.series[device, mode, component, pin] = (_PREFIX(len(_COLUMNS), 4, number, 8), unit, topic)
+
+    async def _resolve_derivations(self, connection: Any, wanted: set[DerivationKey], names: "_Names") -> None:
+        for statement in (_SELECT_DERIVATIONS, _INSERT_DERIVATIONS, _SELECT_DERIVATIONS):
+            missing = [key for key in wanted if key not in names.derivations]
+            if not missing:
+                return
+            keys = {(parser, rev, experiment or "") for parser, rev, experiment in missing}
+            columns = [list(c) for c in zip(*keys, strict=True)]
+            for number, parser, rev, experiment in await connection.fetch(statement, *columns):
+                for key in ((parser, rev, experiment or None), (parser, rev, experiment)):
+                    if key in wanted:
+                        names.derivations[key] = number
+
+    def _keep(self, names: "_Names") -> None:
+        """Remember the names of a committed transaction."""
+        if len(self._series) + len(names.series) > CACHE_MAX:
+            self._series.clear()
+        if len(self._derivations) > CACHE_MAX or len(self._tails) > CACHE_MAX:
+            self._derivations.clear()
+            self._tails.clear()
+        self._series.update(names.series)
+        self._derivations.update(names.derivations)
+        self._tails.update(names.tails)
+
+    def _stages_late(self) -> bool:
+        return self._pool.engine == "timescaledb" if self._late_lane is None else self._late_lane
+
+    # --- alarms
+
+    async def write_alarms(
+        self, events: Sequence[Mapping[str, Any]], moves: Moves, *, before_commit: BeforeCommit | None = None
+    ) -> WriteResult:
+        """Store alarm transitions and the offsets, or neither. A transition that is stored already changes nothing.
+
+        The transitions of one alarm must come in their order. `Rejected.reading` is 0.
+
+        Raises:
+            Moved: the offsets are not what `moves` expects; nothing was written.
+            Retry: the database cannot be reached.
+        """
+        rows: dict[str, tuple[int, tuple[Any, ...]]] = {}
+        invalid: list[Rejected] = []
+        for index, event in enumerate(events):
+            try:
+                row = _alarm_row(event)
+            except (TypeError, ValueError, KeyError, OverflowError) as e:
+                invalid.append(Rejected(index, 0, ReasonCode.STORE_REJECTED, f"{type(e).__name__}: {e}"))
+            else:
+                rows.setdefault(row[0], (index, row))
+        async with self.breaker:
+            try:
+                async with (
+                    self._pool.acquire() as connection,
+                    self._fence(connection, moves),
+                    connection.transaction(),
+                ):
+                    rejected = list(invalid)
+                    await self._advance(connection, moves, ())
+                    accepted = await self._alarms(connection, list(rows.values()), rejected)
+                    rejected.sort(key=lambda r: r.message)
+                    if before_commit is not None:
+                        await before_commit(rejected)
+            except INFRASTRUCTURE_ERRORS as e:
+                raise _retry(e) from e
+        return WriteResult(accepted, len(events) - accepted - len(rejected), rejected)
+
+    async def _alarms(self, connection: Any, rows: list[tuple[int, tuple[Any, ...]]], rejected: list[Rejected]) -> int:
+        if not rows:
+            return 0
+        try:
+            async with connection.transaction():
+                columns = [list(c) for c in zip(*(row for _, row in rows), strict=True)]
+                new = {r[0] for r in await connection.fetch(_INSERT_EVENTS, *columns[:15])}
+                # The first transition of an alarm in this batch may make its row, the last one decides its state.
+                alarms: dict[str, list[tuple[Any, ...]]] = {}
+                for _, row in rows:
+                    if row[0] in new:
+                        alarms.setdefault(row[1], []).append(row)
+                if alarms:
+                    # Sorted, so that two writers lock in one order.
+                    merged = [
+                        (*t[-1][:7], *t[0][7:10], *t[-1][10:], len(t), t[-1][8]) for _, t in sorted(alarms.items())
+                    ]
+                    columns = [list(c) for c in zip(*merged, strict=True)]
+                    await connection.execute(_UPSERT_ALARMS, *[columns[i] for i in _ALARM_COLUMNS])
+                return len(new)
+        except _DATA_ERRORS as e:
+            if len(rows) == 1:
+                rejected.append(Rejected(rows[0][0], 0, ReasonCode.STORE_REJECTED, f"{type(e).__name__}: {e}"))
+                return 0
+        half = len(rows) // 2
+        return await self._alarms(connection, rows[:half], rejected) + await self._alarms(
+            connection, rows[half:], rejected
+        )
+
+    # --- upkeep
+
+    async def maintain(self) -> None:
+        """One turn of the timer: partitions, retention and roll-ups where TimescaleDB does not, and the late lane.
+
+        Several workers may call it: one does the work, the others return.
+
+        Raises:
+            Retry: the database cannot be reached.
+        """
+        s = self._settings().sink
+        async with self.breaker:
+            try:
+                async with self._pool.acquire() as connection:
+                    if self._pool.engine == "plain":
+                        await connection.fetchval("SELECT storage_maintain($1, $2)", s.chunk_days, s.retention_days)
+                    if self._stages_late():
+                        chunk = f"{s.chunk_days} days"
+                        merge = "SELECT merge_late($1::text::interval, $2)"
+                        moved = LATE_ROWS_MAX
+                        while moved:
+                            moved = await connection.fetchval(merge, chunk, LATE_ROWS_MAX)
+            except INFRASTRUCTURE_ERRORS as e:
+                raise _retry(e) from e
+
+    async def apply_policies(self) -> None:
+        """Bring TimescaleDB's chunk interval, compression and retention to what the settings say.
+
+        Raises:
+            Retry: the database cannot be reached.
+        """
+        s = self._settings().sink
+        async with self.breaker:
+            try:
+                async with self._pool.acquire() as connection:
+                    if self._pool.engine == "timescaledb":
+                        await connection.execute(
+                            "SELECT storage_policies($1, $2, $3)", s.chunk_days, s.compress_after_days, s.retention_days
+                        )
+            except INFRASTRUCTURE_ERRORS as e:
+                raise _retry(e) from e
+
+    async def failing_jobs(self) -> list[str]:
+        """Background jobs whose last run failed, for health: they fail silently otherwise.
+
+        Raises:
+            Retry: the database cannot be reached.
+        """
+        async with self.breaker:
+            try:
+                async with self._pool.acquire() as connection:
+                    rows = await connection.fetch("SELECT job FROM storage_jobs WHERE NOT succeeded ORDER BY job")
+            except INFRASTRUCTURE_ERRORS as e:
+                raise _retry(e) from e
+        return [row[0] for row in rows]
+
+
+@dataclass(slots=True)
+class _Names:
+    """Series and derivations of one write."""
+
+    series: dict[SeriesKey, _Series] = field(default_factory=dict)
+    derivations: dict[DerivationKey, int] = field(default_factory=dict)
+    tails: dict[tuple[str, int, str | None, int], bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """Times that are stored, µs since the epoch."""
+
+    oldest: int
+    newest: int
+    late: int  #: rows older than this are staged
+
+
+def _encode(
+    messages: Sequence[Message],
+    series: Callable[[SeriesKey], _Series | None],
+    tails: Callable[[tuple[str, int, str | None, int]], bytes | None],
+    bounds: _Bounds,
+    names: _Names | None,
+) -> _Encoded:
+    """Rows of the messages. This is the one loop that runs for every reading: it looks dull because it is fast.
+
+    Args:
+        messages: readings.
+        series: known series.
+        tails: known derivations.
+        bounds: times that are stored.
+        names: given on the second pass, when everything that can be known is: what is missing then is invalid.
+    """
+    out = _Encoded()
+    rows, epoch, negative, positive = out.rows, TIMESTAMP_MIN_US, float("-inf"), float("inf")
+    oldest, newest = max(bounds.oldest, bounds.late), bounds.newest
+    total = 0
+    for index, message in enumerate(messages):
+        total += len(message["readings"])
+        position = 0
+        reading: Any = None
+        try:
+            generation = message["generation"]
+            derivation = tails((message["parser"], message["config_rev"], message.get("experiment_id"), generation))
+            if derivation is None:
+                if names is None:
+                    out.missing = True
+                    return out
+                text = derivation_fault((message["parser"], message["config_rev"], message.get("experiment_id")))
+                raise ValueError(text or f"generation {generation!r}")
+            tail = (
+                _TAIL(
+                    8,
+                    message["received_at"] - epoch,
+                    2,
+                    message["raw_partition"],
+                    8,
+                    message["raw_offset"],
+                    4,
+                    message["raw_index"],
+                )
+                + derivation
+            )
+            plain_tail = _NULLS + tail
+            device, mode, topic = message["device_id"], message["connector_mode"], message["topic"]
+            message_time = message["timestamp"]
+            for position, reading in enumerate(message["readings"]):
+                key = (device, mode, reading["component_type"], reading["pin_position"])
+                known = series(key)
+                if known is None:
+                    if names is None:
+                        out.missing = True
+                        return out
+                    text = series_fault(key, reading["unit"], topic) or "series"
+                    out.rejected.append(Rejected(index, position, ReasonCode.STORE_REJECTED, text))
+                    continue
+                prefix, unit, series_topic = known
+                timestamp = reading.get("timestamp", message_time)
+                value = reading.get("value")
+                if (
+                    value is not None
+                    and negative < value < positive
+                    and oldest <= timestamp <= newest
+                    and unit == reading["unit"]
+                    and topic == series_topic
+                    and not generation
+                    and not reading.get("flags")
+                    and type(timestamp) is int
+                ):
+                    rows[prefix, timestamp] = (
+                        prefix + _VALUE(timestamp - epoch, 2, reading["quality"], 8, value) + plain_tail
+                    )
+                else:
+                    rare = _encode_rare(reading, timestamp, known, topic, bounds)
+                    if isinstance(rare, bytes):
+                        part = out.corrections if generation else out.late if timestamp < bounds.late else rows
+                        part[prefix, timestamp] = rare + tail
+                    else:
+                        out.rejected.append(Rejected(index, position, *rare))
+        except (TypeError, ValueError, KeyError, struct.error, OverflowError, AttributeError) as e:
+            # This reading and, because the loop was left, the rest of the message one by one.
+            out.rejected.append(Rejected(index, position, *_diagnose(message, reading, bounds, e)))
+            for later in range(position + 1, len(message["readings"])):
+                single: Any = {**message, "readings": [message["readings"][later]]}
+                sub = _encode([single], series, tails, bounds, names)
+                if sub.missing:
+                    return sub
+                rows.update(sub.rows)
+                out.late.update(sub.late)
+                out.corrections.update(sub.corrections)
+                out.rejected += [Rejected(index, later, r.code, r.text) for r in sub.rejected]
+    out.readings = total
+    return out
+
+
+def _diagnose(message: Any, reading: Any, bounds: _Bounds, error: Exception) -> tuple[ReasonCode, str]:
+    """What is wrong with a reading that could not be encoded, in the words of the others where they fit."""
+    with suppress(TypeError, KeyError, AttributeError):
+        timestamp = reading.get("timestamp", message["timestamp"])
+        fault = timestamp_code(timestamp, oldest_us=bounds.oldest, newest_us=bounds.newest)
+        if fault is not None:
+            return fault
+    return ReasonCode.STORE_REJECTED, f"{type(error).__name__}: {error}"
+
+
+def _encode_rare(
+    reading: Any, timestamp: Any, known: _Series, topic: str, bounds: _Bounds
+) -> bytes | tuple[ReasonCode, str]:
+    """A row with text, flags or another unit, up to its tail; or why there is none."""
+    fault = timestamp_code(timestamp, oldest_us=bounds.oldest, newest_us=bounds.newest)
+    if fault is not None:
+        return fault
+    fault = value_fault(reading)
+    if fault is not None:
+        return fault
+    prefix, unit, series_topic = known
+    value, text, flags = reading.get("value"), reading.get("value_text"), reading.get("flags")
+    if value is None:
+        row = prefix + _NO_VALUE(timestamp - TIMESTAMP_MIN_US, 2, reading["quality"], -1)
+    else:
+        row = prefix + _VALUE(timestamp - TIMESTAMP_MIN_US, 2, reading["quality"], 8, value)
+    if flags:
+        items = b"".join(_text(flag) for flag in flags)
+        # Array (PostgreSQL source, array_send): dimensions, has-null flag, element type; then length, lower bound.
+        array = struct.pack(">iiiii", 1, 0, _TEXT_OID, len(flags), 1) + items
+        packed_flags = struct.pack(">i", len(array)) + array
+    else:
+        packed_flags = _NULL
+    own_unit = own_topic = _NULL
+    if reading["unit"] != unit:
+        if fault_text := text_fault(reading["unit"], NAME_CHARS_MAX):
+            return ReasonCode.STORE_REJECTED, f"unit {fault_text}"
+        own_unit = _text(reading["unit"])
+    if topic != series_topic:
+        if fault_text := text_fault(topic, TOPIC_CHARS_MAX):
+            return ReasonCode.STORE_REJECTED, f"topic {fault_text}"
+        own_topic = _text(topic)
+    return row + (_NULL if text is None else _text(text)) + packed_flags + own_unit + own_topic
+
+
+def _text(value: str) -> bytes:
+    encoded = value.encode()
+    return struct.pack(">i", len(encoded)) + encoded
+
+
+def _is_int4(value: Any) -> bool:
+    return type(value) is int and -(2**31) <= value < 2**31
+
+
+def _read_row(row: bytes) -> tuple[int, int, float | None, str | None, int, int]:
+    """series_id, timestamp, value, value_text, quality, received_at of a row; times in µs since 2000."""
+    _, _, series_id, _, timestamp, _, quality = _HEAD(row)
+    at = _VALUE_AT
+    length = int.from_bytes(row[at : at + 4], signed=True)
+    at += 4
+    value = text = None
+    if length == 8:
+        value = struct.unpack_from(">d", row, at)[0]
+        at += 8
+    length = int.from_bytes(row[at : at + 4], signed=True)
+    if length >= 0:
+        text = row[at + 4 : at + 4 + length].decode()
+    received_at = struct.unpack_from(">q", row, len(row) - _TAIL_BYTES + 4)[0]
+    return series_id, timestamp, value, text, quality, received_at
+
+
+_TAIL_BYTES: Final = struct.calcsize(">iqihiqii") + struct.calcsize(">iiii")
+
+
+def _find(
+    messages: Sequence[Message], refused: Mapping[tuple[bytes, int], str], series: Mapping[SeriesKey, _Series]
+) -> list[Rejected]:
+    """Which readings the refused rows were: the last of those with the same key, as only that one was tried."""
+    found: dict[tuple[bytes, int], Rejected] = {}
+    for index, message in enumerate(messages):
+        for position, reading in enumerate(message["readings"]):
+            try:
+                known = series.get(
+                    (
+                        message["device_id"],
+                        message["connector_mode"],
+                        reading["component_type"],
+                        reading["pin_position"],
+                    )
+                )
+                if known is None:
+                    continue
+                key = (known[0], reading.get("timestamp", message["timestamp"]))
+            except (KeyError, TypeError):
+                continue
+            if key in refused:
+                found[key] = Rejected(index, position, ReasonCode.STORE_REJECTED, refused[key])
+    return list(found.values())
+
+
+async def _copy(connection: Any, table: str, rows: Iterable[bytes]) -> None:
+    """Binary COPY, sorted by key: two writers in opposite orders would wait for each other."""
+    data = bytearray(_HEADER)
+    data += b"".join(sorted(rows))
+    data += _TRAILER
+    await connection.copy_to_table(table, source=data, columns=_COLUMNS, format="binary")
+
+
+#: Ranges of changed minutes in one write; beyond it hours are marked, then days: a back-fill touches thousands.
+_DIRTY_RANGES_MAX: Final = 64
+
+
+def _dirty_ranges(parts: Iterable[_Rows]) -> list[tuple[int, int]]:
+    """Changed time ranges, µs since 2000, in whole minutes, hours or days."""
+    minute = 60_000_000
+    minutes = {timestamp // minute for part in parts for _, timestamp in part}
+    ranges: list[tuple[int, int]] = []
+    for width in (1, 60, 1440):
+        buckets = sorted({m // width for m in minutes})
+        ranges = []
+        for bucket in buckets:
+            if ranges and ranges[-1][1] == bucket:
+                ranges[-1] = (ranges[-1][0], bucket + 1)
+            else:
+                ranges.append((bucket, bucket + 1))
+        ranges = [(f * width * minute - TIMESTAMP_MIN_US, t * width * minute - TIMESTAMP_MIN_US) for f, t in ranges]
+        if len(ranges) <= _DIRTY_RANGES_MAX:
+            break
+    return ranges
+
+
+def _count(status: str) -> int:
+    """Rows of a command's status, such as "INSERT 0 12"."""
+    return int(status.rsplit(" ", 1)[1])
+
+
+def _retry(error: BaseException) -> Retry:
+    return Retry(f"PostgreSQL: {type(error).__name__}: {error}")
+
+
+# --- alarms: columns of alarm_events first, then what only `alarms` has
+
+_INSERT_EVENTS: Final = """
+INSERT INTO alarm_events (transition_id, alarm_id, device_id, rule, transition, state, severity, occurred_at, detected_at, value,
+                          raw_partition, raw_offset, raw_index, generation, detail)
+SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::timestamptz[],
+                     $9::timestamptz[], $10::float8[], $11::int[], $12::bigint[], $13::int[], $14::int[], $15::jsonb[])
+ON CONFLICT (transition_id) DO NOTHING RETURNING transition_id"""
+_ALARM_COLUMNS: Final = (1, 2, 3, 15, 16, 17, 6, 5, 4, 7, 8, 18, 9, 19, 20, 21, 13, 22, 23)
+_UPSERT_ALARMS: Final = """
+INSERT INTO alarms AS a (alarm_id, device_id, rule, rule_rev, component_type, pin_position, severity, state, transition, occurred_at,
+                         detected_at, cleared_at, value, unit, threshold, message, generation, transitions, updated_at)
+SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[],
+  $10::timestamptz[], $11::timestamptz[], $12::timestamptz[], $13::float8[], $14::text[], $15::float8[], $16::text[], $17::int[], $18::int[], $19::timestamptz[])
+  AS u(alarm_id, device_id, rule, rule_rev, component_type, pin_position, severity, state, transition, occurred_at,
+       detected_at, cleared_at, value, unit, threshold, message, generation, transitions, updated_at)
+ON CONFLICT (alarm_id) DO UPDATE
+SET severity = excluded.severity, state = excluded.state, transition = excluded.transition, cleared_at = excluded.cleared_at,
+    message = excluded.message, transitions = a.transitions + excluded.transitions, updated_at = excluded.updated_at"""
+
+
+def _alarm_row(event: Mapping[str, Any]) -> tuple[Any, ...]:
+    def text(name: str, default: str | None = None) -> str:
+        value = event[name] if default is None else event.get(name, default)
+        if fault := text_fault(value, TEXT_CHARS_MAX):
+            message = f"{name} {fault}"
+            raise ValueError(message)
+        return str(value)
+
+    def number(name: str) -> float | None:
+        value = event.get(name)
+        return None if value is None else float(value)
+
+    def instant(name: str) -> datetime | None:
+        value = event.get(name)
+        if value is None:
+            return None
+        if fault := timestamp_code(value, oldest_us=TIMESTAMP_MIN_US, newest_us=TIMESTAMP_MAX_US):
+            message = f"{name}: {fault[1]}"
+            raise ValueError(message)
+        return datetime.fromtimestamp(value // 1_000_000, UTC).replace(microsecond=value % 1_000_000)
+
+    detected_at = instant("detected_at")
+    occurred_at = instant("occurred_at") or detected_at
+    if detected_at is None:
+        message = "detected_at is missing"
+        raise ValueError(message)
+    detail = orjson.dumps(event).decode()
+    if "\\u0000" in detail:
+        message = "holds NUL"
+        raise ValueError(message)
+    return (
+        text("transition_id"),
+        text("alarm_id"),
+        text("device_id"),
+        text("rule"),
+        text("transition"),
+        text("state"),
+        text("severity"),
+        occurred_at,
+        detected_at,
+        number("value"),
+        event.get("raw_partition"),
+        event.get("raw_offset"),
+        event.get("raw_index"),
+        event.get("generation", 0),
+        detail,
+        event.get("rule_rev", 0),
+        text("component_type", "unknown"),
+        text("pin_position", "-1"),
+        instant("cleared_at"),
+        text("unit", ""),
+        number("threshold"),
+        text("message", ""),
+    )

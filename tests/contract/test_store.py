@@ -1,0 +1,225 @@
+"""What every store of readings promises (preservarium/stores/base.py), asked of each."""
+
+import random
+from typing import Any
+
+import pytest
+from sink_support import DAY_US, NOW_US, SECOND_US, message
+
+from preservarium.domain.errors import ReasonCode, Retry
+from preservarium.stores.base import Move, Moved
+
+T = "iot_validated_data"
+
+
+async def test_every_column_comes_back(under_test):
+    sent = message(
+        "a1", {"value": 21.5, "flags": ["spike", 'odd "name", really'], "quality": 3}, {"value_text": "open, ünlocked", "unit": ""},
+        {"value": None, "quality": 9}, {"value": 7, "timestamp": NOW_US - 5 * SECOND_US - 1}, offset=41, experiment_id="x9",
+        generation=2,
+    )  # fmt: skip
+    result = await under_test.store.write([sent], {})
+    assert (result.accepted, result.duplicates, result.rejected) == (4, 0, [])
+    rows = await under_test.rows()
+    common = {
+        "device_id": "a1", "connector_mode": "LoRaWAN", "component_type": "temperature", "topic": "devices/1/up",
+        "received_at": NOW_US + 250_000, "raw_partition": 3, "raw_offset": 41, "raw_index": 0, "parser": "decentlab@1",
+        "config_rev": 7, "generation": 2, "experiment_id": "x9",
+    }  # fmt: skip
+    plain = {"unit": "Cel", "value_text": None, "quality": 1, "flags": None, "timestamp": NOW_US}
+    assert rows == [
+        common | plain | {"pin_position": "0", "value": 21.5, "quality": 3, "flags": ["spike", 'odd "name", really']},
+        common | plain | {"pin_position": "1", "value": None, "value_text": "open, ünlocked", "unit": ""},
+        common | plain | {"pin_position": "2", "value": None, "quality": 9},
+        common | plain | {"pin_position": "3", "value": 7.0, "timestamp": NOW_US - 5 * SECOND_US - 1},
+    ]
+
+
+async def test_unit_and_topic_of_a_row_are_its_own_even_where_the_series_began_with_others(under_test):
+    await under_test.store.write([message("a1", 1.0)], {})
+    await under_test.store.write([message("a1", {"value": 294.1, "unit": "K"}, at=NOW_US + 1, topic="other")], {})
+    assert [(r["value"], r["unit"], r["topic"]) for r in await under_test.rows()] == [
+        (1.0, "Cel", "devices/1/up"),
+        (294.1, "K", "other"),
+    ]
+
+
+async def test_writing_the_same_again_changes_nothing(under_test):
+    messages = [message(f"d{i}", *range(5), at=NOW_US + i) for i in range(20)]
+    first = await under_test.store.write(messages, {})
+    rows = await under_test.rows()
+    again = await under_test.store.write(messages, {})
+    assert (first.accepted, again.accepted, again.duplicates) == (100, 0, 100)
+    assert await under_test.rows() == rows
+
+
+async def test_a_stored_row_stays_and_new_ones_beside_it_are_stored(under_test):
+    await under_test.store.write([message("a", 1.0)], {})
+    result = await under_test.store.write([message("a", 2.0), message("b", 3.0)], {})
+    assert (result.accepted, result.duplicates) == (1, 1)
+    assert [r["value"] for r in await under_test.rows()] == [1.0, 3.0]
+
+
+async def test_of_equal_keys_in_one_write_the_last_wins(under_test):
+    result = await under_test.store.write([message("a", 1.0), message("a", 2.0), message("a", 3.0)], {})
+    assert (result.accepted, result.duplicates) == (1, 2)
+    assert [r["value"] for r in await under_test.rows()] == [3.0]
+
+
+async def test_a_later_generation_overwrites_and_an_earlier_one_does_not(under_test):
+    await under_test.store.write([message("a", 1.0), message("b", 1.0)], {})
+    result = await under_test.store.write([message("a", 2.0, generation=1)], {})
+    assert result.accepted == 1
+    result = await under_test.store.write([message("a", 3.0, generation=1), message("a", 4.0)], {})
+    assert (result.accepted, result.duplicates) == (0, 2)
+    assert [(r["value"], r["generation"]) for r in await under_test.rows()] == [(2.0, 1), (1.0, 0)]
+
+
+async def test_offsets_move_with_the_rows(under_test):
+    store = under_test.store
+    assert await store.offsets(T, [0, 5]) == {0: None, 5: None}
+    await store.write([message("a", 1.0)], {(T, 0): Move(None, 10), (T, 5): Move(None, 3)})
+    assert await store.offsets(T, [0, 5, 6]) == {0: 10, 5: 3, 6: None}
+    await store.write([], {(T, 0): Move(10, 12)})
+    assert await store.offsets(T, [0, 5]) == {0: 12, 5: 3}
+    assert await store.offsets("another", [0]) == {0: None}
+
+
+@pytest.mark.parametrize(
+    "moves",
+    [
+        {(T, 0): Move(9, 20)},
+        {(T, 0): Move(11, 20)},
+        {(T, 0): Move(None, 20)},
+        {(T, 1): Move(5, 20)},
+        {(T, 0): Move(10, 20), (T, 1): Move(4, 9)},
+        {(T, 0): Move(10, 20), (T, 2): Move(7, 9)},
+    ],
+)
+async def test_a_stale_writer_writes_nothing(under_test, moves):
+    store = under_test.store
+    await store.write([], {(T, 0): Move(None, 10), (T, 2): Move(None, 8)})
+    with pytest.raises(Moved) as e:
+        await store.write([message("a", 1.0)], moves)
+    held = {(T, 0): 10, (T, 1): None, (T, 2): 8}
+    assert e.value.positions == {key: held[key] for key in moves}
+    assert await under_test.rows() == []
+    assert await store.offsets(T, [0, 1, 2]) == {0: 10, 1: None, 2: 8}
+
+
+BAD: list[tuple[dict[str, Any], ReasonCode]] = [
+    ({"value": float("nan")}, ReasonCode.VALUE_NOT_FINITE),
+    ({"value": float("inf")}, ReasonCode.VALUE_NOT_FINITE),
+    ({"value": float("-inf")}, ReasonCode.VALUE_NOT_FINITE),
+    ({"value": "21.5"}, ReasonCode.STORE_REJECTED),
+    ({"value": 10**400}, ReasonCode.STORE_REJECTED),
+    ({"value": [1]}, ReasonCode.STORE_REJECTED),
+    ({"value_text": "a\0b"}, ReasonCode.STORE_REJECTED),
+    ({"value_text": "a\ud800"}, ReasonCode.STORE_REJECTED),
+    ({"value_text": "x" * 20_000}, ReasonCode.STORE_REJECTED),
+    ({"value_text": 5}, ReasonCode.STORE_REJECTED),
+    ({"value": 1.0, "component_type": "a\0"}, ReasonCode.STORE_REJECTED),
+    ({"value": 1.0, "component_type": "x" * 3000}, ReasonCode.STORE_REJECTED),
+    ({"value": 1.0, "component_type": None}, ReasonCode.STORE_REJECTED),
+    ({"value": 1.0, "pin_position": 3}, ReasonCode.STORE_REJECTED),
+    ({"value": 1.0, "pin_position": ["3"]}, ReasonCode.STORE_REJECTED),
+    ({"value": 1.0, "unit": None}, ReasonCode.STORE_REJECTED),
+    ({"value": 1.0, "flags": "spike"}, ReasonCode.STORE_REJECTED),
+    ({"value": 1.0, "flags": ["a\0"]}, ReasonCode.STORE_REJECTED),
+    ({"value": 1.0, "quality": None}, ReasonCode.STORE_REJECTED),
+    ({"value": 1.0, "timestamp": None}, ReasonCode.TIMESTAMP_INVALID),
+    ({"value": 1.0, "timestamp": "2026-01-01"}, ReasonCode.TIMESTAMP_INVALID),
+    ({"value": 1.0, "timestamp": 1.5}, ReasonCode.TIMESTAMP_INVALID),
+    ({"value": 1.0, "timestamp": 0}, ReasonCode.TIMESTAMP_INVALID),
+    ({"value": 1.0, "timestamp": 2**70}, ReasonCode.TIMESTAMP_INVALID),
+    ({"value": 1.0, "timestamp": NOW_US - 91 * DAY_US}, ReasonCode.LATE_BEYOND_RETENTION),
+    ({"value": 1.0, "timestamp": NOW_US + 2 * DAY_US}, ReasonCode.TIMESTAMP_FUTURE),
+]
+
+
+@pytest.mark.parametrize(("fields", "code"), BAD, ids=lambda v: None if isinstance(v, dict) else str(v))
+async def test_a_bad_reading_takes_nothing_else_with_it(under_test, fields, code):
+    good = [message(f"g{i}", 1.0, 2.0) for i in range(3)]
+    result = await under_test.store.write([good[0], message("a", 1.0, fields, 3.0), *good[1:]], {(T, 0): Move(None, 4)})
+    assert [(r.message, r.reading, r.code) for r in result.rejected] == [(1, 1, code)]
+    assert (result.accepted, result.duplicates) == (8, 0)
+    assert len(await under_test.rows()) == 8
+    assert await under_test.store.offsets(T, [0]) == {0: 4}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"device_id": ""},
+        {"device_id": None},
+        {"connector_mode": "\0"},
+        {"topic": "a\0"},
+        {"parser": None},
+        {"config_rev": "7"},
+        {"experiment_id": "a\0"},
+    ],
+)
+async def test_a_bad_message_takes_no_other_with_it(under_test, fields):
+    result = await under_test.store.write([message("g", 1.0), message("a", 1.0, 2.0) | fields, message("h", 1.0)], {})
+    assert [(r.message, r.reading, r.code) for r in result.rejected] == [
+        (1, 0, ReasonCode.STORE_REJECTED),
+        (1, 1, ReasonCode.STORE_REJECTED),
+    ]
+    assert result.accepted == 2
+    assert [r["device_id"] for r in await under_test.rows()] == ["g", "h"]
+
+
+@pytest.mark.parametrize("k", [1, 7, 100])
+async def test_k_bad_rows_anywhere_among_ten_thousand(under_test, k):
+    rng = random.Random(k)
+    bad = set(rng.sample(range(10_000), k))
+    rejected, accepted = 0, 0
+    for start in range(0, 10_000, 5_000):
+        messages = [
+            message(f"d{i % 50}", float("nan") if i in bad else float(i), at=NOW_US + i)
+            for i in range(start, start + 5_000)
+        ]
+        result = await under_test.store.write(messages, {})
+        rejected += len(result.rejected)
+        accepted += result.accepted
+        assert {start + r.message for r in result.rejected} == {i for i in bad if start <= i < start + 5_000}
+    assert (rejected, accepted) == (k, 10_000 - k)
+    assert len(await under_test.rows()) == 10_000 - k
+
+
+async def test_any_order_of_suffix_replays_leaves_the_same_rows(under_test):
+    """What redelivery does: each write may be repeated, from any earlier point, with other batch borders."""
+    rng = random.Random(5)
+    messages = [message(f"d{i % 7}", float(i), float(-i), at=NOW_US + i // 7, offset=i) for i in range(300)]
+    position = 0
+    while position < len(messages):
+        start = max(0, position - rng.randrange(40))
+        end = min(len(messages), start + rng.randrange(1, 60))
+        await under_test.store.write(messages[start:end], {})
+        position = max(position, end)
+    rows = await under_test.rows()
+    assert len(rows) == 600
+    assert {(r["raw_offset"], r["value"]) for r in rows} == {(i, v) for i in range(300) for v in (float(i), float(-i))}
+
+
+async def test_what_is_rejected_is_told_before_anything_is_committed(under_test):
+    seen = []
+
+    async def refuse(rejected):
+        seen.append([(r.message, r.reading) for r in rejected])
+        raise Retry("Kafka is down")
+
+    messages = [message("a", 1.0, float("nan"), 2.0)]
+    with pytest.raises(Retry, match="Kafka is down"):
+        await under_test.store.write(messages, {(T, 0): Move(None, 4)}, before_commit=refuse)
+    assert seen == [[(0, 1)]]
+    assert await under_test.rows() == []
+    assert await under_test.store.offsets(T, [0]) == {0: None}
+    result = await under_test.store.write(messages, {(T, 0): Move(None, 4)})
+    assert result.accepted == 2
+
+
+async def test_nothing_to_write(under_test):
+    result = await under_test.store.write([], {})
+    assert (result.accepted, result.duplicates, result.rejected) == (0, 0, [])
+    assert await under_test.store.offsets(T, []) == {}
