@@ -1,0 +1,583 @@
+"""The one Faust app: stages, state tables, watchdog, settings.
+
+`faust -A preservarium worker` runs it. Agents and tables import `app` from here; nothing here imports them
+(preservarium/__init__.py does, so that the direction of imports stays agents → tables → engine).
+"""
+
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
+from pathlib import Path
+from time import monotonic
+from typing import IO, Any, Final, NoReturn, Protocol, TypeVar
+
+import faust
+import structlog
+from faust.exceptions import AlreadyConfiguredWarning
+from faust.types import TP
+from mode import Service
+from mode.supervisors import CrashingSupervisor
+from yarl import URL
+
+import preservarium.transport  # noqa: F401  # makes the batch:// scheme known to Faust
+from preservarium import logs, metrics
+from preservarium.clock import Clock, SystemClock
+from preservarium.domain.errors import Fatal
+from preservarium.feeds import GroupFeed, OnAssigned
+from preservarium.publish import BATCH_BYTES_MAX, Publisher
+from preservarium.runner import Runner
+from preservarium.settings import LiveSettings, SettingsError, load
+from preservarium.stage import Batch, Effects, GroupHandler, Handler
+from preservarium.state import ROCKSDB_OPTIONS, StateTable
+from preservarium.stores.breaker import breakers
+from preservarium.topics import Topic
+from preservarium.transport import Stage, Stages
+
+log = structlog.get_logger(__name__)
+
+H = TypeVar("H", bound=Callable[..., Awaitable[Effects]])
+
+#: Exit code of a worker whose group membership cannot be healed; whoever supervises it starts it again.
+EXIT_UNHEALTHY: Final = 70
+#: The watchdog looks this often.
+WATCH_S: Final = 5.0
+#: Metrics of lanes and lag are refreshed this often; a scrape is no more frequent.
+GAUGES_S: Final = 1.0
+#: A handler that works on one batch for so long, without waiting for a dependency, is stuck: no batch takes minutes.
+STUCK_S: Final = 120.0
+#: A fetch or poll loop that has not turned for so long is stuck; a turn takes a second, a rebalance up to a minute.
+LOOP_STUCK_S: Final = 90.0
+#: Requests to the broker; at least the session timeout, or Faust refuses to start.
+REQUEST_TIMEOUT_S: Final = 60.0
+#: A rebalance gives workers this long to finish what they have under way.
+REBALANCE_TIMEOUT_S: Final = 60.0
+#: Worker data directories on one machine; more workers than this on one is a mistake.
+SLOTS_MAX: Final = 64
+
+
+class Closable(Protocol):
+    """Something that is closed when the worker stops."""
+
+    async def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
+class _Topic(faust.Topic):
+    """Faust's topic, which can also be made where the broker has no CreateTopics (librdkafka's in-memory broker)."""
+
+    async def declare(self) -> None:
+        try:
+            await super().declare()
+        except Exception as e:
+            # Faust wraps whatever the broker said; what counts is whether the topic can be had another way.
+            log.warning(
+                "topic_not_created", topic=self.get_topic_name(), error=repr(e), action="asking for its metadata"
+            )
+            await self.app.publisher.ensure_topic(self.get_topic_name())
+
+
+class _Worker(faust.Worker):
+    """Faust's worker with our logging: no spinner, no banner of levels, standard output left alone."""
+
+    def __init__(self, app: Any, *services: Any, **kwargs: Any) -> None:
+        # The command line always asks for redirection, whatever the setting says; it would swallow our own log.
+        kwargs["redirect_stdouts"] = False
+        super().__init__(app, *services, **kwargs)
+        self.spinner = None
+
+    def _setup_logging(self) -> None:
+        settings = self.app.live()
+        given = str(self.loglevel or "").upper()
+        # WARN is the command line's default, so it says nothing about what the operator wants.
+        level = given if given in ("DEBUG", "INFO", "ERROR", "CRITICAL") else settings.log_level
+        logs.configure(level, settings.log_format)
+
+
+class App(faust.App):
+    """The app. Declares stages and tables; owns the publisher, the settings and the clock."""
+
+    #: What Faust's base class says of starting and stopping goes with the rest of Faust's log.
+    logger = logging.getLogger("faust.app")
+
+    def __init__(self, live: LiveSettings, *, clock: Clock | None = None) -> None:
+        settings = live()
+        kafka = settings.kafka
+        self.live = live
+        self.clock: Clock = clock or SystemClock()
+        self.stages = Stages()
+        self.group_feeds: dict[str, GroupFeed] = {}
+        self.state_tables: dict[str, StateTable] = {}
+        self.publisher = Publisher(live)
+        #: (table, partition) -> whose turn it is among the stages that share the table
+        self._turns: dict[tuple[str, int], asyncio.Lock] = {}
+        self._resources: list[Closable] = []
+        self._slot: IO[bytes] | None = None
+        self._gauges: set[tuple[str, ...]] = set()
+        self._committed_any_s = monotonic()
+        self._started_s = monotonic()
+        #: Faust's command line gives --datadir in the environment, and it wins.
+        self._datadir_given = bool(os.environ.get("F_DATADIR"))
+        bind = settings.web.host
+        super().__init__(
+            id=kafka.group,
+            broker=[
+                URL(f"batch://{server.strip()}") for server in kafka.bootstrap_servers.split(",") if server.strip()
+            ],
+            autodiscover=False,
+            origin="preservarium",
+            version=1,  # never changed: it would give every changelog another name
+            datadir=os.environ.get("F_DATADIR") or settings.data_dir,
+            store="rocksdb://",
+            Topic=_Topic,
+            Worker=_Worker,
+            agent_supervisor=CrashingSupervisor,
+            broker_commit_interval=kafka.commit_interval_s,
+            broker_session_timeout=kafka.session_timeout_s,
+            broker_heartbeat_interval=kafka.session_timeout_s / 6,
+            broker_rebalance_timeout=REBALANCE_TIMEOUT_S,
+            broker_request_timeout=max(REQUEST_TIMEOUT_S, kafka.session_timeout_s),
+            broker_max_poll_records=settings.agents.records_max,
+            consumer_max_fetch_size=kafka.fetch_bytes_max,
+            consumer_auto_offset_reset="earliest",
+            stream_wait_empty=True,
+            producer_acks=-1,
+            producer_linger=kafka.linger_ms / 1000,
+            producer_max_batch_size=BATCH_BYTES_MAX,
+            producer_max_request_size=kafka.record_bytes_max,
+            producer_request_timeout=REQUEST_TIMEOUT_S,
+            producer_compression_type=None if kafka.compression == "none" else kafka.compression,
+            topic_partitions=kafka.partitions,
+            topic_replication_factor=kafka.replication,
+            topic_allow_declare=True,  # changelogs only: `preservarium migrate` makes the others
+            topic_disable_leader=True,
+            table_standby_replicas=1,
+            web_bind=bind,
+            web_host=socket.gethostname() if bind in ("", "0.0.0.0", "::") else bind,
+            web_port=settings.web.port,
+            web_tables_enabled=False,
+        )
+
+    # --- declaring ----------------------------------------------------------------------------------------------
+
+    def stage(self, topic: Topic, *, name: str, shares: str | None = None) -> Callable[[Handler], Handler]:
+        """Declare a stage on the shared feed: it works on one partition at a time and may read and put state.
+
+        Its handler raises Retry, Fatal or, for a defect, anything else (preservarium/runner.py has the table).
+        Partitions run concurrently, each in order. Stages that write the same table read different topics and name
+        the table in `shares`: of one partition, one of them works at a time, from reading the state to writing it.
+        """
+
+        def declare(handler: Handler) -> Handler:
+            async def one(batches: Any) -> Effects:
+                return await handler(batches[0])
+
+            def turn(partition: int) -> AbstractAsyncContextManager[Any]:
+                if shares is None:
+                    return nullcontext()
+                return self._turns.setdefault((shares, partition), asyncio.Lock())
+
+            runner = self._runner(name, one, turn=turn)
+            stage = Stage(name, topic.name, runner, self.live)
+            full = topic.full(self.live().kafka.topic_prefix)
+            self.stages.add(full, stage)
+            channel = self.topic(
+                full,
+                key_type=bytes,
+                value_type=bytes,
+                key_serializer="raw",
+                value_serializer="raw",
+                partitions=self.live().kafka.partitions,
+            )
+
+            async def run(stream: Any) -> None:
+                await stage.run(stream)
+
+            run.__doc__ = handler.__doc__  # what `faust agents` shows
+            self.agent(channel, name=name)(run)
+            return handler
+
+        return declare
+
+    def group_stage(
+        self,
+        topic: Topic,
+        *,
+        name: str,
+        group: str,
+        records_max: Callable[[], int] = lambda: 5_000,
+        linger_s: Callable[[], float] = lambda: 0.1,
+        flights: int = 1,
+        on_assigned: OnAssigned | None = None,
+        kafka_topic: str | None = None,
+    ) -> Callable[[GroupHandler], GroupHandler]:
+        """Declare a stage with a consumer group of its own, `<kafka.group>-<group>`: it works on several partitions.
+
+        Args:
+            topic: what it reads.
+            name: of the stage.
+            group: suffix of the consumer group; two stages must not share one.
+            records_max: most records handed over at once.
+            linger_s: a smaller batch waits this long for company.
+            flights: batches under way at once; a partition is in one of them.
+            on_assigned: says, for partitions just assigned and before each retry, the offset to start from. What it
+                says wins over Kafka's commit.
+            kafka_topic: name in the cluster where it is not the declared one (another system's topic).
+        """
+
+        def declare(handler: GroupHandler) -> GroupHandler:
+            settings = self.live().kafka
+            feed = GroupFeed(
+                name,
+                topic.name,
+                kafka_topic=kafka_topic or topic.full(settings.topic_prefix),
+                group=f"{settings.group}-{group}",
+                runner=self._runner(name, handler, owns_tables=False),
+                live=self.live,
+                records_max=records_max,
+                linger_s=linger_s,
+                flights=flights,
+                on_assigned=on_assigned,
+            )
+            self.group_feeds[name] = feed
+
+            async def run(stream: Any) -> None:
+                await feed.run()
+
+            run.__doc__ = handler.__doc__
+            self.agent(self.channel(), name=name)(run)
+            return handler
+
+        return declare
+
+    def _runner(
+        self,
+        name: str,
+        handler: GroupHandler,
+        *,
+        owns_tables: bool = True,
+        turn: Callable[[int], AbstractAsyncContextManager[Any]] = lambda _: nullcontext(),
+    ) -> Runner:
+        if name in self.agents:
+            message = f"stage {name} is declared twice"
+            raise ValueError(message)
+
+        async def put_state(table: str, partition: int, items: Mapping[bytes, bytes | None]) -> None:
+            if not owns_tables:
+                message = f"stage {name} has a consumer group of its own and can write no table ({table})"
+                raise Fatal(message)
+            await self.state_tables[table].put_many(partition, items)
+
+        return Runner(
+            name, handler, publisher=self.publisher, put_state=put_state, live=self.live, clock=self.clock, turn=turn
+        )
+
+    def state_table(self, name: str, *, help: str = "") -> StateTable:
+        """Declare a state table: bytes by bytes, co-partitioned with the topics, restored from its changelog."""
+        table = StateTable(
+            self.Table(
+                name,
+                key_type=bytes,
+                value_type=bytes,
+                partitions=self.live().kafka.partitions,
+                help=help,
+                options=dict(ROCKSDB_OPTIONS),  # a copy: Faust takes entries out of it
+            ),
+            self.publisher,
+        )
+        self.state_tables[name] = table
+        return table
+
+    def resource(self, closable: Any) -> Any:
+        """Register something with `async close()`; closed, last first, when the worker has stopped its stages."""
+        self._resources.append(closable)
+        return closable
+
+    # --- starting and stopping ----------------------------------------------------------------------------------
+
+    def on_init_dependencies(self) -> Any:
+        """The publisher before everything else, so that it also stops after everything else."""
+        if not len(self.stages) and not self.tables and self.boot_strategy.enable_kafka_consumer is None:
+            # Nothing to fetch with the shared group, and Faust cannot subscribe to nothing.
+            self.boot_strategy.enable_kafka_consumer = False
+        return [self.publisher, *super().on_init_dependencies()]
+
+    async def on_first_start(self) -> None:
+        """Take a data directory before tables open theirs."""
+        self._take_slot()
+        await super().on_first_start()
+
+    def _take_slot(self) -> None:
+        """Workers of one machine share `data_dir`: each takes a directory in it that no other has.
+
+        Which one a worker gets does not matter: a local table that is behind, or of other partitions, is brought up
+        from the changelog.
+        """
+        if self._datadir_given:
+            return
+        for number in range(SLOTS_MAX):
+            slot = Path(self.live().data_dir) / f"worker-{number}"
+            slot.mkdir(parents=True, exist_ok=True)
+            lock = (slot / "lock").open("wb")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.close()
+                continue
+            self._slot = lock
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", AlreadyConfiguredWarning)  # read so far for the banner only
+                self.conf.datadir = slot
+            return
+        message = f"all {SLOTS_MAX} worker directories in {self.live().data_dir} are taken"
+        raise Fatal(message)
+
+    async def on_start(self) -> None:
+        """Listen for SIGHUP."""
+        await super().on_start()
+        self._started_s = monotonic()
+        try:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload_settings)
+        except (NotImplementedError, RuntimeError, ValueError):
+            log.info("no_reload_signal", reason="not in the main thread")
+
+    async def on_started(self) -> None:
+        """Say what runs: tables are restored by now."""
+        await super().on_started()
+        if not self.should_stop:
+            log.info(
+                "worker_ready",
+                stages=sorted(self._runners()),
+                partitions=len(self._assignment or ()),
+                data_dir=str(self.conf.datadir),
+                took_s=round(monotonic() - self._started_s, 1),
+            )
+
+    async def on_stop(self) -> None:
+        """Stop as at a rebalance: finish what is under way, commit."""
+        log.info("worker_stops")
+        await super().on_stop()
+
+    async def on_shutdown(self) -> None:
+        """Close resources: stages have stopped by now."""
+        await super().on_shutdown()
+        while self._resources:
+            resource = self._resources.pop()
+            try:
+                await resource.close()
+            except Exception:
+                log.exception("close_failed", resource=type(resource).__name__)
+        if self._slot is not None:
+            self._slot.close()
+            self._slot = None
+
+    def reload_settings(self) -> None:
+        """Read the settings again (SIGHUP) and say what changed; a wrong value changes nothing."""
+        try:
+            changes = self.live.reload()
+        except SettingsError as e:
+            log.error("settings_not_reloaded", error=str(e))
+            return
+        for change in changes:
+            write = log.info if change.applied else log.warning
+            write(
+                "setting_changed" if change.applied else "setting_needs_restart",
+                variable=change.variable,
+                old=change.old,
+                new=change.new,
+            )
+        logs.set_level(self.live().log_level)
+        log.info("settings_reloaded", changes=len(changes))
+
+    def reset_fuse(self, stage: str) -> bool:
+        """Close a stage's fuse by hand; whether there is such a stage."""
+        runner = self._runners().get(stage)
+        if runner is None:
+            return False
+        log.warning("fuse_reset", stage=stage, was=runner.fuse.reason)
+        runner.fuse.reset()
+        return True
+
+    def _runners(self) -> dict[str, Runner]:
+        return {s.name: s.runner for s in self.stages} | {name: f.runner for name, f in self.group_feeds.items()}
+
+    # --- watching -----------------------------------------------------------------------------------------------
+
+    @Service.task
+    async def _watch_group(self) -> None:
+        """Heal or end a worker whose membership in the shared group died silently.
+
+        aiokafka parks fatal group errors until someone calls `getmany`; Faust reads its fetcher directly and never does.
+        """
+        while not self.should_stop:
+            await self.sleep(WATCH_S)
+            # Hook: Faust's consumer thread, aiokafka's coordinator. tests/contract holds them.
+            thread = getattr(self._consumer, "_thread", None)
+            coordinator = getattr(getattr(thread, "_consumer", None), "_coordinator", None)
+            task = getattr(coordinator, "_coordination_task", None)
+            if coordinator is None or thread is None or task is None or self.should_stop:
+                continue
+            if coordinator._pending_exception is not None or task.done():
+                try:
+                    await thread.call_thread(_check_errors, coordinator)
+                except Exception as e:
+                    metrics.WATCHDOG.labels("healed").inc()
+                    log.error("group_error", error=repr(e), action="un-parked: the worker joins again")
+                if task.done() and not self.should_stop:
+                    self._give_up("the group coordination task has ended")
+
+    def _give_up(self, reason: str) -> NoReturn:
+        metrics.WATCHDOG.labels("exit").inc()
+        log.critical("worker_gives_up", reason=reason, exit_code=EXIT_UNHEALTHY)
+        # Not sys.exit: an orderly stop would wait for what is broken. Un-acknowledged work is read again.
+        os._exit(EXIT_UNHEALTHY)
+
+    @Service.task
+    async def _refresh_gauges(self) -> None:
+        while not self.should_stop:
+            await self.sleep(GAUGES_S)
+            try:
+                self._set_gauges()
+            except Exception:
+                log.exception("gauges_failed")
+
+    def _set_gauges(self) -> None:
+        seen: set[tuple[str, ...]] = set()
+        for name, stage in self.stage_reports().items():
+            metrics.PENDING_RECORDS.labels(name).set(stage["pending"])
+            metrics.PARTITIONS_PAUSED.labels(name).set(len(stage["paused"]))
+            metrics.COMMIT_AGE_SECONDS.labels(name).set(stage["commit_age_s"])
+            for partition, lag in stage["lag_by_partition"].items():
+                labels: tuple[str, ...] = (name, stage["topic"], str(partition))
+                seen.add(labels)
+                metrics.LAG_RECORDS.labels(*labels).set(lag)
+        for labels in self._gauges - seen:
+            metrics.LAG_RECORDS.remove(*labels)
+        self._gauges = seen
+
+    def stage_reports(self) -> dict[str, dict[str, Any]]:
+        """How every stage stands: partitions, pending and lagging records, age of the last commit, what is paused."""
+        now_s = monotonic()
+        clock_s = self.clock.monotonic_s()
+        reports: dict[str, dict[str, Any]] = {}
+        consumer = self._consumer
+        thread = getattr(consumer, "_thread", None)
+        prefix = self.live().kafka.topic_prefix
+        for stage in self.stages:
+            highwaters: dict[int, int] = {}
+            if thread is not None and getattr(thread, "_consumer", None) is not None:
+                for tp in consumer.assignment():
+                    if tp.topic == prefix + stage.topic:
+                        highwaters[tp.partition] = consumer.highwater(tp) or 0
+            committed = {
+                tp.partition: offset
+                for tp, offset in (consumer._committed_offset.items() if consumer is not None else ())
+                if tp.topic == prefix + stage.topic and offset is not None
+            }
+            reports[stage.name] = _report(
+                "shared", stage.topic, self.conf.id, stage.runner, stage.lanes, highwaters, committed, now_s, clock_s
+            )
+        for feed in self.group_feeds.values():
+            highwaters = {p: lane.highwater for p, lane in feed.lanes.items() if lane.highwater is not None}
+            report = _report("group", feed.topic, feed.group, feed.runner, feed.lanes, highwaters, {}, now_s, clock_s)
+            report["trouble"] = feed.trouble
+            reports[feed.name] = report
+        return reports
+
+    def health_report(self) -> dict[str, Any]:
+        """Everything that a judgement of this worker's health needs.
+
+        `ok` and `problems` ask only for what a restart could mend; a dependency that is down pauses partitions, which
+        `stages` and `breakers` show, and is no fault of the worker.
+        """
+        now_s = monotonic()
+        stages = self.stage_reports()
+        problems: list[str] = []
+        for name, stage in stages.items():
+            if stage["fuse"]["blown"]:
+                problems.append(f"{name}: fuse blown: {stage['fuse']['reason']}")
+            problems += [
+                f"{name}: partition {p} works on one batch for {busy_s:.0f} s"
+                for p, busy_s in stage["busy_s"].items()
+                if busy_s > STUCK_S and p not in stage["paused"]
+            ]
+        consumer = self._consumer
+        assignment: dict[str, list[int]] = {}
+        if consumer is not None and getattr(consumer._thread, "_consumer", None) is not None:
+            for tp in sorted(consumer.assignment()):
+                assignment.setdefault(tp.topic, []).append(tp.partition)
+            if consumer.flow_active and assignment and now_s - consumer.fetched_s > LOOP_STUCK_S:
+                problems.append(f"the fetch loop stands still for {now_s - consumer.fetched_s:.0f} s")
+        for name, feed in self.group_feeds.items():
+            if feed.polled_s is not None and now_s - feed.polled_s > LOOP_STUCK_S:
+                problems.append(f"{name}: the poll loop stands still for {now_s - feed.polled_s:.0f} s")
+        return {
+            "ok": not problems,
+            "problems": problems,
+            "uptime_s": now_s - self._started_s,
+            "rebalancing": bool(self.rebalancing),
+            "recovering": bool(getattr(self, "in_recovery", False)),
+            "assignment": assignment,
+            "stages": stages,
+            "breakers": {breaker.name: breaker.state.name.lower() for breaker in breakers()},
+        }
+
+
+def _report(
+    feed: str,
+    topic: str,
+    group: str,
+    runner: Runner,
+    lanes: Mapping[int, Any],
+    highwaters: Mapping[int, int],
+    committed: Mapping[int, int],
+    now_s: float,
+    clock_s: float,
+) -> dict[str, Any]:
+    lag: dict[int, int] = {}
+    for partition in set(highwaters) | set(lanes):
+        lane = lanes.get(partition)
+        position = lane.position if lane is not None else None
+        if position is None:
+            position = committed.get(partition, lane.committed if lane is not None else None)
+        if partition in highwaters:
+            lag[partition] = max(0, highwaters[partition] - (position or 0))
+    busy = {p: clock_s - lane.progress.since_s for p, lane in lanes.items() if lane.progress.since_s is not None}
+    return {
+        "feed": feed,
+        "topic": topic,
+        "group": group,
+        "partitions": sorted(set(highwaters) | set(lanes)),
+        "pending": sum(lane.pending_records for lane in lanes.values()),
+        "lag": sum(lag.values()),
+        "lag_by_partition": lag,
+        "commit_age_s": max((now_s - lane.committed_s for lane in lanes.values() if lane.busy), default=0.0),
+        "busy_s": busy,
+        "paused": {p: lane.progress.reason for p, lane in lanes.items() if lane.progress.paused},
+        "fuse": {"blown": runner.fuse.blown, "reason": runner.fuse.reason},
+    }
+
+
+async def _check_errors(coordinator: Any) -> None:
+    coordinator.check_errors()
+
+
+def _settings() -> LiveSettings:
+    try:
+        return LiveSettings(load())
+    except SettingsError as e:
+        print(f"preservarium: {e}", file=sys.stderr)  # one line, before there is a log
+        raise SystemExit(2) from None
+
+
+#: The app of this process.
+app = App(_settings())
+
+__all__ = ["TP", "App", "Batch", "app"]

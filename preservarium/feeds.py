@@ -1,0 +1,481 @@
+"""The second feed: a stage with a consumer group of its own, through aiokafka's public API.
+
+For stages that write to a database or a mail server: when that is down, only this stage stops; its lag is that of its
+own group, and it can be replayed by resetting one group. In Faust's eyes it is an agent on a channel that nothing is
+sent to: `faust agents` lists it, the worker starts, supervises and stops it.
+
+    poll loop → lanes (a partition each) → flights (batches of several partitions, up to records_max or linger_s)
+             ↑ pause/resume                 └─ Runner (handler, effects) → lanes' positions → commit
+
+A partition is in at most one flight, so its order is kept, and its position is one number. The poll loop never waits for
+a flight: a stage that retries for an hour keeps its group membership.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from time import monotonic
+from typing import Any, Final
+
+import structlog
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+
+from preservarium import metrics
+from preservarium.domain.errors import Fatal, Retry
+from preservarium.runner import Progress, Runner
+from preservarium.settings import LiveSettings
+from preservarium.stage import Batch, Record
+
+log = structlog.get_logger(__name__)
+
+#: Gives, for partitions just assigned (or about to be tried again), the offset to start from; a partition that it leaves
+#: out starts where Kafka's commit stands. The answer wins over Kafka's, because the store's transaction made it.
+OnAssigned = Callable[[list[int]], Awaitable[Mapping[int, int]]]
+
+#: A poll returns after this time at the latest; flights start, commits and pauses happen at least this often.
+POLL_MS: Final = 50
+#: A fetch request waits this long at the broker (see transport.FETCH_WAIT_MS).
+FETCH_WAIT_MS: Final = 100
+#: Flights of records that may wait in memory besides those under way: one to start at once when a flight ends.
+WAITING_FLIGHTS: Final = 2
+#: A rebalance or stop waits this long for flights; a database transaction that takes longer is abandoned.
+FLIGHT_STOP_S: Final = 10.0
+#: Longest wait for a commit: polling and rebalances wait for it, and without it a suffix is merely read again.
+COMMIT_TIMEOUT_S: Final = 5.0
+#: Leaving a group takes this long at most.
+LEAVE_TIMEOUT_S: Final = 5.0
+#: A consumer that met an error is made anew after this time.
+RECONNECT_S: Final = 2.0
+#: Topics that do not exist yet are looked for this often.
+METADATA_AGE_MS: Final = 30_000
+
+
+class GroupLane:
+    """One partition of a group stage."""
+
+    __slots__ = (
+        "_batches",
+        "closing",
+        "committed",
+        "committed_s",
+        "epoch",
+        "flying",
+        "highwater",
+        "known",
+        "partition",
+        "pending_records",
+        "position",
+        "progress",
+        "revoked",
+        "waiting_since_s",
+    )
+
+    def __init__(self, partition: int) -> None:
+        self.partition = partition
+        self._batches: deque[list[Record]] = deque()
+        self.pending_records = 0
+        self.waiting_since_s = 0.0
+        self.flying = False
+        self.closing = False  #: being revoked: no further flight
+        self.revoked = False
+        self.epoch = 0  #: grows with every seek, so that what was fetched before it is told apart
+        self.known = False  #: on_assigned has said where to start
+        self.position: int | None = None  #: first offset that is not acknowledged
+        self.committed: int | None = None
+        self.committed_s = monotonic()
+        self.highwater: int | None = None
+        self.progress = Progress()
+
+    @property
+    def uncommitted(self) -> bool:
+        """Whether records are acknowledged and not yet committed."""
+        return self.position is not None and self.position != self.committed
+
+    @property
+    def busy(self) -> bool:
+        """Whether records wait, fly, or are not committed."""
+        return self.flying or self.pending_records > 0 or self.uncommitted
+
+    def push(self, records: list[Record]) -> None:
+        """Add what a poll brought."""
+        if self.closing:
+            return
+        if not self._batches:
+            self.waiting_since_s = monotonic()
+        self._batches.append(records)
+        self.pending_records += len(records)
+
+    def take(self, records_max: int) -> list[Record]:
+        """Up to `records_max` of the records that wait, in order."""
+        taken: list[Record] = []
+        while self._batches and len(taken) < records_max:
+            records = self._batches.popleft()
+            room = records_max - len(taken)
+            if len(records) > room:
+                self._batches.appendleft(records[room:])
+                records = records[:room]
+            taken = taken + records if taken else records
+        self.pending_records -= len(taken)
+        self.waiting_since_s = monotonic()
+        return taken
+
+    def clear(self) -> None:
+        """Forget what waits."""
+        self._batches.clear()
+        self.pending_records = 0
+
+    def skip_below(self, offset: int) -> None:
+        """Forget waiting records below `offset`."""
+        kept = [[r for r in records if r.offset >= offset] for records in self._batches]
+        self._batches = deque(records for records in kept if records)
+        self.pending_records = sum(len(records) for records in self._batches)
+
+
+class GroupFeed:
+    """Runs a stage in a consumer group of its own."""
+
+    def __init__(
+        self,
+        name: str,
+        topic: str,
+        *,
+        kafka_topic: str,
+        group: str,
+        runner: Runner,
+        live: LiveSettings,
+        records_max: Callable[[], int],
+        linger_s: Callable[[], float],
+        flights: int,
+        on_assigned: OnAssigned | None,
+    ) -> None:
+        self.name = name
+        self.topic = topic  #: declared name
+        self.kafka_topic = kafka_topic  #: name in the cluster
+        self.group = group
+        self.runner = runner
+        self.lanes: dict[int, GroupLane] = {}
+        #: monotonic time of the poll loop's last turn; None while not running
+        self.polled_s: float | None = None
+        #: why the consumer is not connected; empty while it is
+        self.trouble = "not started"
+        self._live = live
+        self._records_max = records_max
+        self._linger_s = linger_s
+        self._flights_max = flights
+        self._on_assigned = on_assigned
+        self._flights: dict[asyncio.Task[None], list[GroupLane]] = {}
+        self._starts: set[asyncio.Task[None]] = set()
+        self._consumer: Any = None
+        self._error: BaseException | None = None
+        self._paused: set[int] = set()
+
+    async def run(self) -> None:
+        """Poll until cancelled; then stop as at a rebalance: wait for flights, commit, leave the group.
+
+        Raises:
+            Fatal: the worker must end.
+        """
+        while True:
+            try:
+                await self._run_consumer()
+            except (KafkaError, OSError, TimeoutError) as e:
+                self.trouble = repr(e)
+                log.warning("group_feed_reconnects", stage=self.name, group=self.group, error=repr(e))
+            await asyncio.sleep(RECONNECT_S)
+
+    async def _run_consumer(self) -> None:
+        settings = self._live().kafka
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=settings.bootstrap_servers,
+            client_id=f"{settings.group}-{self.name}",
+            group_id=self.group,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            max_partition_fetch_bytes=settings.fetch_bytes_max,
+            fetch_max_wait_ms=FETCH_WAIT_MS,
+            session_timeout_ms=round(settings.session_timeout_s * 1000),
+            heartbeat_interval_ms=round(settings.session_timeout_s * 1000 / 6),
+            rebalance_timeout_ms=60_000,
+            request_timeout_ms=60_000,
+            metadata_max_age_ms=METADATA_AGE_MS,
+            partition_assignment_strategy=(RoundRobinPartitionAssignor,),
+        )
+        self._consumer = consumer
+        try:
+            await consumer.start()
+            consumer.subscribe([self.kafka_topic], listener=_Listener(self))
+            self.trouble = ""
+            await self._poll(consumer)
+        finally:
+            self.polled_s = None
+            try:
+                # Shielded: a worker that stops cancels this task, and the last commit must still go out.
+                await asyncio.shield(asyncio.ensure_future(self._leave(consumer)))
+            finally:
+                self._consumer = None
+
+    async def _leave(self, consumer: Any) -> None:
+        await self.revoke(list(self.lanes))
+        with contextlib.suppress(KafkaError, OSError, TimeoutError):
+            async with asyncio.timeout(LEAVE_TIMEOUT_S):
+                await consumer.stop()
+
+    # --- polling ------------------------------------------------------------------------------------------------
+
+    async def _poll(self, consumer: Any) -> None:
+        commit_at_s = monotonic() + self._live().kafka.commit_interval_s
+        while True:
+            self.polled_s = now_s = monotonic()
+            if self._error is not None:
+                raise self._error
+            self._start_flights()
+            self._pause_full(consumer)
+            if now_s >= commit_at_s:
+                commit_at_s = now_s + self._live().kafka.commit_interval_s
+                await self._commit(consumer)
+            epochs = {lane.partition: (lane, lane.epoch) for lane in self.lanes.values() if lane.known}
+            fetched = await consumer.getmany(timeout_ms=self._poll_ms(), max_records=self._records_max())
+            for tp, records in fetched.items():
+                lane = self.lanes.get(tp.partition)
+                if lane is None:
+                    with contextlib.suppress(IllegalStateError):
+                        consumer.seek(tp, records[0].offset)  # its assignment is not announced yet: read again then
+                elif lane.known and epochs.get(tp.partition, (lane, 0)) == (lane, lane.epoch):
+                    lane.highwater = consumer.highwater(tp)
+                    lane.push(records)
+                # Otherwise it was fetched before a seek, which will bring it again where it is needed.
+
+    def _poll_ms(self) -> int:
+        """Until something falls due: a linger, or a flight that may end."""
+        if self._flights or any(lane.pending_records for lane in self.lanes.values()):
+            return max(1, min(POLL_MS, round(self._linger_s() * 250)))
+        return POLL_MS
+
+    def _pause_full(self, consumer: Any) -> None:
+        """Fetch neither partitions that wait for a dependency nor those of which enough is in memory."""
+        limit = self._records_max() * WAITING_FLIGHTS
+        paused = {
+            lane.partition
+            for lane in self.lanes.values()
+            if not lane.known or lane.progress.paused or lane.pending_records >= limit
+        }
+        if paused != self._paused:
+            assigned = {tp.partition: tp for tp in consumer.assignment()}
+            with contextlib.suppress(IllegalStateError):
+                consumer.pause(*(assigned[p] for p in paused - self._paused if p in assigned))
+                consumer.resume(*(assigned[p] for p in self._paused - paused if p in assigned))
+            self._paused = paused
+
+    # --- flights ------------------------------------------------------------------------------------------------
+
+    def _start_flights(self) -> None:
+        records_max, linger_s = self._records_max(), self._linger_s()
+        while len(self._flights) < self._flights_max:
+            ready = [x for x in self.lanes.values() if x.pending_records and not x.flying and not x.closing]
+            if not ready:
+                return
+            waiting = sum(lane.pending_records for lane in ready)
+            oldest_s = min(lane.waiting_since_s for lane in ready)
+            if waiting < records_max and monotonic() - oldest_s < linger_s:
+                return
+            ready.sort(key=lambda lane: lane.waiting_since_s)
+            batches: list[Batch] = []
+            flying: list[GroupLane] = []
+            room = records_max
+            for lane in ready:
+                records = lane.take(room)
+                batches.append(Batch(self.topic, lane.partition, records))
+                flying.append(lane)
+                lane.flying = True
+                room -= len(records)
+                if room <= 0:
+                    break
+            task = asyncio.create_task(self._fly(batches, flying), name=f"{self.name}-flight")
+            self._flights[task] = flying
+            task.add_done_callback(self._landed)
+
+    def _landed(self, task: asyncio.Task[None]) -> None:
+        for lane in self._flights.pop(task, ()):
+            lane.flying = False
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._error = self._error or error
+        elif self._consumer is not None:
+            self._start_flights()  # at once: the poll loop may be waiting
+
+    async def _fly(self, batches: Sequence[Batch], lanes: Sequence[GroupLane]) -> None:
+        progress = Progress()
+        for lane in lanes:
+            lane.progress = progress
+        await self.runner.process(batches, self._ack, progress, recheck=self._recheck)
+
+    def _ack(self, batch: Batch) -> None:
+        lane = self.lanes.get(batch.partition)
+        if lane is None or lane.revoked:
+            return
+        offset = batch.records[-1].offset + 1
+        if lane.position is not None and offset <= lane.position:
+            message = f"acknowledged {offset} after {lane.position} in {batch.topic}-{batch.partition}"
+            raise Fatal(message)
+        lane.position = offset
+
+    async def _recheck(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Before a retry: the store may hold part of it (a commit whose answer was lost), or less than was thought."""
+        if self._on_assigned is None:
+            return batches
+        offsets = await self._on_assigned([batch.partition for batch in batches])
+        kept: list[Batch] = []
+        for batch in batches:
+            start = offsets.get(batch.partition)
+            lane = self.lanes.get(batch.partition)
+            if start is None or start == batch.records[0].offset:
+                kept.append(batch)
+            elif start > batch.records[0].offset:
+                records = [r for r in batch.records if r.offset >= start]
+                if lane is not None:
+                    lane.position = max(start, lane.position or 0)
+                    lane.skip_below(start)
+                if records:
+                    kept.append(Batch(batch.topic, batch.partition, records))
+            elif lane is not None and not lane.revoked:
+                # The store lost something (restored from a backup): go back to where it stands.
+                log.warning(
+                    "store_is_behind",
+                    stage=self.name,
+                    partition=batch.partition,
+                    store=start,
+                    was=batch.records[0].offset,
+                )
+                lane.clear()
+                lane.position = None
+                lane.epoch += 1
+                self._consumer.seek(TopicPartition(self.kafka_topic, batch.partition), start)
+        return kept
+
+    # --- rebalance ----------------------------------------------------------------------------------------------
+
+    def assign(self, partitions: Iterable[int]) -> None:
+        """Partitions are ours now; find out where to start, and fetch nothing of them before that is known."""
+        metrics.REBALANCES.labels(self.group).inc()
+        new = sorted(partitions)
+        for partition in new:
+            self.lanes[partition] = GroupLane(partition)
+        if not new:
+            return
+        if self._on_assigned is None:
+            for partition in new:
+                self.lanes[partition].known = True
+            return
+        task = asyncio.create_task(self._find_start([self.lanes[p] for p in new]))
+        self._starts.add(task)
+        task.add_done_callback(self._started)
+
+    def _started(self, task: asyncio.Task[None]) -> None:
+        self._starts.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._error = self._error or error
+
+    async def _find_start(self, lanes: list[GroupLane]) -> None:
+        assert self._on_assigned is not None
+        delay_s = self._live().agents.backoff_s
+        while True:
+            lanes = [lane for lane in lanes if not lane.revoked]
+            if not lanes:
+                return
+            try:
+                offsets = await self._on_assigned([lane.partition for lane in lanes])
+                break
+            except Fatal:
+                raise
+            except Exception as e:
+                metrics.BATCH_RETRIES.labels(self.name, "retry").inc()
+                log.warning(
+                    "start_unknown", stage=self.name, error=repr(e), exc_info=None if isinstance(e, Retry) else e
+                )
+                for lane in lanes:
+                    lane.progress.reason = str(e)
+                await asyncio.sleep(delay_s)
+                delay_s = min(delay_s * 2, self._live().agents.backoff_max_s)
+        for lane in lanes:
+            if lane.revoked:
+                continue
+            tp = TopicPartition(self.kafka_topic, lane.partition)
+            start = offsets.get(lane.partition)
+            try:
+                # Also where the store says nothing: a poll may have passed over records meanwhile.
+                if start is None:
+                    start = await self._consumer.committed(tp)
+                if start is None:
+                    await self._consumer.seek_to_beginning(tp)
+                else:
+                    self._consumer.seek(tp, start)
+            except IllegalStateError:
+                continue  # revoked meanwhile
+            lane.progress.reason = ""
+            lane.epoch += 1
+            lane.known = True
+
+    async def revoke(self, partitions: Iterable[int]) -> None:
+        """Partitions go to another worker: wait for their flights, commit what is acknowledged, forget the rest."""
+        lanes = [self.lanes[p] for p in partitions if p in self.lanes]
+        for lane in lanes:
+            lane.closing = True
+            lane.clear()
+        flights = {task: flying for task, flying in self._flights.items() if any(lane in lanes for lane in flying)}
+        waiting = [t for t, flying in flights.items() if not flying[0].progress.paused]
+        if waiting:
+            await asyncio.wait(waiting, timeout=FLIGHT_STOP_S)
+        for task in flights:
+            if not task.done():
+                log.warning("flight_abandoned", stage=self.name, partitions=[x.partition for x in flights[task]])
+                task.cancel()
+        if flights:
+            await asyncio.wait(flights)
+        if self._consumer is not None and any(lane.uncommitted for lane in lanes):
+            await self._commit(self._consumer)
+        for lane in lanes:
+            lane.revoked = True
+            if self.lanes.get(lane.partition) is lane:
+                del self.lanes[lane.partition]
+        self._paused -= {lane.partition for lane in lanes}
+
+    async def _commit(self, consumer: Any) -> None:
+        offsets = {
+            TopicPartition(self.kafka_topic, lane.partition): lane.position
+            for lane in self.lanes.values()
+            if lane.position is not None and lane.position != lane.committed
+        }
+        if not offsets:
+            return
+        try:
+            # Bounded: aiokafka tries for ever while it finds no coordinator.
+            async with asyncio.timeout(COMMIT_TIMEOUT_S):
+                await consumer.commit(offsets)
+        except (CommitFailedError, IllegalStateError) as e:
+            # A rebalance came first: the next owner reads these again.
+            log.info("commit_refused", stage=self.name, error=repr(e))
+            return
+        except (KafkaError, TimeoutError) as e:
+            log.warning("commit_failed", stage=self.name, error=repr(e))
+            return
+        now_s = monotonic()
+        for tp, offset in offsets.items():
+            lane = self.lanes.get(tp.partition)
+            if lane is not None:
+                lane.committed = offset
+                lane.committed_s = now_s
+
+
+class _Listener(ConsumerRebalanceListener):
+    """aiokafka's rebalance callbacks; they run in the group's own task, beside the poll loop."""
+
+    def __init__(self, feed: GroupFeed) -> None:
+        self._feed = feed
+
+    async def on_partitions_revoked(self, revoked: Iterable[Any]) -> None:
+        await self._feed.revoke([tp.partition for tp in revoked])
+
+    async def on_partitions_assigned(self, assigned: Iterable[Any]) -> None:
+        self._feed.assign(tp.partition for tp in assigned)

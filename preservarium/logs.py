@@ -1,0 +1,84 @@
+"""Logging: structlog for us, the standard library's for Faust and aiokafka, one format for both.
+
+A log line is a constant event name with fields. Nothing is logged per record. WARNING: nothing is lost; ERROR: something
+is lost or needs a human.
+"""
+
+import logging
+import logging.config
+import sys
+from typing import Any, Final
+
+import structlog
+
+#: These talk of every connection, service and flush at INFO.
+_QUIET: Final = {
+    "aiokafka": "WARNING",
+    "faust": "WARNING",
+    "mode": "WARNING",
+    "aiohttp.access": "WARNING",
+}
+
+_SHARED: Final[list[Any]] = [
+    structlog.contextvars.merge_contextvars,
+    structlog.stdlib.add_log_level,
+    structlog.stdlib.add_logger_name,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+]
+
+
+def config(level: str, form: str) -> dict[str, Any]:
+    """A `logging.config.dictConfig` dictionary.
+
+    Args:
+        level: least severe level that is logged.
+        form: `console`, `json`, or `auto`: console on a terminal, JSON elsewhere.
+    """
+    console = form == "console" or (form == "auto" and sys.stderr.isatty())
+    renderer: list[Any] = (
+        [structlog.dev.ConsoleRenderer()]
+        if console
+        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+    )
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {
+            "preservarium": {
+                "()": structlog.stdlib.ProcessorFormatter,
+                "processors": [structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
+                # What Faust says is made for columns: %-formatted and padded.
+                "foreign_pre_chain": [*_SHARED, structlog.stdlib.ExtraAdder()],
+            }
+        },
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "preservarium"}},
+        "root": {"level": level, "handlers": ["stderr"]},
+        "loggers": {name: {"level": max(level, quiet, key=_severity)} for name, quiet in _QUIET.items()},
+    }
+
+
+def configure(level: str = "INFO", form: str = "auto") -> None:
+    """Set logging up for the process: structlog and the standard library."""
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *_SHARED,
+            structlog.processors.StackInfoRenderer(),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    logging.config.dictConfig(config(level, form))
+
+
+def set_level(level: str) -> None:
+    """Change the level of a running process."""
+    logging.getLogger().setLevel(level)
+    for name, quiet in _QUIET.items():
+        logging.getLogger(name).setLevel(max(level, quiet, key=_severity))
+
+
+def _severity(name: str) -> int:
+    return logging.getLevelNamesMapping()[name]

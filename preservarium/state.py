@@ -1,0 +1,102 @@
+"""State tables: Faust Tables (recovery, changelog, standby, `faust tables` stay stock) with our own way of writing.
+
+Stock Faust writes RocksDB first and lets the changelog follow unseen; a crash between loses the change for the next
+owner. `put_many` sends the changelog, waits for its acknowledgement, and then writes RocksDB together with the changelog
+offset, in one RocksDB batch: at every instant the changelog holds at least what the local store holds.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+#: RocksDB keeps one database a table and partition; a worker may own 5 tables × 12 partitions. Faust's defaults would
+#: give each 2 GiB of cache and 192 MiB of write buffers. These keep the worst case of all below 1 GiB, the usual case
+#: (most tables small or quiet) below 100 MiB; states are small and recent, so the caches stay warm.
+ROCKSDB_OPTIONS: Final[Mapping[str, Any]] = {
+    "block_cache_size": 8 << 20,
+    "write_buffer_size": 4 << 20,
+    "max_write_buffer_number": 2,
+    "target_file_size_base": 16 << 20,
+    "max_open_files": 128,
+    "bloom_filter_size": 10,
+}
+
+
+class Appending(Protocol):
+    """What a state table needs of a publisher."""
+
+    async def append(self, topic: str, partition: int, items: Sequence[tuple[bytes, bytes | None]]) -> int | None:
+        """Produce to one partition; the offset of the last record when all are acknowledged."""
+        ...
+
+
+class StateTable:
+    """Bytes by key, a store for each partition; only the stage that owns the partition writes."""
+
+    def __init__(self, table: Any, publisher: Appending) -> None:
+        self.table = table
+        self._publisher = publisher
+
+    @property
+    def name(self) -> str:
+        """The table's name."""
+        return str(self.table.name)
+
+    def get(self, partition: int, key: bytes) -> bytes | None:
+        """The value of a key, a few µs; None where there is none. `partition` must be assigned to this worker."""
+        store = self.table.data
+        if hasattr(store, "_db_for_partition"):
+            value: bytes | None = store._db_for_partition(partition).get(key)
+            return value
+        found: bytes | None = store.data.get(key)
+        return found
+
+    def items(self, partition: int) -> Iterator[tuple[bytes, bytes]]:
+        """Every key and value of a partition, for inspection; the memory store does not tell partitions apart."""
+        store = self.table.data
+        if hasattr(store, "_db_for_partition"):
+            yield from ((k, v) for k, v in store._db_for_partition(partition).items() if k != store.offset_key)
+        else:
+            yield from list(store.data.items())
+
+    def partitions(self) -> list[int]:
+        """Partitions whose store is open in this worker (active and standby)."""
+        return sorted(getattr(self.table.data, "_dbs", {}))
+
+    async def put_many(self, partition: int, items: Mapping[bytes, bytes | None]) -> None:
+        """Write values (None deletes); return when changelog and store hold them.
+
+        Raises:
+            Retry: Kafka did not acknowledge; the store is untouched.
+            Reject: a value is larger than a record may be.
+        """
+        if not items:
+            return
+        offset = await self._publisher.append(self.table.changelog_topic_name, partition, list(items.items()))
+        apply(self.table.data, partition, items.items(), offset)
+
+
+def apply(store: Any, partition: int, items: Sequence[tuple[bytes, bytes | None]] | Any, offset: int | None) -> None:
+    """Write items and the changelog offset that they end at, in one atomic batch."""
+    if not hasattr(store, "_db_for_partition"):
+        # Faust's memory store: one dictionary and no offset, so that a restart recovers everything.
+        for key, value in items:
+            if value is None:
+                store.data.pop(key, None)
+            else:
+                store.data[key] = value
+        return
+    import rocksdict
+
+    batch = rocksdict.WriteBatch(raw_mode=True)
+    for key, value in items:
+        if value is None:
+            batch.delete(key)
+        else:
+            batch.put(key, value)
+    if offset is not None:
+        batch.put(store.offset_key, b"%d" % offset)
+    store._db_for_partition(partition).write(batch)
