@@ -19,6 +19,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "registry",
     "topics",
     "config",
+    "connect",
 )
 
 #: A wrong setting, as for wrong arguments: nothing was done.

@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 import structlog
 
 from preservarium import metrics, topics
+from preservarium.clock import Clock
 from preservarium.domain.errors import ReasonCode, Reject, Retry
 from preservarium.records import (
     DEVICE_CHARS_MAX,
@@ -185,6 +186,16 @@ class Backoff:
         """Seconds to wait now: between half of the step and all of it."""
         step_s, self._next_s = self._next_s, min(self._next_s * 2, self._max_s)
         return step_s * self._rng.uniform(0.5, 1.0)
+
+
+async def pause(clock: Clock, seconds: float, stop: asyncio.Event) -> None:
+    """Wait for `seconds`, or until `stop` is set."""
+    waits = {asyncio.ensure_future(clock.sleep(seconds)), asyncio.ensure_future(stop.wait())}
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
 @dataclass(slots=True, eq=False)

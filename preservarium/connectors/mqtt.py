@@ -34,6 +34,7 @@ from preservarium.connectors.base import (
     RawProducer,
     envelope_send,
     message_send,
+    pause,
     refused_send,
 )
 from preservarium.connectors.envelopes import uplink_of
@@ -305,18 +306,9 @@ class MqttConnector:
                 metrics.CONNECTOR_RECONNECTS.labels(CONNECTOR).inc()
                 wait_s = self._backoff.next_s()
                 log.warning("mqtt connection given up, will be made again", error=str(e), wait_s=round(wait_s, 2))
-                await self._sleep(wait_s)
+                await pause(self._clock, wait_s, self._stop)
             finally:
                 self.connected.clear()
-
-    async def _sleep(self, seconds: float) -> None:
-        sleep = asyncio.ensure_future(self._clock.sleep(seconds))
-        stop = asyncio.ensure_future(self._stop.wait())
-        try:
-            await asyncio.wait({sleep, stop}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            sleep.cancel()
-            stop.cancel()
 
     async def _session(self) -> None:
         settings = self._live()
