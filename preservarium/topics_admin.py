@@ -4,7 +4,6 @@ Faust does not create plain topics and never looks at existing ones, so this is 
 """
 
 import asyncio
-import random
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from preservarium import topics as declared_topics
 from preservarium.domain.errors import PreservariumError
 from preservarium.settings import Settings
 from preservarium.topics import TOPICS, Topic
+from preservarium.waiting import until_up
 
 log = structlog.get_logger(__name__)
 
@@ -28,8 +28,6 @@ RECORD_OVERHEAD_BYTES: Final = 65_536
 #: A new topic is usable when its leaders are known to the broker we ask; seconds even on a busy machine.
 READY_WAIT_S: Final = 30.0
 REQUEST_TIMEOUT_MS: Final = 30_000
-BACKOFF_FIRST_S: Final = 0.1
-BACKOFF_MAX_S: Final = 2.0
 
 
 class TopicsError(PreservariumError):
@@ -177,9 +175,7 @@ async def create(settings: Settings, *, wait_s: float = 0.0) -> Comparison:
 
 
 async def _connect(settings: Settings, wait_s: float) -> Any:
-    deadline = time.monotonic() + wait_s
-    pause_s = BACKOFF_FIRST_S
-    while True:
+    async def attempt() -> Any:
         admin = AIOKafkaAdminClient(
             bootstrap_servers=settings.kafka.bootstrap_servers,
             client_id="preservarium-admin",
@@ -187,16 +183,14 @@ async def _connect(settings: Settings, wait_s: float) -> Any:
         )
         try:
             await admin.start()
-        except (KafkaError, OSError) as e:
+        except BaseException:
             with suppress(KafkaError, OSError):
                 await admin.close()
-            if time.monotonic() + pause_s > deadline:
-                message = f"Kafka at {settings.kafka.bootstrap_servers} cannot be reached ({e}); tried for {wait_s:g} s"
-                raise TopicsError(message) from e
-            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
-            pause_s = min(pause_s * 2, BACKOFF_MAX_S)
-        else:
-            return admin
+            raise
+        return admin
+
+    what = f"Kafka at {settings.kafka.bootstrap_servers}"
+    return await until_up(what, attempt, not_yet=(KafkaError, OSError), wait_s=wait_s, error=TopicsError)
 
 
 async def _create(admin: Any, missing: Sequence[Declared]) -> None:

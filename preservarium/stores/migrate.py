@@ -7,7 +7,6 @@ at the first migration and remembered in `schema_facts`, because the two layouts
 
 import asyncio
 import hashlib
-import random
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -23,6 +22,7 @@ from pydantic import SecretStr
 
 from preservarium.domain.errors import PreservariumError
 from preservarium.settings import Settings
+from preservarium.waiting import one_line, until_up
 
 log = structlog.get_logger(__name__)
 
@@ -39,9 +39,6 @@ LOCK_KEY: Final = 0x5052_4553_4D49  # "PRESMI"
 LOCK_WAIT_S: Final = 900.0
 #: A migration waits this long for a table lock, so that it never queues all other users behind it for long.
 TABLE_LOCK_WAIT_S: Final = 60
-#: Back-off while a database starts.
-BACKOFF_FIRST_S: Final = 0.1
-BACKOFF_MAX_S: Final = 2.0
 
 _FILE_NAME: Final = re.compile(
     r"(?P<version>\d{4}[a-z]?)_(?:(?P<phase>pre|post)_)?(?P<what>[a-z0-9]+(?:_[a-z0-9]+)*)\.sql"
@@ -378,32 +375,7 @@ async def connect_postgres(settings: Settings, *, wait_s: float = 0.0) -> Any:
     async def attempt() -> Any:
         return await asyncpg.connect(settings.postgres.dsn, timeout=settings.postgres.connect_timeout_s)
 
-    return await _retry("PostgreSQL", attempt, _NOT_YET, wait_s)
-
-
-async def _retry(
-    what: str, attempt: Callable[[], Awaitable[Any]], not_yet: tuple[type[Exception], ...], wait_s: float
-) -> Any:
-    deadline = time.monotonic() + wait_s
-    pause_s = BACKOFF_FIRST_S
-    while True:
-        try:
-            return await attempt()
-        except not_yet as e:
-            if time.monotonic() + pause_s > deadline:
-                message = f"{what} cannot be reached ({_one_line(e)}); tried for {wait_s:g} s"
-                raise MigrationError(message) from e
-            # Jitter, so that several processes started together do not knock together.
-            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
-            pause_s = min(pause_s * 2, BACKOFF_MAX_S)
-        except Exception as e:
-            message = f"{what} refuses: {_one_line(e)}"
-            raise MigrationError(message) from e
-
-
-def _one_line(e: BaseException) -> str:
-    text = str(e).strip() or e.__class__.__name__
-    return " ".join(text.split())
+    return await until_up("PostgreSQL", attempt, not_yet=_NOT_YET, wait_s=wait_s, error=MigrationError)
 
 
 @asynccontextmanager
@@ -595,7 +567,7 @@ async def _create_timescaledb(connection: Any) -> None:
         await connection.execute("CREATE EXTENSION IF NOT EXISTS timescaledb")
     except Exception as e:
         message = (
-            f"TimescaleDB is available and cannot be made an extension of this database ({_one_line(e)}): "
+            f"TimescaleDB is available and cannot be made an extension of this database ({one_line(e)}): "
             "let a superuser run CREATE EXTENSION timescaledb, or remove it from the server"
         )
         raise MigrationError(message) from e
@@ -635,7 +607,7 @@ async def _run(execute: Callable[[str], Awaitable[Any]], m: Migration, statement
             await execute(s.sql)
         except Exception as e:
             hint = getattr(e, "hint", None)
-            message = f"{m.store}/{m.file}: statement {s.number} (line {s.line}): {_one_line(e)}" + (
+            message = f"{m.store}/{m.file}: statement {s.number} (line {s.line}): {one_line(e)}" + (
                 f" (hint: {hint})" if hint else ""
             )
             raise MigrationError(message) from e
@@ -686,7 +658,9 @@ async def connect_clickhouse(settings: Settings, *, database: str | None = None,
             autogenerate_session_id=False,
         )
 
-    return await _retry("ClickHouse", attempt, (OSError, TimeoutError, OperationalError), wait_s)
+    return await until_up(
+        "ClickHouse", attempt, not_yet=(OSError, TimeoutError, OperationalError), wait_s=wait_s, error=MigrationError
+    )
 
 
 async def migrate_clickhouse(
