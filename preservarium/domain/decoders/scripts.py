@@ -1,0 +1,152 @@
+"""Parser scripts: what they are given, and how what they return becomes decoded fields.
+
+The scripts themselves run in the sandbox, outside the domain. Here are the two pure ends of a call: `arguments` before
+it and `fields` after it. JavaScript follows the payload codec API of the LoRa Alliance (TS013) as network servers publish
+it: `decodeUplink({bytes, fPort, recvTime, variables})` returns `{data, warnings, errors}`. Python is ours:
+`decode(payload, context)` returns a list of `{"name", "value", "unit", "timestamp", "pin"}` or a dict of name to value.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import orjson
+
+from preservarium.domain.decoders.base import DECODED_MAX, Decoded, ParserError, base_time, failed, payload_bytes
+from preservarium.domain.errors import ReasonCode, Reject
+from preservarium.domain.instant import instant_us
+from preservarium.domain.reading import RawMessage
+
+#: Parser kind -> the function that decodes.
+FUNCTIONS: Final = {"javascript": "decodeUplink", "python": "decode"}
+#: Objects nested deeper than this are no measurement any more.
+DEPTH_MAX: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptParser:
+    """One version of a parser script, with a device's variables."""
+
+    kind: str  #: javascript or python
+    name: str  #: name@version
+    source: str
+    script_id: str  #: SHA-256 of kind and source: equal sources share one context
+    variables: Mapping[str, Any]
+
+    @property
+    def function(self) -> str:
+        """The function to call."""
+        return FUNCTIONS[self.kind]
+
+    def arguments(self, raw: RawMessage) -> str:
+        """The call's arguments as JSON text.
+
+        A payload of bytes (or hexadecimal or base64 text) is `bytes`, a list of numbers; any other JSON is `payload`.
+        """
+        given: dict[str, Any] = {}
+        try:
+            given["bytes"] = list(payload_bytes(raw["payload"]))
+        except Reject:
+            given["payload"] = raw["payload"]
+        at = datetime.fromtimestamp(base_time(raw) / 1e6, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        if self.kind == "javascript":
+            given |= {
+                "fPort": raw["port"] if raw["port"] is not None else 1,
+                "recvTime": at,
+                "variables": self.variables,
+            }
+        else:
+            context = {"port": raw["port"], "received_at": at, "device": raw["device"], "topic": raw["topic"]}
+            given["context"] = {**context, "variables": self.variables, "meta": raw["meta"]}
+        return orjson.dumps(given).decode()
+
+    def fields(self, text: str) -> list[Decoded]:
+        """The fields of a result (JSON text).
+
+        Raises:
+            Reject: DECODE_FAILED, the script reported errors or returned nothing that holds a value; DECODE_LIMIT.
+        """
+        result = orjson.loads(text)
+        if self.kind == "javascript":
+            result = _data(result)
+        found = list(_python_fields(result)) if isinstance(result, list) else list(_flat("", result, None, 0))
+        if len(found) > DECODED_MAX:
+            raise Reject(ReasonCode.DECODE_LIMIT, f"{len(found)} fields, more than {DECODED_MAX}")
+        if not found:
+            message = "the script returned no values"
+            raise failed(message)
+        return found
+
+
+def compile_script(doc: Mapping[str, Any], variables: Mapping[str, Any] | None = None) -> ScriptParser:
+    """A script parser from its document.
+
+    Raises:
+        ParserError: the source is not text.
+    """
+    source = doc.get("source")
+    if not isinstance(source, str) or not source.strip():
+        message = f"the source of a {doc['kind']} parser is its text"
+        raise ParserError(message)
+    digest = hashlib.sha256(f"{doc['kind']}\0{source}".encode()).hexdigest()
+    return ScriptParser(doc["kind"], f"{doc['name']}@{doc['version']}", source, digest, dict(variables or {}))
+
+
+def _data(result: Any) -> Any:
+    """`data` of a TS013 result."""
+    if not isinstance(result, dict):
+        message = f"the script returned {type(result).__name__}, not an object"
+        raise failed(message)
+    errors = result.get("errors")
+    if errors:
+        text = "; ".join(str(e) for e in errors[:5]) if isinstance(errors, list) else str(errors)
+        message = f"the script reports: {text[:500]}"
+        raise failed(message)
+    data = result.get("data")
+    if data is None:
+        message = "the script returned no data"
+        raise failed(message)
+    return data
+
+
+def _flat(name: str, value: Any, unit: str | None, depth: int) -> Iterator[Decoded]:
+    """Nested objects and lists as fields named `outer.inner`, `list.0`."""
+    if isinstance(value, str | int | float | bool):
+        yield Decoded(name or "value", value, unit, None, None)
+    elif depth >= DEPTH_MAX or value is None:
+        return
+    elif isinstance(value, dict):
+        # {value, unit}: how several makers write a measurement (displayName besides).
+        if "value" in value and not isinstance(value["value"], dict | list) and set(value) <= _MEASUREMENT:
+            given = value.get("unit")
+            yield from _flat(name, value["value"], given if isinstance(given, str) and given else None, depth + 1)
+            return
+        for key, inner in value.items():
+            yield from _flat(f"{name}.{key}" if name else str(key), inner, None, depth + 1)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _flat(f"{name}.{i}" if name else str(i), inner, None, depth + 1)
+
+
+_MEASUREMENT: Final = frozenset({"value", "unit", "displayName", "name", "label", "type"})
+
+
+def _python_fields(rows: list[Any]) -> Iterator[Decoded]:
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+            message = f"item {i} of the script's list has no name"
+            raise failed(message)
+        timestamp = None
+        if row.get("timestamp") is not None:
+            timestamp = instant_us(row["timestamp"])
+            if timestamp is None:
+                message = f"item {i} of the script's list has a timestamp that is no instant"
+                raise failed(message)
+        value = row.get("value")
+        if isinstance(value, dict | list):
+            message = f"item {i} of the script's list has a {type(value).__name__} for a value"
+            raise failed(message)
+        unit, pin = row.get("unit"), row.get("pin")
+        yield Decoded(row["name"], value, str(unit) if unit else None, timestamp, str(pin) if pin is not None else None)
