@@ -53,6 +53,7 @@ def _histogram(name: str, meaning: str, *labels: str, buckets: tuple[float, ...]
 RECORDS_RECEIVED = _counter("records_received_total", "Kafka records handed to a stage.", "stage")
 RECORDS_SENT = _counter("records_sent_total", "Kafka records that a stage produced, acknowledged.", "stage", "topic")
 READINGS = _counter("readings_total", "Readings that a stage passed on.", "stage")
+DUPLICATES = _counter("duplicates_total", "Lines that a stage skipped, because it had applied them before.", "stage")
 REFUSED = _counter("refused_total", "Inputs that went to iot_errors.", "stage", "code")
 BATCH_SECONDS = _histogram("batch_seconds", "Time from handing over a batch to its acknowledgement.", "stage")
 BATCH_RETRIES = _counter("batch_retries_total", "Batches tried again.", "stage", "kind")
@@ -90,8 +91,9 @@ STORE_SECONDS = _histogram("store_seconds", "Time of one write, begin to commit.
 STORAGE_JOBS_FAILING = _gauge("storage_jobs_failing", "Background jobs of the storage whose last run failed.")
 
 # --- alarms and notices ---
+ALARM_LATE = _counter("alarm_late_total", "Readings no younger than the last one of their alarm: not evaluated.")
 ALARM_TRANSITIONS = _counter("alarm_transitions_total", "Alarm transitions.", "transition", "severity")
-NOTICES = _counter("notices_total", "Notices by outcome: sent, retried, failed.", "channel", "outcome")
+NOTICES = _counter("notices_total", "Notices by outcome: sent, retried, refused, skipped.", "channel", "outcome")
 
 # --- parser scripts ---
 SCRIPT_FAULTS = _counter("script_faults_total", "Calls of parser scripts without a result.", "code")

@@ -1,0 +1,263 @@
+"""The alarm stage: validated messages and operators' actions in, alarm transitions out. It waits for no database.
+
+Both topics change the same state, so the app gives each partition to one of them at a time.
+"""
+
+import asyncio
+from typing import Any, Final
+
+import orjson
+import structlog
+
+from preservarium import metrics, topics
+from preservarium.clock import Clock
+from preservarium.compiled import CompiledDevices, Documents, Known
+from preservarium.domain.alarm import Refusal
+from preservarium.domain.device import DeviceDoc
+from preservarium.domain.device_alarms import (
+    ALARMS_PER_DEVICE_MAX,
+    STATE_VERSION,
+    Action,
+    DeviceAlarms,
+    Outcome,
+    TransitionDoc,
+    parse_action,
+)
+from preservarium.domain.errors import ReasonCode, Reject
+from preservarium.domain.reading import ErrorLine
+from preservarium.domain.rules import DeviceRules, compile_rules
+from preservarium.publish import partition_of
+from preservarium.records import error_line, error_send, parse_trusted
+from preservarium.settings import LiveSettings
+from preservarium.stage import Batch, Effects, Record, Send
+from preservarium.validation import RECORDS_A_TURN, StateOf, load_state, passed_headers
+
+log = structlog.get_logger(__name__)
+
+STAGE: Final = "alarm"
+
+#: An action is a few hundred bytes; its comment is the largest part.
+ACTION_BYTES_MAX: Final = 16_384
+
+#: Texts of configuration problems that were logged; a registry with more has one line too many anyway.
+PROBLEMS_LOGGED_MAX: Final = 1_000
+
+
+class Alarming:
+    """The handlers of the stage: `observe` for validated messages, `act` for operators' actions.
+
+    Args:
+        state_of: (partition, key) -> state document as bytes.
+        table: name of the state table.
+        known: the device's document.
+        documents: the catalogue.
+        live: settings.
+        clock: for error lines and caches.
+    """
+
+    def __init__(
+        self, state_of: StateOf, table: str, known: Known, documents: Documents, live: LiveSettings, clock: Clock
+    ) -> None:
+        self._state_of = state_of
+        self._table = table
+        self._documents = documents
+        self._live = live
+        self._clock = clock
+        self._logged: set[str] = set()
+        self.rules: CompiledDevices[_Rules] = CompiledDevices("rules", self._compile, known, documents, live, clock)
+
+    def _compile(self, device: DeviceDoc | None) -> "_Rules":
+        if device is None:
+            return _Rules(None)
+        documents = self._documents
+        rules = compile_rules(device, documents.type(device["type"]), documents.rule, documents.datatype)
+        for problem in rules.problems:
+            if problem not in self._logged and len(self._logged) < PROBLEMS_LOGGED_MAX:
+                self._logged.add(problem)
+                log.warning("rule_unusable", problem=problem, device_id=device["device_id"])
+        return _Rules(rules)
+
+    async def observe(self, batch: Batch) -> Effects:
+        """Evaluate a batch of validated messages.
+
+        Raises:
+            Retry: the catalogue has not been read yet.
+            Fatal: the state is of another release.
+        """
+        await self._documents.ready()
+        parsed, errors = parse_trusted(batch, stage=STAGE)
+        work = _Work(self, batch, errors)
+        for number, (record, lines) in enumerate(zip(batch.records, parsed, strict=True), 1):
+            for index, message in enumerate(lines):
+                work.message(record, index, message)
+            if number % RECORDS_A_TURN == 0:
+                await asyncio.sleep(0)
+        return work.finish()
+
+    async def act(self, batch: Batch) -> Effects:
+        """Carry out a batch of operators' actions; one that cannot be is told in `iot_errors`.
+
+        Raises:
+            Retry: the catalogue has not been read yet.
+            Fatal: the state is of another release.
+        """
+        await self._documents.ready()
+        work = _Work(self, batch, [])
+        partitions = self._live().kafka.partitions
+        for record in batch.records:
+            for index, line in enumerate((record.value or b"").split(b"\n")):
+                if line.strip():
+                    work.line(record, index, line, partitions)
+        return work.finish()
+
+
+class _Rules:
+    """A device's rules, or that the device is unknown: a value for the cache, which has no room for None."""
+
+    __slots__ = ("rules",)
+
+    def __init__(self, rules: DeviceRules | None) -> None:
+        self.rules = rules
+
+
+class _Work:
+    """One batch."""
+
+    def __init__(self, stage: Alarming, batch: Batch, errors: list[ErrorLine]) -> None:
+        self._stage = stage
+        self._batch = batch
+        self._errors = errors
+        self._effects = Effects()
+        #: None: a device without rules and without state, of which nothing need be known
+        self._alarms: dict[str, DeviceAlarms | None] = {}
+        self._rules: dict[str, DeviceRules | None] = {}
+        self._touched: set[str] = set()
+        self._now_us = stage._clock.now_us()
+        self._evaluated = self._late = self._duplicates = 0
+        self._transitions: list[TransitionDoc] = []
+
+    def _device(self, device_id: str) -> DeviceAlarms | None:
+        """The device's alarms, with the rules of this batch: they stay the same until its end."""
+        if device_id in self._alarms:
+            return self._alarms[device_id]
+        partition = self._batch.partition
+        rules = self._rules[device_id] = self._stage.rules.get(partition, device_id).rules
+        document = load_state(self._stage._state_of(partition, device_id.encode()), STATE_VERSION)
+        unwatched = document is None and (rules is None or not rules.by_name)
+        alarms = self._alarms[device_id] = None if unwatched else DeviceAlarms(device_id, document)
+        return alarms
+
+    def message(self, record: Record, index: int, message: dict[str, Any]) -> None:
+        """One validated message."""
+        device_id = message["device_id"]
+        alarms = self._device(device_id)
+        if alarms is None:
+            return
+        outcome = alarms.observe(message, self._rules[device_id])
+        if outcome.limited:
+            text = f"more than {ALARMS_PER_DEVICE_MAX} alarms: the others are not watched"
+            self._error(record, index, ReasonCode.STATE_LIMIT, text, device_id, None, message)
+        self._outcome(record, device_id, outcome)
+
+    def line(self, record: Record, index: int, raw: bytes, partitions: int) -> None:
+        """One line of `alarm_actions`."""
+        key = record.key.decode("utf-8", "replace") if record.key else None
+        device_id = key
+        try:
+            action = _parse(raw, key)
+            device_id = action.device_id
+            if partition_of(device_id.encode(), partitions) != self._batch.partition:
+                message = f"the record is keyed {key!r:.100}, so it is not where the alarms of {device_id!r:.100} are"
+                raise Reject(ReasonCode.ACTION_INVALID, message)
+            alarms = self._device(device_id)
+            if alarms is None:
+                raise Reject(ReasonCode.ACTION_INVALID, f"{action.event} is refused: {Refusal.UNKNOWN_ALARM}")
+            source = f"a{self._batch.partition}"
+            outcome = alarms.act(action, self._rules[device_id], source, record.offset, index)
+            self._outcome(record, device_id, outcome)
+            if outcome.refusal is not None:
+                message = f"{action.event} of rule {action.rule!r} is refused: {outcome.refusal}"
+                raise Reject(ReasonCode.ACTION_INVALID, message)
+        except Reject as e:
+            self._error(record, index, e.code, str(e), device_id, raw, {})
+
+    def _outcome(self, record: Record, device_id: str, outcome: Outcome) -> None:
+        if outcome.duplicate:
+            self._duplicates += 1
+            return
+        self._touched.add(device_id)
+        self._evaluated += outcome.evaluated
+        self._late += outcome.late
+        for transition in outcome.transitions:
+            self._transitions.append(transition)
+            value = orjson.dumps(transition)
+            send = Send(topics.ALERTS, device_id.encode(), value, self._batch.partition, passed_headers(record))
+            self._effects.sends.append(send)
+
+    def _error(
+        self,
+        record: Record,
+        index: int,
+        code: ReasonCode,
+        text: str,
+        device_id: str | None,
+        raw: bytes | None,
+        message: dict[str, Any],
+    ) -> None:
+        self._errors.append(
+            error_line(
+                STAGE,
+                code,
+                text,
+                topic=self._batch.topic,
+                partition=self._batch.partition,
+                offset=record.offset,
+                index=index,
+                raw=raw,
+                device_id=device_id,
+                raw_partition=message.get("raw_partition"),
+                raw_offset=message.get("raw_offset"),
+                raw_index=message.get("raw_index"),
+                parser=message.get("parser"),
+                config_rev=message.get("config_rev"),
+                generation=message.get("generation"),
+                now_us=self._now_us,
+            )
+        )
+
+    def finish(self) -> Effects:
+        """State, errors and metrics of the whole batch."""
+        effects = self._effects
+        for device_id in self._touched:
+            alarms = self._alarms[device_id]
+            assert alarms is not None
+            effects.put(self._stage._table, device_id.encode(), orjson.dumps(alarms.document()))
+        for line in self._errors:
+            effects.sends.append(error_send(line))
+            effects.refused[line["code"]] = effects.refused.get(line["code"], 0) + 1
+        effects.after.append(self._count)
+        return effects
+
+    def _count(self) -> None:
+        metrics.READINGS.labels(STAGE).inc(self._evaluated)
+        if self._late:
+            metrics.ALARM_LATE.inc(self._late)
+        if self._duplicates:
+            metrics.DUPLICATES.labels(STAGE).inc(self._duplicates)
+        for transition in self._transitions:
+            metrics.ALARM_TRANSITIONS.labels(transition["transition"], transition["severity"]).inc()
+
+
+def _parse(raw: bytes, key: str | None) -> Action:
+    if len(raw) > ACTION_BYTES_MAX:
+        message = f"an action of {len(raw)} bytes; it may have {ACTION_BYTES_MAX}"
+        raise Reject(ReasonCode.ENVELOPE_TOO_LARGE, message)
+    try:
+        line = orjson.loads(raw)
+    except orjson.JSONDecodeError as e:
+        message = f"an action is a JSON object: {e}"
+        raise Reject(ReasonCode.ENVELOPE_NOT_JSON, message) from None
+    if not isinstance(line, dict):
+        message = "an action is a JSON object"
+        raise Reject(ReasonCode.ACTION_INVALID, message)
+    return parse_action(line, key)
