@@ -1,6 +1,7 @@
 """The `preservarium` command: one group, its commands in `preservarium/cli/`, one file a group."""
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any, Final
@@ -19,7 +20,9 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "registry",
     "topics",
     "config",
+    "up",
     "connect",
+    "decode",
 )
 
 #: A wrong setting, as for wrong arguments: nothing was done.
@@ -70,6 +73,8 @@ def cli() -> None:
     """Preservarium: the stream engine for IoT readings."""
     # Standard output is for what the command prints, so that `--json` can be piped.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    # What a library says before it raises is said again by our one line. Commands that run services set up logging anew.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
 
 
 def main() -> None:
