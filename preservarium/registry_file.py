@@ -597,6 +597,19 @@ def _document(kind: str, plain: Any, problem: _At) -> Document | None:
     return document
 
 
+def plain_file(path: str | Path) -> Any:
+    """The content of a YAML or JSON file as plain JSON values.
+
+    Raises:
+        RegistryFileError: the file cannot be read, is no YAML or JSON, or holds what JSON cannot.
+    """
+    try:
+        return _plain(_load_tree(Path(path)))
+    except _Plain as e:
+        message = f"{path}: {_path_text(e.path)}: {e}"
+        raise RegistryFileError(message) from None
+
+
 #: Kinds of parser whose source is a program's text; all others are data.
 SCRIPT_KINDS: Final = frozenset({"javascript", "python"})
 #: Kinds of parser that need no source: the format says it all.
@@ -616,7 +629,13 @@ def _load_source(document: Document, registry: Path, problem: _At) -> bool:
             return False
         try:
             if document["kind"] not in SCRIPT_KINDS and path.suffix in {".yaml", ".yml", ".json"}:
-                document["source"] = _plain(_load_tree(path))
+                content = _plain(_load_tree(path))
+                if isinstance(content, dict) and "source" in content and content.get("kind") == document["kind"]:
+                    # A parser file: its source with its examples, as `preservarium decoders test` runs them.
+                    if "examples" in content:
+                        document.setdefault("examples", content["examples"])
+                    content = content["source"]
+                document["source"] = content
             else:
                 document["source"] = path.read_text(encoding="utf-8")
         except (RegistryFileError, _Plain) as e:

@@ -1,0 +1,182 @@
+"""A parser's examples: an input and what it must decode into. They prove a parser before it is used.
+
+```yaml
+examples:
+  - hex: "0210d300020c80"        # or json: {…}, or text: "…"
+    port: 1                      # optional; also time (ISO 8601 or µs) and variables
+    expect:
+      Battery voltage: {value: 3.2, unit: V}
+      Device ID: 4307            # the value alone, where the unit does not matter
+      temperature:               # several of one name, in their order
+        - {value: 21.0, pin: "1"}
+        - {value: 22.0, pin: "2", time: "2024-06-01T12:00:00Z"}
+  - hex: "ff"
+    reject: true                 # must be refused
+```
+
+Every decoded field must be expected, and every expected field decoded. Numbers agree within a relative 1e-9.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from preservarium.domain.decoders import compile_parser
+from preservarium.domain.decoders.base import Decoded
+from preservarium.domain.errors import Reject
+from preservarium.domain.instant import instant_us
+from preservarium.domain.reading import RawMessage
+
+#: What "equal" means for floats: published values are printed with 15 digits or fewer.
+RELATIVE_TOLERANCE: Final = 1e-9
+#: Received at, where an example gives no time. 2024-06-01T12:00:00Z.
+RECEIVED_AT_US: Final = 1_717_243_200_000_000
+
+_INPUTS: Final = ("hex", "json", "text")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one example."""
+
+    index: int
+    differences: tuple[str, ...]  #: none: it holds
+
+    @property
+    def ok(self) -> bool:
+        """Whether the example holds."""
+        return not self.differences
+
+
+def raw_message(
+    payload: Any, *, device: str = "example", port: int | None = None, received_at: int = RECEIVED_AT_US
+) -> RawMessage:
+    """A raw message around a payload, for trying a parser."""
+    return {
+        "device": device,
+        "received_at": received_at,
+        "connector": "example",
+        "mode": "",
+        "topic": "",
+        "port": port,
+        "payload": payload,
+        "meta": {},
+        "experiment_id": None,
+        "raw_partition": 0,
+        "raw_offset": 0,
+        "raw_index": 0,
+        "generation": 0,
+    }
+
+
+def example_input(example: Mapping[str, Any]) -> RawMessage:
+    """The raw message of an example.
+
+    Raises:
+        ValueError: it has none, or one that cannot be read.
+    """
+    given = [key for key in _INPUTS if key in example]
+    if len(given) != 1:
+        message = f"an example has one of {', '.join(_INPUTS)}"
+        raise ValueError(message)
+    payload = bytes.fromhex(str(example["hex"])) if "hex" in example else example[given[0]]
+    at = instant_us(example["time"]) if "time" in example else RECEIVED_AT_US
+    if at is None:
+        message = f"{example['time']!r} is no instant"
+        raise ValueError(message)
+    return raw_message(payload, port=example.get("port"), received_at=at)
+
+
+def compare(decoded: list[Decoded], expect: Mapping[str, Any]) -> list[str]:
+    """What differs, a line each, for people."""
+    found: dict[str, list[Decoded]] = {}
+    for field in decoded:
+        found.setdefault(field.name, []).append(field)
+    lines = [
+        f"{name}: not expected, decoded {_shown(field)}"
+        for name, fields in found.items()
+        if name not in expect
+        for field in fields
+    ]
+    for name, wanted in expect.items():
+        fields = found.get(str(name), [])
+        entries = wanted if isinstance(wanted, list) else [wanted]
+        if len(fields) != len(entries):
+            lines.append(f"{name}: expected {len(entries)}, decoded {len(fields)}")
+            continue
+        for field, entry in zip(fields, entries, strict=True):
+            lines += _differences(str(name), field, entry if isinstance(entry, dict) else {"value": entry})
+    return lines
+
+
+def _differences(name: str, field: Decoded, entry: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
+    if unknown := entry.keys() - {"value", "unit", "pin", "time"}:
+        lines.append(f"{name}: an example knows no {sorted(unknown)[0]}")
+    if "value" in entry and not _equal(field.value, entry["value"]):
+        lines.append(f"{name}: expected {entry['value']!r}, decoded {field.value!r}")
+    if "unit" in entry and (entry["unit"] or None) != field.unit:
+        lines.append(f"{name}: expected unit {entry['unit']!r}, decoded {field.unit!r}")
+    if "pin" in entry and str(entry["pin"]) != field.pin:
+        lines.append(f"{name}: expected pin {entry['pin']!r}, decoded {field.pin!r}")
+    if "time" in entry and instant_us(entry["time"]) != field.timestamp:
+        lines.append(f"{name}: expected time {entry['time']!r}, decoded {field.timestamp!r} µs")
+    return lines
+
+
+def _equal(found: Any, wanted: Any) -> bool:
+    if isinstance(found, bool) or isinstance(wanted, bool):
+        return found is wanted
+    if isinstance(found, int | float) and isinstance(wanted, int | float):
+        return math.isclose(found, wanted, rel_tol=RELATIVE_TOLERANCE, abs_tol=0.0) or (found != found != wanted)
+    return type(found) is type(wanted) and bool(found == wanted)
+
+
+def _shown(field: Decoded) -> str:
+    return f"{field.value!r}{f' {field.unit}' if field.unit else ''}{f' (pin {field.pin})' if field.pin else ''}"
+
+
+def run(
+    doc: Mapping[str, Any],
+    decode: Callable[[Mapping[str, Any], RawMessage], list[Decoded]] | None = None,
+) -> list[Outcome]:
+    """Run the examples of a parser document, each by itself.
+
+    Args:
+        doc: a `ParserDoc`, or a parser file's content.
+        decode: how to decode, where parsers do not run in this process.
+
+    A parser that cannot be compiled fails every example with the reason.
+    """
+    outcomes: list[Outcome] = []
+    for index, example in enumerate(doc.get("examples") or []):
+        if not isinstance(example, dict):
+            outcomes.append(Outcome(index, ("an example is a mapping",)))
+            continue
+        outcomes.append(Outcome(index, tuple(_run(doc, example, decode))))
+    return outcomes
+
+
+def _run(
+    doc: Mapping[str, Any],
+    example: Mapping[str, Any],
+    decode: Callable[[Mapping[str, Any], RawMessage], list[Decoded]] | None,
+) -> list[str]:
+    expect, reject = example.get("expect"), example.get("reject", False)
+    if (expect is None) == (not reject) or (expect is not None and not isinstance(expect, dict)):
+        return ["an example has either `expect`, a mapping, or `reject: true`"]
+    try:
+        raw = example_input(example)
+    except ValueError as e:
+        return [str(e)]
+    try:
+        if decode is None:
+            decoded = compile_parser(doc, example.get("variables")).decode(raw)
+        else:
+            decoded = decode(doc, raw)
+    except Reject as e:
+        return [] if reject else [f"refused ({e.code}): {e}"]
+    if expect is None:
+        return [f"expected to be refused, decoded {len(decoded)} fields"]
+    return compare(decoded, expect)
