@@ -61,7 +61,6 @@ class GroupLane:
         "closing",
         "committed",
         "committed_s",
-        "epoch",
         "flying",
         "highwater",
         "known",
@@ -81,7 +80,6 @@ class GroupLane:
         self.flying = False
         self.closing = False  #: being revoked: no further flight
         self.revoked = False
-        self.epoch = 0  #: grows with every seek, so that what was fetched before it is told apart
         self.known = False  #: on_assigned has said where to start
         self.position: int | None = None  #: first offset that is not acknowledged
         self.committed: int | None = None
@@ -236,17 +234,17 @@ class GroupFeed:
             if now_s >= commit_at_s:
                 commit_at_s = now_s + self._live().kafka.commit_interval_s
                 await self._commit(consumer)
-            epochs = {lane.partition: (lane, lane.epoch) for lane in self.lanes.values() if lane.known}
             fetched = await consumer.getmany(timeout_ms=self._poll_ms(), max_records=self._records_max())
             for tp, records in fetched.items():
                 lane = self.lanes.get(tp.partition)
                 if lane is None:
                     with contextlib.suppress(IllegalStateError):
                         consumer.seek(tp, records[0].offset)  # its assignment is not announced yet: read again then
-                elif lane.known and epochs.get(tp.partition, (lane, 0)) == (lane, lane.epoch):
+                elif lane.known:
+                    # What getmany gives is from the position as it is now: a seek drops what was fetched before it.
                     lane.highwater = consumer.highwater(tp)
                     lane.push(records)
-                # Otherwise it was fetched before a seek, which will bring it again where it is needed.
+                # Otherwise it is not said yet where to start: the seek to come brings what is needed of this again.
 
     def _poll_ms(self) -> int:
         """Until something falls due: a linger, or a flight that may end."""
@@ -350,7 +348,6 @@ class GroupFeed:
                 )
                 lane.clear()
                 lane.position = None
-                lane.epoch += 1
                 self._consumer.seek(TopicPartition(self.kafka_topic, batch.partition), start)
         return kept
 
@@ -414,7 +411,6 @@ class GroupFeed:
             except IllegalStateError:
                 continue  # revoked meanwhile
             lane.progress.reason = ""
-            lane.epoch += 1
             lane.known = True
 
     async def revoke(self, partitions: Iterable[int]) -> None:
