@@ -275,6 +275,7 @@ class Alarm:
     sequence: int = 0  #: transitions of the occurrence so far
     occurred_at: int = 0  #: event time
     severity: str = ""  #: of the rule when it was raised
+    message: str = ""  #: for people, as it was when it was raised
     cleared_at: int | None = None  #: event time
     value: float | None = None  #: of the reading that changed the condition last
     raw: Coordinates | None = None  #: of the message that held it
@@ -289,6 +290,7 @@ class Occasion:
     at: int  #: event time for what the process does, the operator's time for actions; µs
     detected_at: int  #: reception of the message that brings the evidence, or the operator's time; µs
     severity: str = ""  #: of the rule
+    message: str = ""  #: of the rule, filled in
     value: float | None = None
     raw: Coordinates | None = None
     until: int | None = None  #: for SHELVE
@@ -379,6 +381,7 @@ def _raise(point: Point, alarm: Alarm, occurred_at: int, now: Occasion) -> Step:
             sequence=1,
             occurred_at=occurred_at,
             severity=now.severity,
+            message=now.message,
             cleared_at=None,
         )
     return Step(alarm, (*transitions, Transition(TRANSITION_NAMES[Event.RAISE], alarm)))

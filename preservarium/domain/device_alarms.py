@@ -6,7 +6,7 @@ people act through `alarm_actions`, in order with the readings.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NotRequired, TypedDict
 
 from preservarium.domain.alarm import NEW, Alarm, Event, Occasion, Point, Refusal, State, Transition, step
@@ -169,7 +169,7 @@ class TransitionDoc(TypedDict):
     value: float | None
     unit: str
     threshold: float | None
-    message: str
+    message: str  #: for people, as it was when it was raised
     recipients: list[str]  #: names in the registry
     actor: str | None  #: who, where an operator did it
     comment: str | None
@@ -296,7 +296,7 @@ class DeviceAlarms:
                     late = True
                     continue
                 raw = Coordinates(message["raw_partition"], offset, index)
-                now = Occasion(verdict.at, message["received_at"], rule.severity, value, raw)
+                now = Occasion(verdict.at, message["received_at"], value=value, raw=raw)
                 if verdict.evaluation is Evaluation.RAISED:
                     event = Event.RAISE
                 elif rule.latching:
@@ -339,7 +339,7 @@ class DeviceAlarms:
             outcome.refusal = Refusal.OTHER_OCCURRENCE
         else:
             point = Point(self._device_id, rule.name, action.pin_position, GENERATION_LIVE)
-            now = Occasion(action.at, action.at, rule.severity, until=action.until, one_shot=action.one_shot)
+            now = Occasion(action.at, action.at, until=action.until, one_shot=action.one_shot)
             self._apply(point, live, action.event, now, rule, rules, outcome, action)
         self._forget_unused(GENERATION_LIVE, kept, rule.name, action.pin_position)
         return outcome
@@ -451,7 +451,7 @@ class DeviceAlarms:
                 waiting.append(until)
                 continue
             point = Point(self._device_id, name, pin, generation)
-            self._apply(point, live, Event.UNSHELVE, Occasion(until, now, rule.severity), rule, rules, outcome)
+            self._apply(point, live, Event.UNSHELVE, Occasion(until, now), rule, rules, outcome)
             self._forget_unused(generation, kept, name, pin)
         kept.pop("until", None)
         if waiting:
@@ -468,6 +468,9 @@ class DeviceAlarms:
         outcome: Outcome,
         action: Action | None = None,
     ) -> None:
+        if rule is not None:
+            value = live.alarm.value if now.value is None else now.value
+            now = replace(now, severity=rule.severity, message=_message(point, rule, rules, value))
         result = step(point, live.alarm, event, now)
         live.alarm = result.alarm
         outcome.refusal = result.refusal
@@ -476,6 +479,21 @@ class DeviceAlarms:
             kept["until"] = min(kept.get("until", result.alarm.shelved_until), result.alarm.shelved_until)
         for transition in result.transitions:
             outcome.transitions.append(_line(point, transition, now, rule, rules, action))
+
+
+def _message(point: Point, rule: Rule, rules: DeviceRules, value: float | None) -> str:
+    fields = {
+        "device_id": point.device_id,
+        "name": rules.device_name,
+        "rule": rule.name,
+        "component_type": rule.component_type,
+        "pin_position": point.pin_position,
+        "value": "" if value is None else value,
+        "unit": rule.unit,
+        "threshold": rule.threshold,
+        "severity": rule.severity,
+    }
+    return render(rule.message, fields)
 
 
 def _line(
@@ -488,17 +506,6 @@ def _line(
 ) -> TransitionDoc:
     alarm = transition.alarm
     raw = alarm.raw
-    fields: dict[str, Any] = {
-        "device_id": point.device_id,
-        "name": rules.device_name,
-        "rule": point.rule,
-        "pin_position": point.pin_position,
-        "value": alarm.value,
-        "component_type": rule.component_type if rule else "",
-        "unit": rule.unit if rule else "",
-        "threshold": rule.threshold if rule else "",
-        "severity": alarm.severity,
-    }
     return {
         "alarm_id": alarm.alarm_id,
         "transition_id": transition.id,
@@ -507,9 +514,9 @@ def _line(
         "device_name": rules.device_name,
         "rule": point.rule,
         "rule_rev": rule.rev if rule else 0,
-        "component_type": fields["component_type"],
+        "component_type": rule.component_type if rule else "",
         "pin_position": point.pin_position,
-        "severity": fields["severity"],
+        "severity": alarm.severity,
         "transition": transition.name,
         "state": alarm.state.value,
         "occurred_at": alarm.occurred_at,
@@ -517,9 +524,9 @@ def _line(
         "cleared_at": alarm.cleared_at,
         "transition_at": now.at,
         "value": alarm.value,
-        "unit": fields["unit"],
+        "unit": rule.unit if rule else "",
         "threshold": rule.threshold if rule else None,
-        "message": render(rule.message, fields) if rule else "the rule no longer watches the device",
+        "message": alarm.message,
         "recipients": list(rule.recipients) if rule else [],
         "actor": action.actor if action else None,
         "comment": action.comment if action and action.comment else None,
@@ -535,7 +542,7 @@ def _pack(live: _Live) -> _Row:
     row: _Row = [watch.at, int(watch.active), watch.since]
     if alarm != NEW:
         row += [
-            alarm.state.value, alarm.active_at, alarm.alarm_id, alarm.sequence, alarm.occurred_at, alarm.severity,
+            alarm.state.value, alarm.active_at, alarm.alarm_id, alarm.sequence, alarm.occurred_at, alarm.severity, alarm.message,
             alarm.cleared_at, alarm.value, alarm.raw and list(alarm.raw), alarm.shelved_until, int(alarm.one_shot),
         ]  # fmt: skip
     return row
@@ -545,9 +552,11 @@ def _unpack(row: _Row) -> _Live:
     watch = Watch(row[0], bool(row[1]), row[2])
     if len(row) == 3:
         return _Live(watch, NEW)
-    (state, active_at, occurrence, sequence, occurred_at, severity, cleared_at, value, raw, until, one_shot) = row[3:]
+    (state, active_at, occurrence, sequence, occurred_at, severity, text, cleared_at, value, raw, until, one_shot) = (
+        row[3:]
+    )
     alarm = Alarm(
-        State(state), watch.active, active_at, occurrence, sequence, occurred_at, severity, cleared_at, value,
+        State(state), watch.active, active_at, occurrence, sequence, occurred_at, severity, text, cleared_at, value,
         None if raw is None else Coordinates(*raw), until, bool(one_shot),
     )  # fmt: skip
     return _Live(watch, alarm)

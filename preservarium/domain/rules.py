@@ -25,8 +25,8 @@ from preservarium.domain.units import canonical
 #: Rules that watch one device. Each costs a comparison for every reading of its component type.
 RULES_PER_DEVICE_MAX: Final = 100
 
-#: A message to people; mail subjects and SMS end far below it.
-MESSAGE_CHARS_MAX: Final = 1_000
+#: A message to people; mail subjects and SMS end far below it, and the state of a raised alarm holds it.
+MESSAGE_CHARS_MAX: Final = 400
 
 SEVERITIES: Final = ("critical", "major", "minor", "warning", "indeterminate")
 

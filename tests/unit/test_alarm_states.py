@@ -35,7 +35,7 @@ def run(*events: Event, alarm: Alarm = NEW, start: int = T) -> tuple[Alarm, list
     for i, event in enumerate(events):
         at = start + i * S
         result = step(
-            POINT, alarm, event, Occasion(at, at + S, "major", 21.5, Coordinates(0, i, 0), until=at + 3600 * S)
+            POINT, alarm, event, Occasion(at, at + S, "major", "hot", 21.5, Coordinates(0, i, 0), until=at + 3600 * S)
         )
         assert result.refusal is None, (event, alarm.state, result.refusal)
         alarm = result.alarm
@@ -72,7 +72,7 @@ def test_the_table_covers_every_state_and_every_event():
 @pytest.mark.parametrize("event", list(Event))
 def test_every_pair_either_changes_the_alarm_or_says_why_not(state: State, event: Event):
     alarm = reach(state)
-    result = step(POINT, alarm, event, Occasion(T + 100 * S, T + 101 * S, "major", 1.0, None, until=T + 200 * S))
+    result = step(POINT, alarm, event, Occasion(T + 100 * S, T + 101 * S, "major", "hot", 1.0, None, until=T + 200 * S))
     target = TRANSITIONS[state][event]
     if isinstance(target, Refusal):
         assert result == (alarm, (), target)
@@ -177,7 +177,7 @@ def test_the_first_return_while_shelved_is_the_one_that_counts():
 def test_a_one_shot_shelf_ends_with_the_condition():
     alarm, _ = run(Event.RAISE)
     shelved = step(POINT, alarm, Event.SHELVE, Occasion(T + S, T + S, until=T + 99 * S, one_shot=True)).alarm
-    result = step(POINT, shelved, Event.RETURN, Occasion(T + 2 * S, T + 2 * S, "major", 1.0))
+    result = step(POINT, shelved, Event.RETURN, Occasion(T + 2 * S, T + 2 * S, "major", "hot", 1.0))
     assert [t.name for t in result.transitions] == ["cleared", "unshelved"]
     assert result.alarm == NEW
 
@@ -206,7 +206,9 @@ def test_any_sequence_of_events_keeps_the_alarm_consistent(events: list[Event]):
     sequences: dict[str, int] = {}
     for i, event in enumerate(events):
         at = T + i * S
-        result = step(POINT, alarm, event, Occasion(at, at, "major", 1.0, None, until=at + S, one_shot=i % 2 == 0))
+        result = step(
+            POINT, alarm, event, Occasion(at, at, "major", "hot", 1.0, None, until=at + S, one_shot=i % 2 == 0)
+        )
         alarm = result.alarm
         for transition in result.transitions:
             assert transition.id not in seen

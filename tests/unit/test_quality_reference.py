@@ -69,7 +69,9 @@ def test_rate_of_change():
         rng, values, times = walks(seed, regular=False)
         threshold = rng.choice([0.001, 0.01, 0.1, 0.5])
         expected = qartod.rate_of_change_test(values, instants(times), threshold).tolist()
-        assert flags({"tests": {"rate_of_change": {"threshold": threshold}}}, values, times, "rate_of_change") == expected
+        assert (
+            flags({"tests": {"rate_of_change": {"threshold": threshold}}}, values, times, "rate_of_change") == expected
+        )
 
 
 @pytest.mark.parametrize("method", ["average", "differential"])
