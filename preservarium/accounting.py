@@ -22,10 +22,15 @@ from array import array
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any, Final
 
 from preservarium import records, topics
+from preservarium.domain.errors import Reject
+from preservarium.domain.normalize import CompiledDevice, compile_device, normalize
 from preservarium.domain.reading import PIN_POSITION_NONE, ErrorLine, Message, Quality, RawMessage
+from preservarium.settings import Settings
 from preservarium.stage import Batch
 from preservarium.topics import Topic
 
@@ -499,21 +504,160 @@ async def read_postgres(ledger: Ledger, dsn: str) -> None:
     connection = await asyncpg.connect(dsn, timeout=SILENCE_S)
     try:
         async with connection.transaction(readonly=True):
-            cursor = await connection.cursor(
-                "SELECT device_id, connector_mode, component_type, pin_position,"
-                " (extract(epoch FROM timestamp) * 1000000)::bigint AS timestamp_us FROM iot_measurements"
-                " WHERE timestamp BETWEEN $1 AND $2",
-                _instant(ledger.timestamp_min),
-                _instant(ledger.timestamp_max),
-            )
+            cursor = await connection.cursor(_ROWS, _instant(ledger.timestamp_min), _instant(ledger.timestamp_max))
             while rows := await cursor.fetch(10_000):
                 ledger.add_rows("postgres", rows)
     finally:
         await connection.close()
 
 
-def _instant(us: int) -> Any:
-    from datetime import UTC, datetime, timedelta
+#: Rows that came too late for their chunk wait in a table of their own; one that is in both is merged already.
+_ROWS: Final = """
+SELECT device_id, connector_mode, component_type, pin_position,
+       (extract(epoch FROM timestamp) * 1000000)::bigint AS timestamp_us
+FROM iot_measurements WHERE timestamp BETWEEN $1 AND $2
+UNION ALL
+SELECT s.device_id, s.connector_mode, s.component_type, s.pin_position,
+       (extract(epoch FROM l.timestamp) * 1000000)::bigint
+FROM measurements_late l JOIN series s USING (series_id)
+WHERE l.timestamp BETWEEN $1 AND $2 AND NOT EXISTS (
+  SELECT FROM measurements m WHERE m.series_id = l.series_id AND m.timestamp = l.timestamp)
+"""
 
+
+async def read_clickhouse(ledger: Ledger, settings: Settings) -> None:
+    """Feed the rows of the run's span of time to the ledger, from ClickHouse.
+
+    FINAL: rows that a repeated insert left twice count once they are merged, which the engine does in its own time; how
+    many wait for that is noted. What FINAL leaves twice is twice.
+    """
+    from preservarium.stores.migrate import connect_clickhouse
+
+    ledger.stores.setdefault("clickhouse", Bag())
+    if ledger.timestamp_min is None or ledger.timestamp_max is None:
+        return
+    client = await connect_clickhouse(settings, database=settings.clickhouse.database, wait_s=SILENCE_S)
+    try:
+        span = "timestamp BETWEEN fromUnixTimestamp64Micro({a:Int64}) AND fromUnixTimestamp64Micro({b:Int64})"
+        bounds: dict[str, Any] = {"a": ledger.timestamp_min, "b": ledger.timestamp_max}
+        counted = await client.query(f"SELECT count() FROM measurements WHERE {span}", parameters=bounds)
+        found = 0
+        # In slices, so that one answer stays small whatever the run was.
+        for part in range(_SLICES):
+            rows = await client.query(
+                "SELECT device_id, connector_mode, component_type, pin_position, toUnixTimestamp64Micro(timestamp)"
+                f" FROM measurements FINAL WHERE {span} AND cityHash64(device_id) % {_SLICES} = {part}",
+                parameters=bounds,
+            )
+            ledger.add_rows("clickhouse", rows.result_rows)
+            found += len(rows.result_rows)
+        ledger.unmerged["clickhouse"] = counted.result_rows[0][0] - found
+    finally:
+        await client.close()
+
+
+#: Parts that ClickHouse's rows are asked for in.
+_SLICES: Final = 16
+
+
+async def registry_decode(settings: Settings) -> Decode:
+    """The pure normalizer with the registry as it is now in PostgreSQL.
+
+    Raises:
+        MigrationError: PostgreSQL cannot be reached.
+    """
+    from preservarium.stores import registry
+    from preservarium.stores.migrate import connect_postgres
+
+    connection = await connect_postgres(settings, wait_s=SILENCE_S)
+    try:
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            loaded = await registry.load(connection, ("datatype", "parser", "type", "device"))
+    finally:
+        await connection.close(timeout=5)
+    documents = {
+        kind: [{**stored.document, "rev": stored.rev} for stored in streams.values()]
+        for kind, streams in loaded.items()
+    }
+    return decoder_of(documents, readings_max=settings.normalize.readings_max)
+
+
+def decoder_of(documents: Mapping[str, Sequence[Mapping[str, Any]]], *, readings_max: int) -> Decode:
+    """The pure normalizer with these registry documents: kind -> documents."""
+    datatypes: dict[str, Any] = {d["name"]: d for d in documents["datatype"]}
+    parsers: dict[str, Any] = {p["name"]: p for p in documents["parser"] if p["status"] == "active"}
+    types: dict[str, Any] = {t["name"]: t for t in documents["type"]}
+    devices: dict[str, Any] = {d["device_id"]: d for d in documents["device"]}
+    # Parsers are compiled once for all devices that have no variables of their own: compiling is the costly part.
+    shared: dict[str, Any] = {}
+
+    @lru_cache(maxsize=100_000)
+    def compiled(device_id: str) -> CompiledDevice | None:
+        device = devices.get(device_id)
+        device_type = types.get(device["type"]) if device else None
+        parser = parsers.get(device_type["parser"]) if device_type else None
+        if device is None or device_type is None or parser is None:
+            return None
+        decoder = None if device.get("variables") else shared.get(parser["name"])
+        try:
+            found = compile_device(device, device_type, parser, datatypes.get, decoder)
+        except Reject:
+            return None
+        if not device.get("variables"):
+            shared[parser["name"]] = found.decoder
+        return found
+
+    def decode(raw: RawMessage) -> Message | None:
+        configuration = compiled(raw["device"])
+        if configuration is None:
+            return None
+        try:
+            return normalize(raw, configuration, raw["received_at"], readings_max).message
+        except Reject:
+            return None
+
+    return decode
+
+
+async def group_lag(settings: Settings, groups: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
+    """Records that consumer groups have not committed yet.
+
+    Args:
+        settings: where Kafka is.
+        groups: (group, topic without prefix).
+
+    Returns:
+        The lag of each pair, read in the order of the flow: where all are 0, nothing is under way between them that
+        was there when the first was read.
+    """
+    from aiokafka import TopicPartition
+    from aiokafka.admin import AIOKafkaAdminClient
+
+    bootstrap, prefix = settings.kafka.bootstrap_servers, settings.kafka.topic_prefix
+    order = {topic.name: n for n, topic in enumerate(topics.TOPICS)}
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    try:
+        async with _Reader(bootstrap) as consumer:
+            lags: dict[tuple[str, str], int] = {}
+            for group, topic in sorted(groups, key=lambda pair: (order.get(pair[1], len(order)), pair)):
+                partitions = [
+                    TopicPartition(prefix + topic, tp.partition) for tp in await _partitions(bootstrap, prefix + topic)
+                ]
+                committed = await admin.list_consumer_group_offsets(group, partitions=partitions)
+                ends = await consumer.end_offsets(partitions)
+                begins = await consumer.beginning_offsets(partitions)
+                lag = 0
+                for tp in partitions:
+                    offset = committed[tp].offset if tp in committed else -1
+                    # Nothing committed yet: everything that is there is still to be read.
+                    lag += max(0, ends[tp] - (offset if offset >= 0 else begins[tp]))
+                lags[group, topic] = lag
+            return lags
+    finally:
+        await admin.close()
+
+
+def _instant(us: int) -> datetime:
     # Whole microseconds: a float of seconds would round the last digit.
     return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=us)

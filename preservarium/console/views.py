@@ -184,14 +184,18 @@ class Console:
     async def status(self, _request: web.Request) -> web.Response:
         """Stages with rates, lag and errors; stores; dependencies; health; errors by code. One poll of the page."""
         sample = self._history.last or self.sample()
-        h = self._health()
+        report = self._host.health_report()
+        h = health.judge(report, health.dependencies())
         stages: list[dict[str, Any]] = []
-        for name in health.in_order(sample.stages):
-            stage = sample.stages[name]
+        for name in health.in_order({*sample.stages, *report["stages"]}):
+            stage = sample.stages.get(name, samples.StageSample())
+            feed = report["stages"].get(name, {})
             rates = self._history.rates(name)
             stages.append(
                 {
                     "name": name,
+                    "topic": feed.get("topic"),
+                    "group": feed.get("group"),
                     "received_total": int(stage.received),
                     "sent_total": int(stage.sent),
                     "readings_total": int(stage.readings),

@@ -171,7 +171,11 @@ function drawStatus(s) {
     rate: sum("per_s"), unit: "messages/s",
     details: [[`taken ${count(sum("taken"))}`, false], [`refused ${count(sum("refused"))}`, sum("refused") > 0]], points: null,
   });
-  for (const stage of s.stages) drawStage(stage);
+  for (const stage of s.stages) {
+    if (!boxes.has(stage.name)) $("others").append(box(stage.name));
+    drawStage(stage);
+  }
+  $("others").hidden = !$("others").children.length;
   const dependency = (name) => s.dependencies.find((d) => d.name === name);
   drawStore("postgres", s.stores.postgres, dependency("postgres"));
   drawStore("clickhouse", s.stores.clickhouse, dependency("clickhouse"));
