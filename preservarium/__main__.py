@@ -22,6 +22,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "config",
     "up",
     "connect",
+    "simulate",
     "decode",
 )
 
