@@ -1,0 +1,143 @@
+"""The alarm stage: readings and actions in, transitions out, one state."""
+
+from typing import Any
+
+import orjson
+from quality_support import S, T, World, batch, catalogue, errors, lines, live, message, offer, reading, record
+
+from preservarium import topics
+from preservarium.alarming import ACTION_BYTES_MAX, Alarming
+from preservarium.publish import partition_of
+
+TEMP: dict[str, Any] = {"name": "temp", "kind": "number", "unit": "°C"}
+HOT: dict[str, Any] = {"name": "hot", "component_type": "temp", "kind": "high", "severity": "major", "threshold": 30}
+PARTITION = partition_of(b"dev-1", 12)
+
+
+class Stage:
+    def __init__(self) -> None:
+        self.world = World(catalogue(("datatype", TEMP), ("rule", HOT)))
+        self.world.devices["dev-1"] = {
+            "device_id": "dev-1", "rev": 1, "type": "box", "enabled": True, "rules": {"hot": {}},
+        }  # fmt: skip
+        self.alarming = Alarming(
+            self.world.state_of("a"), "a", self.world.known, self.world.documents, live(), self.world.clock
+        )
+
+    async def readings(self, *records: Any, crash: bool = False) -> list[Any]:
+        self.effects = await self.alarming.observe(batch(topics.VALIDATED, *records, partition=PARTITION))
+        return self.effects.sends if crash else self.world.carry_out(self.effects, PARTITION)
+
+    async def actions(self, *records: Any, partition: int = PARTITION) -> list[Any]:
+        self.effects = await self.alarming.act(batch(topics.ALARM_ACTIONS, *records, partition=partition))
+        return self.world.carry_out(self.effects, partition)
+
+
+def value(offset: int, number: float, **fields: Any) -> Any:
+    return message(offset, {**reading(number), "quality": 1}, **fields)
+
+
+def action(word: str = "acknowledge", **fields: Any) -> dict[str, Any]:
+    return {"device_id": "dev-1", "rule": "hot", "action": word, "actor": "ann", "at": T + 500 * S, **fields}
+
+
+def told(sends: list[Any]) -> list[tuple[str, str]]:
+    return [(x["transition"], x["state"]) for x in lines(sends, topics.ALERTS)]
+
+
+async def test_transitions_go_where_the_device_is():
+    stage = Stage()
+    sends = await stage.readings(record(1, value(1, 31), trace=b"00"), record(2, value(2, 20)))
+    assert told(sends) == [("raised", "unacknowledged"), ("cleared", "returned_unacknowledged")]
+    assert {(s.key, s.partition) for s in sends} == {(b"dev-1", PARTITION)}
+    assert sends[0].headers == (("trace", b"00"),)
+
+
+async def test_a_crash_tells_the_same_again_and_a_rerun_nothing():
+    stage = Stage()
+    records = [record(i, value(i, 31 if i % 2 else 20)) for i in range(6)]
+    first = await stage.readings(*records, crash=True)
+    again = await stage.readings(*records)
+    assert [s.value for s in first] == [s.value for s in again]
+    assert len(first) > 3
+    assert await stage.readings(*records) == []
+
+
+async def test_people_act_through_the_topic():
+    stage = Stage()
+    await stage.readings(record(1, value(1, 31)))
+    assert told(await stage.actions(record(1, action(), action("comment", comment="fan is off")))) == [
+        ("acknowledged", "acknowledged"),
+        ("commented", "acknowledged"),
+    ]
+    assert told(await stage.readings(record(2, value(2, 20)))) == [("cleared", "normal")]
+    assert await stage.actions(record(1, action())) == []
+
+
+async def test_an_action_that_cannot_be_is_told():
+    stage = Stage()
+    await stage.readings(record(1, value(1, 20)))
+    sends = await stage.actions(
+        record(1, action()),
+        record(2, b'{"torn'),
+        record(3, b"[]"),
+        record(4, action("explode")),
+        record(5, b"x" * (ACTION_BYTES_MAX + 1)),
+        record(6, action(rule="cold")),
+        record(7, b"\n \n"),
+    )
+    assert errors(sends) == [
+        ("action_invalid", "acknowledge of rule 'hot' is refused: the alarm is normal"),
+        ("envelope_not_json", errors(sends)[1][1]),
+        ("action_invalid", "an action is a JSON object"),
+        ("action_invalid", "there is no action 'explode'"),
+        ("envelope_too_large", f"an action of {ACTION_BYTES_MAX + 1} bytes; it may have {ACTION_BYTES_MAX}"),
+        ("action_invalid", "acknowledge of rule 'cold' is refused: no such rule watches the device"),
+    ]
+    assert stage.effects.refused == {"action_invalid": 4, "envelope_not_json": 1, "envelope_too_large": 1}
+
+
+async def test_an_action_that_is_keyed_wrongly_touches_no_state():
+    stage = Stage()
+    other = (PARTITION + 1) % 12
+    sends = await stage.actions(record(1, action(), key=b"other"), partition=other)
+    assert [e[0] for e in errors(sends)] == ["action_invalid"]
+    assert stage.effects.puts == {}
+
+
+async def test_an_action_on_a_device_without_rules_is_refused_and_leaves_nothing():
+    stage = Stage()
+    stage.world.devices.clear()
+    assert [e[0] for e in errors(await stage.actions(record(1, action())))] == ["action_invalid"]
+    assert stage.world.tables == {}
+
+
+async def test_a_device_without_rules_has_no_state():
+    stage = Stage()
+    stage.world.devices["dev-1"]["rules"] = {}
+    assert await stage.readings(record(1, value(1, 99))) == []
+    assert stage.world.tables == {}
+
+
+async def test_a_rule_that_is_withdrawn_ends_its_alarm():
+    stage = Stage()
+    await stage.readings(record(1, value(1, 31)))
+    offer(stage.world.documents, "rule", **{**HOT, "enabled": False})
+    assert told(await stage.readings(record(2, value(2, 31)))) == [("withdrawn", "normal")]
+
+
+async def test_a_changed_rule_counts_from_the_next_batch():
+    stage = Stage()
+    assert told(await stage.readings(record(1, value(1, 29)))) == []
+    offer(stage.world.documents, "rule", **{**HOT, "threshold": 25})
+    sends = await stage.readings(record(2, value(2, 29)))
+    assert told(sends) == [("raised", "unacknowledged")]
+    assert lines(sends, topics.ALERTS)[0]["threshold"] == 25
+
+
+async def test_the_state_says_where_the_alarm_stands():
+    stage = Stage()
+    await stage.readings(record(1, value(1, 31)))
+    state = orjson.loads(stage.world.tables["a", PARTITION, b"dev-1"])
+    assert state["g"]["0"]["m"] == {"3": [1, 0]}
+    assert state["g"]["0"]["a"]["hot"]["-1"][3] == "unacknowledged"
