@@ -414,7 +414,7 @@ def _line(seconds: float, messages: int, p: "Progress") -> str:
     stored = "".join(f"  {names.get(store, store)} {rows:,}" for store, rows in sorted(p.stored.items(), reverse=True))
     return (
         f"{seconds:5.0f} s  messages {messages:,}  standardized {p.standardized:,}  validated {p.validated:,}{stored}"
-        f"  errors {p.errors:,}  lag {p.lag:,}  worker {p.rss_bytes / 2**20:.0f} MiB"
+        f"  errors {p.errors:,}  lag {f'{p.lag:,}' if p.alive else '–'}  worker {p.rss_bytes / 2**20:.0f} MiB"
     )
 
 

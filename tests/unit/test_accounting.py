@@ -172,7 +172,34 @@ def test_messages_sent_twice_between_stages_are_shown_and_harmless():
     ledger.add_standardized([message(0, 101)])
     account = ledger.account()
     assert account.adds_up
-    assert account.facts["duplicates_between_stages"] == {"standardized": 1, "validated": 0}
+    assert account.facts["duplicates_between_stages"] == {"standardized": 1, "validated": 0, "errors": 0}
+
+
+def test_a_message_that_came_twice_is_no_second_message_with_its_key():
+    ledger = ledger_of()
+    ledger.add_validated([message(0, 101, quality=1)])
+    twin = message(0, 101) | {"raw_offset": 103}
+    ledger.add_raw(raw_batch(0, [103]), payload_bytes_max=1000)
+    ledger.add_standardized([message(0, 103)])
+    ledger.add_validated([message(0, 103)])
+    ledger.add_validated([twin])
+    for store in ("postgres", "clickhouse"):
+        ledger.add_rows(store, rows(message(0, 103)))
+    account = ledger.account()
+    assert account.adds_up
+    assert account.facts["same_key_twice"] == 2
+
+
+def test_an_error_line_that_came_twice_counts_once():
+    ledger = ledger_of()
+    line = records.error_line(
+        "validate", "value_range", "t is 99", topic=topics.STANDARDIZED.name, partition=0, offset=9, now_us=NOW_US,
+        raw_partition=0, raw_offset=100, raw_index=0,
+    )  # fmt: skip
+    ledger.add_errors([line, line, {**line, "message": "h is 99"}])
+    facts = ledger.account().facts
+    assert facts["errors"] == 2
+    assert facts["duplicates_between_stages"]["errors"] == 1
 
 
 def test_failed_values_are_not_expected_in_the_stores():
