@@ -161,13 +161,14 @@ async def create(settings: Settings, *, wait_s: float = 0.0) -> Comparison:
         missing = [d for d in declared if d.name in set(before.missing)]
         if not missing:
             return before
-        try:
-            await _create(admin, missing)
-        except IncompatibleBrokerVersion:
+        if await _has_controller(admin):
+            created = await _create(admin, missing)
+        else:
             # librdkafka's in-memory broker has no CreateTopics; it makes a topic that metadata is asked for.
-            await admin.describe_topics([d.name for d in missing])
+            created = [d.name for d in missing]
+            await admin.describe_topics(created)
         after = await _until_ready(admin, declared)
-        after.created = [d.name for d in missing]
+        after.created = created
         log.info("topics created", topics=after.created)
         return after
     finally:
@@ -193,16 +194,25 @@ async def _connect(settings: Settings, wait_s: float) -> Any:
     return await until_up(what, attempt, not_yet=(KafkaError, OSError), wait_s=wait_s, error=TopicsError)
 
 
-async def _create(admin: Any, missing: Sequence[Declared]) -> None:
+async def _has_controller(admin: Any) -> bool:
+    cluster = await admin.describe_cluster()
+    return cluster["controller_id"] in {broker["node_id"] for broker in cluster["brokers"]}
+
+
+async def _create(admin: Any, missing: Sequence[Declared]) -> list[str]:
+    """Make topics; returns the names of those that we, and nobody else, made."""
+    created: list[str] = []
     response = await admin.create_topics(
         [NewTopic(d.name, d.create_partitions, d.create_replication, topic_configs=dict(d.config)) for d in missing]
     )
     for name, code, *rest in response.topic_errors:
         error = for_code(code)
-        # Another runner was faster: just what we wanted.
-        if code and error is not TopicAlreadyExistsError:
+        if not code:
+            created.append(name)
+        elif error is not TopicAlreadyExistsError:  # another runner was faster: just what we wanted
             message = f"topic {name}: {error.__name__}{f': {rest[0]}' if rest and rest[0] else ''}"
             raise TopicsError(message)
+    return created
 
 
 async def _until_ready(admin: Any, declared: Sequence[Declared]) -> Comparison:
