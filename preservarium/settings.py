@@ -222,6 +222,12 @@ class Mail(_Section):
     sender: str = Field("preservarium@localhost", description="From address.")
     recipients: str = Field("", description="Default To addresses, separated by commas, where the registry names none.")
     timeout_s: float = Field(20.0, gt=0, description="A mail must be taken within this time.")
+    recipient_retry_s: float = Field(
+        300.0,
+        ge=0,
+        json_schema_extra=RELOAD,
+        description="A recipient whom the server refuses for now is tried for so long; other mail of the partition waits.",
+    )
 
 
 class Mqtt(_Section):
@@ -229,7 +235,7 @@ class Mqtt(_Section):
 
     enabled: bool = Field(False, description="Run the connector inside the worker.")
     url: SecretStr = Field(SecretStr("mqtt://localhost:1883"), description="mqtt(s)://[user[:password]@]host[:port].")
-    client_id: str = Field("preservarium", description="Stable, so that the broker keeps the session and redelivers.")
+    client_id: str = Field("preservarium", description="Stable, so that the broker keeps the session and redelivers; two connectors must not share one.")
     subscriptions: str = Field(
         "devices/{device}/up",
         description="Topic patterns, separated by commas; {device} marks the address, {mode} the connector mode, {port} the port, + any level.",

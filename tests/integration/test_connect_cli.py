@@ -17,6 +17,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer
 
 from preservarium import topics_admin
+from preservarium.embedded.service import free_port
 from preservarium.settings import Kafka, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,15 @@ class Command:
             cwd=ROOT,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+        )
+
+    async def worker(self, **environment: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "faust", "-A", "preservarium", "worker"),
+            env={**self.environment, **environment},
+            cwd=ROOT,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
         )
 
     async def run(self, *arguments: str, **environment: str) -> tuple[int | None, str, str]:
@@ -157,6 +167,50 @@ async def test_simulate_sends_what_it_says(command: Command) -> None:
     lines = await command.raw(lambda lines: len(lines) >= 150)
     assert len(lines) == 150
     assert {line["connector"] for line in lines} == {"simulator"}
+
+
+async def test_inside_the_worker(command: Command, mosquitto: str) -> None:
+    """Enabled connectors share the worker's publisher and its web port."""
+    root, port = command.prefix.strip("."), free_port()
+    process = await command.worker(
+        PRESERVARIUM_KAFKA__GROUP=root,
+        PRESERVARIUM_AGENTS__ENABLED="normalize",
+        PRESERVARIUM_WEB__PORT=str(port),
+        PRESERVARIUM_MQTT__ENABLED="true",
+        PRESERVARIUM_MQTT__URL=mosquitto,
+        PRESERVARIUM_MQTT__CLIENT_ID=root,
+        PRESERVARIUM_MQTT__SUBSCRIPTIONS=f"{root}/{{device}}/up",
+    )
+    output = asyncio.create_task(process.stdout.read())  # type: ignore[union-attr]
+    try:
+        url = urlsplit(mosquitto)
+        async with asyncio.timeout(60), aiohttp.ClientSession() as session:
+            while True:
+                assert process.returncode is None, (await output).decode()
+                try:
+                    async with session.post(f"http://127.0.0.1:{port}/ingest?device=h1", json={"t": 1}) as answer:
+                        if answer.status == 202:
+                            break
+                except aiohttp.ClientConnectorError:
+                    await asyncio.sleep(0.1)
+            async with session.get(f"http://127.0.0.1:{port}/ingest") as answer:
+                assert answer.status == 405
+        # Published before the connector subscribed it would go nowhere: sent until it has come.
+        arrived = asyncio.create_task(command.raw(lambda lines: {"h1", "m1"} <= {line["device"] for line in lines}))
+        async with aiomqtt.Client(url.hostname or "", url.port or 1883) as device:
+            while not arrived.done():
+                await device.publish(f"{root}/m1/up", b"{}", qos=1)
+                await asyncio.wait([arrived], timeout=0.5)
+        assert {line["connector"] for line in await arrived} == {"http", "mqtt"}
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(30):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            pytest.fail((await output).decode())
+    assert process.returncode == 0, (await output).decode()
 
 
 @pytest.mark.parametrize(
