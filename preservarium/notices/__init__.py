@@ -1,0 +1,1 @@
+"""Telling people: who is told of an alarm's transition, in which words, through which channel."""
