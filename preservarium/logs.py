@@ -36,9 +36,10 @@ def config(level: str, form: str) -> dict[str, Any]:
     """
     console = form == "console" or (form == "auto" and sys.stderr.isatty())
     renderer: list[Any] = (
-        [structlog.dev.ConsoleRenderer()]
+        # Plain tracebacks: those with local variables take a second each, and show payloads and passwords.
+        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
         if console
-        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )
     return {
         "version": 1,

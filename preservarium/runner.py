@@ -64,9 +64,9 @@ class Fuse:
     def __init__(self, stage: str, live: LiveSettings) -> None:
         self._stage = stage
         self._live = live
-        self._window: deque[tuple[int, int]] = deque()
-        self._records = 0
-        self._refused = 0
+        self._window: deque[tuple[float, float]] = deque()
+        self._records = 0.0
+        self._refused = 0.0
         self._closed = asyncio.Event()
         self._closed.set()
         #: why it blew; empty while it holds
@@ -91,21 +91,25 @@ class Fuse:
         window.append((records, count))
         self._records += records
         self._refused += count
-        while window and self._records - window[0][0] >= settings.window_records:
+        while self._records > settings.window_records:
+            # Of a batch that lies half outside the window, half of what it refused counts.
             old_records, old_refused = window.popleft()
-            self._records -= old_records
-            self._refused -= old_refused
-        limit = settings.invalid_ratio_max
-        if count and self._refused > limit * settings.window_records and self._refused > limit * self._records:
-            self.reason = f"{self._refused} of the last {self._records} records refused ({settings.codes})"
+            gone = min(old_records, self._records - settings.window_records)
+            share = gone / old_records
+            self._records -= gone
+            self._refused -= old_refused * share
+            if share < 1:
+                window.appendleft((old_records - gone, old_refused * (1 - share)))
+        if count and self._refused > settings.invalid_ratio_max * settings.window_records:
+            self.reason = f"{self._refused:.0f} of the last {self._records:.0f} records refused ({settings.codes})"
             self._closed.clear()
             metrics.FUSE_BLOWN.labels(self._stage).set(1)
             log.error(
                 "fuse_blown",
                 action="the partition is paused; nothing is lost. Mend the cause, then restart or reset the fuse",
                 stage=self._stage,
-                refused=self._refused,
-                records=self._records,
+                refused=round(self._refused),
+                records=round(self._records),
                 codes=settings.codes,
             )
             raise FuseBlown(self.reason)
@@ -113,7 +117,7 @@ class Fuse:
     def reset(self) -> None:
         """Close the fuse and forget the window: paused partitions go on."""
         self._window.clear()
-        self._records = self._refused = 0
+        self._records = self._refused = 0.0
         self.reason = ""
         self._closed.set()
         metrics.FUSE_BLOWN.labels(self._stage).set(0)
@@ -261,7 +265,6 @@ class Runner:
                 first_offset=batch.records[0].offset,
                 records=len(batch.records),
                 error=repr(error),
-                exc_info=error if not isinstance(error, Reject) else None,
             )
             middle = len(batch.records) // 2
             for part in (batch.records[:middle], batch.records[middle:]):
@@ -274,6 +277,7 @@ class Runner:
 
     async def _set_aside(self, batch: Batch, ack: Ack, progress: Progress, error: Exception) -> None:
         """Send the one record of `batch` to `iot_errors` and acknowledge it."""
+        patient = self._failures_in_row < FAILURES_PATIENT_MAX
         self._failures_in_row += 1
         record = batch.records[0]
         code = error.code if isinstance(error, Reject) else ReasonCode.HANDLER_FAILED
@@ -285,7 +289,8 @@ class Runner:
             partition=batch.partition,
             offset=record.offset,
             error=repr(error),
-            exc_info=error if not isinstance(error, Reject) else None,
+            # A defect that hits everything need not be shown for each record.
+            exc_info=error if code == ReasonCode.HANDLER_FAILED and patient else None,
         )
         line = error_line(
             self.stage,

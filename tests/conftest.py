@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 import pytest
+import structlog
 
 from preservarium.embedded.service import Service, ServiceUnavailable, free_port
 from preservarium.settings import LEGACY_NAMES, PREFIX
@@ -51,6 +52,14 @@ for _name in [*os.environ]:
     if _name.startswith(PREFIX) or _name in LEGACY_NAMES:
         del os.environ[_name]
 os.environ[f"{PREFIX}ENV_FILE"] = os.devnull
+
+# structlog's own default draws tracebacks with local variables: a second each.
+structlog.configure(
+    processors=[
+        structlog.processors.add_log_level,
+        structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 MISSING = "missing: "
 
