@@ -26,8 +26,6 @@ EXPONENT_MAX: Final = 16
 SHIFT_MAX: Final = 64
 #: Width that a result counts with once it is a field of its own; wider whole numbers become floats there.
 FIELD_BITS_MAX: Final = 128
-#: A float needs no more than this when it is made a whole number.
-_FLOAT_BITS: Final = 1_024
 
 #: What an evaluation may raise where the numbers do not allow it (log of a negative, division by zero, NaN to integer).
 ARITHMETIC_ERRORS: Final = (ArithmeticError, ValueError, TypeError)
@@ -74,7 +72,27 @@ def _signed(x: Any, width: Any) -> int:
 
 
 def _round(x: Any, digits: Any = 0) -> Any:
-    return round(x, int(digits)) if digits else round(x)
+    return round(x, int(digits)) if digits else _narrow(round(x))
+
+
+def _narrow(x: int) -> int:
+    """A float has whole parts of up to 1,024 bits, and none that wide is a measurement."""
+    if x.bit_length() > FIELD_BITS_MAX:
+        message = f"a whole number of {x.bit_length()} bits"
+        raise OverflowError(message)
+    return x
+
+
+def _floor(x: Any) -> int:
+    return _narrow(math.floor(x))
+
+
+def _ceil(x: Any) -> int:
+    return _narrow(math.ceil(x))
+
+
+def _int(x: Any) -> int:
+    return _narrow(int(x))
 
 
 #: Callable by name: name -> (function, least arguments, most arguments).
@@ -83,10 +101,10 @@ FUNCTIONS: Final[dict[str, tuple[Callable[..., Any], int, int]]] = {
     "min": (min, 2, 16),
     "max": (max, 2, 16),
     "round": (_round, 1, 2),
-    "floor": (math.floor, 1, 1),
-    "ceil": (math.ceil, 1, 1),
-    "trunc": (math.trunc, 1, 1),
-    "int": (int, 1, 1),
+    "floor": (_floor, 1, 1),
+    "ceil": (_ceil, 1, 1),
+    "trunc": (_int, 1, 1),
+    "int": (_int, 1, 1),
     "float": (float, 1, 1),
     "pow": (math.pow, 2, 2),
     "sqrt": (math.sqrt, 1, 1),
@@ -273,7 +291,7 @@ class _Checker:
         if name in _WIDEST_ARGUMENT:
             bits = max(p.bits for p in parts)
         elif name in _WHOLE_RESULT:
-            bits = parts[0].bits or _FLOAT_BITS
+            bits = parts[0].bits or FIELD_BITS_MAX
         elif name in {"bit", "bits", "signed"}:
             bits = FIELD_BITS_MAX
         else:

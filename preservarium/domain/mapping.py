@@ -165,6 +165,7 @@ class Mapper:
                 return None
         component = mapping["component_type"] if mapping else default_component(name)
         position = (mapping.get("pin_position") if mapping else None) or pin or PIN_POSITION_NONE
+        position = "".join(c for c in position[:PIN_CHARACTERS_MAX] if c.isprintable()) or PIN_POSITION_NONE
         datatype: dict[str, Any] = dict(self._lookup(component) or {})
         for overrides in self._datatypes:
             datatype.update(overrides.get(component, {}))
@@ -175,7 +176,7 @@ class Mapper:
         # Scale and offset of the mapping come first: they are in the unit that the field comes in.
         factor, offset = factor * change[0], offset * change[0] + change[1]
         return Target(
-            component, position[:PIN_CHARACTERS_MAX], datatype.get("kind"), shown, factor, offset,
+            component, position, datatype.get("kind"), shown, factor, offset,
             factor != 1 or offset != 0, flags,
         )  # fmt: skip
 

@@ -193,6 +193,7 @@ _FACTOR: Final = re.compile(r"(?P<unit>[^\d\s*/^+-]+?)(?:\^?(?P<power>[+-]?\d))?
 def _plain(text: str) -> str:
     """One form for the many ways to write the same characters: micro signs, ohm signs, degree letters, blanks."""
     text = text.strip().translate({0x03BC: "µ", 0x2126: "Ω", 0x2103: "°C", 0x2109: "°F", 0x2212: "-", 0x2030: "‰"})
+    text = "".join(c for c in text if c.isprintable() or c.isspace())
     return unicodedata.normalize("NFC", " ".join(text.split()))
 
 
@@ -232,7 +233,7 @@ def canonical(unit: str | None) -> tuple[str, bool]:
     known = _SPELLINGS.get(text) or _SPELLINGS.get(_tidy(text))
     if known is not None:
         return known, True
-    return text[:UNIT_CHARACTERS_MAX], _registered(text) is not None
+    return text[:UNIT_CHARACTERS_MAX].strip(), _registered(text) is not None
 
 
 @lru_cache(maxsize=1)

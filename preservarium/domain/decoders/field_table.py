@@ -334,20 +334,23 @@ class _Compiler:
             if not isinstance(item, dict):
                 message = f"{at}: an item is a mapping, not {type(item).__name__}"
                 raise ParserError(message)
-            self.items += 1
-            if self.items > ITEMS_MAX:
-                message = f"more than {ITEMS_MAX} items"
-                raise ParserError(message)
+            self.count_item()
             run: list[tuple[dict[str, Any], _Width, str]] = []
             while i < len(items) and (member := self.of_run(items[i], f"{where}[{i}]", run)):
                 run.append(member)
                 i += 1
+                self.count_item()
             if run:
-                self.items += len(run) - 1
                 self.run(run)
                 continue
             self.item(item, at)
             i += 1
+
+    def count_item(self) -> None:
+        self.items += 1
+        if self.items > ITEMS_MAX:
+            message = f"more than {ITEMS_MAX} items"
+            raise ParserError(message)
 
     def item(self, item: dict[str, Any], where: str) -> None:
         if "repeat" in item:
@@ -399,6 +402,7 @@ class _Compiler:
             return None
         _known(item, _FIELD_KEYS, where)
         width = _width(item["type"], where)
+        _no_length(item, width, where)
         if not width.size:
             length = item.get("length")
             if isinstance(length, bool) or not isinstance(length, int) or not 0 < length <= 65_536:
@@ -485,17 +489,17 @@ class _Compiler:
     def single(self, item: dict[str, Any], where: str) -> None:
         """A field that stands alone: at a place of its own, or with a length that earlier bytes give."""
         width = _width(item["type"], where)
-        if width.size and "length" in item:
-            message = f"{where}: {item['type']} has its length in its name"
+        _no_length(item, width, where)
+        if not width.size and "length" not in item:
+            message = f"{where}: {item['type']} needs a length"
             raise ParserError(message)
-        if not width.size and not (isinstance(item.get("length"), int) and "at" in item):
-            if "length" not in item:
-                message = f"{where}: {item['type']} needs a length"
-                raise ParserError(message)
-            if "at" not in item:
-                self.counted(item, width, where)
-                return
+        if not width.size and "at" not in item:
+            self.counted(item, width, where)
+            return
         if not width.size:
+            if not isinstance(item["length"], int) or not 0 < item["length"] <= 65_536:
+                message = f"{where}.length: a number of bytes, where the place is given by `at`"
+                raise ParserError(message)
             width = _Width(width.kind, item["length"])
         if "at" not in item:
             self.run([(item, width, where)])
@@ -631,7 +635,7 @@ class _Compiler:
         if not isinstance(part, dict):
             message = f"{where}: a mapping is expected"
             raise ParserError(message)
-        self.items += 1
+        self.count_item()
         _known(part, _PART_KEYS, where)
         span = [part["bit"], part["bit"]] if "bit" in part else part.get("bits")
         if not (isinstance(span, list) and len(span) == 2 and all(type(s) is int for s in span)):
@@ -902,6 +906,12 @@ def _case(given: Any, kind: str, where: str) -> int | str:
     except (TypeError, ValueError):
         message = f"{where}: {given!r} is not a whole number"
         raise ParserError(message) from None
+
+
+def _no_length(item: Mapping[str, Any], width: _Width, where: str) -> None:
+    if width.size and "length" in item:
+        message = f"{where}: {item['type']} has its length in its name"
+        raise ParserError(message)
 
 
 def _order(item: Mapping[str, Any], default: str, where: str) -> str:

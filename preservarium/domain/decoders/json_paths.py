@@ -193,7 +193,7 @@ class JsonDecoder:
             raise ParserError(message)
         self._each = tuple(_each(e, f"each[{i}]") for i, e in enumerate(each or []))
         given = source.get("fields")
-        self._fields = None if given is None and not self._each else _fields(given or [], "fields")
+        self._fields = None if given is None and not self._each else _fields([] if given is None else given, "fields")
         ignore = source.get("ignore", [])
         if not isinstance(ignore, list) or not all(isinstance(i, str) for i in ignore):
             message = "ignore: a list of names"

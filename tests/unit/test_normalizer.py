@@ -1,0 +1,310 @@
+import asyncio
+from dataclasses import dataclass, field
+
+import orjson
+import pytest
+
+from preservarium import topics
+from preservarium.clock import ManualClock
+from preservarium.domain.errors import Retry
+from preservarium.normalizer import Normalizer
+from preservarium.records import raw_line
+from preservarium.settings import LiveSettings, Settings
+from preservarium.stage import Batch
+
+NOW = 1_717_243_200_000_000
+TABLE = {
+    "fields": [
+        {"name": "temperature", "type": "i16", "div": 100, "unit": "°C"},
+        {"name": "scaled", "type": "u8", "expr": "x * k"},
+    ],
+    "parameters": {"k": 2},
+}
+
+
+@dataclass
+class Rec:
+    value: bytes | None
+    offset: int = 0
+    key: bytes | None = None
+    timestamp: int = NOW // 1000
+    headers: tuple = ()
+
+
+@dataclass
+class Devices:
+    known: dict = field(default_factory=dict)
+    asked: list = field(default_factory=list)
+    hold: asyncio.Event | None = None
+
+    async def lookup_many(self, partition, device_ids):
+        ids = list(device_ids)
+        self.asked.append(ids)
+        found = {d: self.known[d] for d in ids if d in self.known}
+        if self.hold is not None:
+            await self.hold.wait()
+        return found
+
+
+@dataclass
+class Types:
+    rev: int = 1
+    parsers: dict = field(default_factory=dict)
+    types: dict = field(default_factory=dict)
+    fault: Exception | None = None
+
+    def datatype(self, name):
+        return {"name": name, "rev": 1, "kind": "number", "unit": "K"} if name == "temperature" else None
+
+    def parser(self, name):
+        return self.parsers.get(name)
+
+    def type(self, name):
+        return self.types.get(name)
+
+    async def ready(self):
+        if self.fault is not None:
+            raise self.fault
+
+
+def parser(name, kind, source, version=1):
+    return {
+        "name": name,
+        "version": version,
+        "rev": 1,
+        "kind": kind,
+        "status": "active",
+        "source": source,
+        "hash": f"{name}{version}",
+    }
+
+
+@pytest.fixture
+def world():
+    devices = Devices(
+        {
+            d: {"device_id": d, "rev": 5, "type": t, "enabled": True}
+            for d, t in (("a", "bin"), ("b", "bin"), ("j", "json"), ("n", "none"), ("w", "wrong"))
+        }
+    )
+    devices.known["b"]["variables"] = {"k": 10}
+    devices.known["off"] = {"device_id": "off", "rev": 1, "type": "json", "enabled": False}
+    types = Types(
+        parsers={"table": parser("table", "table", TABLE), "json": parser("json", "json", {}), "wrong": parser("wrong", "table", {"fields": 5})},
+        types={n: {"name": n, "rev": 1, "manufacturer": "m", "parser": p, "mode": "X"} for n, p in (("bin", "table"), ("json", "json"), ("none", "gone"), ("wrong", "wrong"))},
+    )  # fmt: skip
+    return devices, types, ManualClock(NOW)
+
+
+def normalizer(world, **settings):
+    devices, types, clock = world
+    return Normalizer(devices, types, clock, LiveSettings(Settings(**settings)))
+
+
+def line(device, payload, **more):
+    return raw_line(device, payload, received_at=NOW, connector="test", mode="", **more)
+
+
+def batch(*records, partition=3):
+    return Batch(topics.RAW.name, partition, [Rec(r, i) if isinstance(r, bytes) else r for i, r in enumerate(records)])
+
+
+def split(effects):
+    out = [s for s in effects.sends if s.topic is topics.STANDARDIZED]
+    errors = [orjson.loads(s.value) for s in effects.sends if s.topic is topics.ERRORS]
+    assert len(out) + len(errors) == len(effects.sends)
+    assert sum(effects.refused.values()) == len(errors)
+    return out, errors
+
+
+def messages(send):
+    return [orjson.loads(v) for v in send.value.split(b"\n")]
+
+
+async def test_one_record_for_each_record_keyed_by_the_device(world):
+    effects = await normalizer(world)(
+        batch(line("a", b"\x09\xc4\x05"), line("b", b"\x09\xc4\x05"), line("j", {"x": 1}))
+    )
+    out, errors = split(effects)
+    assert errors == []
+    assert [s.key for s in out] == [b"a", b"b", b"j"]
+    assert all(s.partition is None for s in out)  # by key: a foreign producer may have placed it elsewhere
+    (first,), (second,) = messages(out[0]), messages(out[1])
+    assert first["readings"][0] == {"component_type": "temperature", "pin_position": "-1", "value": 298.15, "unit": "K"}
+    assert (first["readings"][1]["value"], second["readings"][1]["value"]) == (10, 50)
+    assert (first["raw_partition"], first["raw_offset"], first["raw_index"], first["parser"], first["config_rev"]) == (
+        3,
+        0,
+        0,
+        "table@1",
+        5,
+    )
+
+
+async def test_lines_of_one_record_stay_one_record_for_each_device(world):
+    value = b"\n".join([line("j", {"x": 1}), line("a", b"\0\0\0"), b"", line("j", {"x": 2}), b"{torn"])
+    out, errors = split(await normalizer(world)(batch(value)))
+    assert [(s.key, [m["raw_index"] for m in messages(s)]) for s in out] == [(b"j", [0, 3]), (b"a", [1])]
+    assert [(e["code"], e["index"], e["raw"]) for e in errors] == [("envelope_not_json", 4, "{torn")]
+
+
+async def test_generation_trace_and_experiment_go_along(world):
+    headers = (("generation", b"7"), ("trace", b"00-ab-cd-01"), ("other", b"x"))
+    record = Rec(line("j", {"x": 1}, experiment_id="e1"), 4, headers=headers)
+    out, _ = split(await normalizer(world)(batch(record)))
+    assert out[0].headers == (("generation", b"7"), ("trace", b"00-ab-cd-01"))
+    (message,) = messages(out[0])
+    assert (message["generation"], message["experiment_id"]) == (7, "e1")
+
+
+async def test_a_foreign_record_is_the_payload_of_its_key(world):
+    out, errors = split(
+        await normalizer(world)(batch(Rec(b'{"x": 5}', 0, key=b"j"), Rec(b"\x09\xc4\x05", 1, key=b"a")))
+    )
+    assert errors == []
+    assert [messages(s)[0]["readings"][0]["value"] for s in out] == [5, 298.15]
+
+
+@pytest.mark.parametrize(
+    ("raw", "code", "device"),
+    [
+        (line("zzz", {"x": 1}), "unknown_device", "zzz"),
+        (line("off", {"x": 1}), "device_disabled", "off"),
+        (line("n", {"x": 1}), "no_parser", "n"),
+        (line("w", b"\1"), "no_parser", "w"),
+        (line("a", b"\1"), "decode_failed", "a"),
+        (line("a", {"x": 1}), "decode_failed", "a"),
+        (line("j", {"x": None}), "mapping_failed", "j"),
+        (b'{"device": "j"', "envelope_not_json", None),
+        (b"{}", "envelope_no_device", None),
+    ],
+)
+async def test_what_cannot_be_used_becomes_an_error_line_with_the_original(world, raw, code, device):
+    out, errors = split(await normalizer(world)(batch(raw)))
+    assert out == []
+    (error,) = errors
+    assert (error["code"], error["stage"], error["device_id"], error["raw"].encode()) == (
+        code,
+        "normalize",
+        device,
+        raw,
+    )
+    assert (error["topic"], error["partition"], error["offset"], error["raw_partition"], error["raw_offset"]) == (
+        topics.RAW.name,
+        3,
+        0,
+        3,
+        0,
+    )
+    assert error["message"]
+    if code in {"decode_failed", "mapping_failed", "device_disabled"}:
+        assert error["parser"] in {"table@1", "json@1"}
+        assert error["config_rev"] in {1, 5}
+
+
+async def test_a_refused_value_is_an_error_line_and_the_others_go_on(world):
+    world[1].parsers["json"]["source"] = {"fields": [{"path": "x", "expr": "log(x)"}, {"path": "y"}]}
+    out, errors = split(await normalizer(world)(batch(line("j", {"x": -1, "y": 2}))))
+    assert [r["component_type"] for m in messages(out[0]) for r in m["readings"]] == ["y"]
+    assert [e["code"] for e in errors] == ["value_not_finite"]
+
+
+async def test_a_configuration_is_looked_up_once_until_it_changes(world):
+    devices, types, clock = world
+    run = normalizer(world, normalize={"config_cache_ttl_s": 60})
+    records = batch(line("j", {"x": 1}), line("j", {"x": 2}), line("a", b"\0\0\0"))
+    await run(records)
+    await run(records)
+    assert devices.asked == [["a", "j"]]
+    run.forget("j")
+    devices.known["j"] = {**devices.known["j"], "rev": 6, "mapping": {"x": {"component_type": "y"}}}
+    out, _ = split(await run(records))
+    assert devices.asked[1:] == [["j"]]
+    assert {m["config_rev"] for s in out for m in messages(s)} == {5, 6}
+    types.rev += 1
+    await run(records)
+    assert devices.asked[2:] == [["a", "j"]]
+    clock.advance(61)
+    await run(records)
+    assert devices.asked[3:] == [["a", "j"]]
+
+
+async def test_a_new_parser_version_is_used_at_once(world):
+    _, types, _ = world
+    run = normalizer(world)
+    await run(batch(line("j", {"x": 1})))
+    types.parsers["json"] = parser("json", "json", {"fields": [{"path": "x", "scale": 100}]}, version=2)
+    types.rev += 1
+    out, _ = split(await run(batch(line("j", {"x": 1}))))
+    (message,) = messages(out[0])
+    assert (message["parser"], message["readings"][0]["value"]) == ("json@2", 100)
+
+
+async def test_an_unknown_device_is_asked_for_again(world):
+    devices, _, _ = world
+    run = normalizer(world)
+    _, errors = split(await run(batch(line("new", {"x": 1}))))
+    assert [e["code"] for e in errors] == ["unknown_device"]
+    devices.known["new"] = {"device_id": "new", "rev": 1, "type": "json", "enabled": True}
+    out, errors = split(await run(batch(line("new", {"x": 1}))))
+    assert (len(out), errors) == (1, [])
+
+
+async def test_a_change_during_the_look_up_is_not_forgotten(world):
+    devices, _, _ = world
+    devices.hold = asyncio.Event()
+    run = normalizer(world)
+    task = asyncio.create_task(run(batch(line("j", {"x": 1}))))
+    while not devices.asked:
+        await asyncio.sleep(0)
+    run.forget("j")
+    devices.hold.set()
+    await task
+    await run(batch(line("j", {"x": 1})))
+    assert devices.asked == [["j"], ["j"]]
+
+
+async def test_nothing_is_decoded_before_the_registry_was_read(world):
+    world[1].fault = Retry("not yet")
+    with pytest.raises(Retry):
+        await normalizer(world)(batch(line("j", {"x": 1})))
+
+
+async def test_the_same_batch_gives_the_same_records(world):
+    records = batch(
+        line("j", {"x": 1}), line("a", b"\1"), line("zzz", 1), b"\n".join([line("a", b"\0\0\0"), line("b", b"\0\0\0")])
+    )
+    run = normalizer(world)
+    assert (await run(records)).sends == (await run(records)).sends
+
+
+async def test_no_record_is_larger_than_kafka_takes(world):
+    many = b"\n".join(line("j", {f"field_{i}": i for i in range(40)}) for _ in range(20))
+    huge = line("j", {f"field_{i}": "x" * 4000 for i in range(5)})
+    run = normalizer(world, kafka={"record_bytes_max": 10_000})
+    out, errors = split(await run(batch(many, huge)))
+    assert len(out) > 1
+    assert all(len(s.value) <= 10_000 for s in out)
+    assert [m["raw_index"] for s in out for m in messages(s)] == list(range(20))
+    assert [e["code"] for e in errors] == ["output_too_large"]
+
+
+async def test_limits_of_the_settings_are_kept(world):
+    run = normalizer(world, normalize={"readings_max": 2, "payload_bytes_max": 256})
+    _, errors = split(await run(batch(line("j", {"a": 1, "b": 2, "c": 3}), line("j", {"a": "x" * 300}))))
+    assert sorted(e["code"] for e in errors) == ["decode_limit", "envelope_too_large"]
+
+
+async def test_a_large_batch_lets_others_run(world):
+    turns = 0
+
+    async def other():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    await normalizer(world)(batch(*[line("j", {"x": i}) for i in range(2000)]))
+    task.cancel()
+    assert turns >= 8
