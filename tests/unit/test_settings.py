@@ -1,0 +1,199 @@
+"""Settings: sources and their precedence, secrets in files, one line for what is wrong, reload."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from pydantic import SecretStr, ValidationError
+
+from preservarium.__main__ import cli
+from preservarium.settings import (
+    LEGACY_NAMES,
+    Change,
+    LiveSettings,
+    Postgres,
+    Settings,
+    SettingsError,
+    env_example,
+    fields,
+    load,
+)
+
+ROOT = Path(__file__).parents[2]
+P = "PRESERVARIUM_"
+
+
+def test_the_example_file_is_what_the_program_prints() -> None:
+    file = ROOT / ".env.example"
+    assert file.read_text(encoding="utf-8") == env_example(), "run: .venv/bin/preservarium config > .env.example"
+    assert CliRunner().invoke(cli, ["config"]).output == env_example()
+
+
+def test_the_example_with_every_line_uncommented_is_the_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [line.removeprefix("# ") for line in env_example().splitlines() if line.startswith(f"# {P}")]
+    file = tmp_path / ".env"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    monkeypatch.setenv(f"{P}ENV_FILE", str(file))
+    assert len(lines) == len(list(fields()))
+    assert load() == Settings()
+
+
+def test_every_setting_is_described_and_its_variable_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for field in fields():
+        assert field.description, field.variable
+        assert field.description.rstrip().endswith((".", "…")), f"{field.variable}: a sentence"
+    monkeypatch.setenv(f"{P}KAFKA__LINGER_MS", "7")
+    monkeypatch.setenv(f"{P}LOG_LEVEL", "DEBUG")
+    monkeypatch.setenv(f"{P}MQTT__ENABLED", "true")
+    s = load()
+    assert (s.kafka.linger_ms, s.log_level, s.mqtt.enabled) == (7, "DEBUG", True)
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "settings"
+    file.write_text(f"{P}SINK__ROWS_MAX=11\n{P}SINK__LINGER_S=0.5\nUNRELATED=1\n")
+    monkeypatch.setenv(f"{P}ENV_FILE", str(file))
+    monkeypatch.setenv(f"{P}SINK__ROWS_MAX", "22")
+    assert (load().sink.rows_max, load().sink.linger_s) == (22, 0.5)
+
+
+LEGACY = {
+    "KAFKA_BOOTSTRAP_SERVERS": ("one:9092,two:9092", "one:9092,two:9092"),
+    "KAFKA_INPUT_TOPIC": ("decoded", "decoded"),
+    "TIMESCALE_HOST": ("db", "db"),
+    "TIMESCALE_PORT": ("5433", 5433),
+    "TIMESCALE_DB": ("iot", "iot"),
+    "TIMESCALE_USER": ("sink", "sink"),
+    "TIMESCALE_PASSWORD": ("p@ss", SecretStr("p@ss")),
+    "BATCH_SIZE": ("100", 100),
+    "BATCH_TIMEOUT": ("2", 2.0),
+}
+
+
+@pytest.mark.parametrize("name", LEGACY_NAMES)
+def test_the_replaced_services_names_are_understood(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, value = LEGACY[name]
+    monkeypatch.setenv(name, text)
+    section, field = LEGACY_NAMES[name]
+    assert getattr(getattr(load(), section), field) == value
+
+
+def test_our_own_name_wins_over_the_replaced_services(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIMESCALE_HOST", "old")
+    monkeypatch.setenv("TIMESCALE_PORT", "1111")
+    monkeypatch.setenv(f"{P}POSTGRES__HOST", "new")
+    s = load()
+    assert (s.postgres.host, s.postgres.port) == ("new", 1111)
+
+
+def test_a_batch_size_of_the_replaced_service_is_cut_to_our_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATCH_SIZE", "100000")
+    assert load().sink.rows_max == 5000
+
+
+def test_a_secret_may_stand_in_a_file_and_never_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "secret"
+    file.write_text("hush/hush\n")
+    monkeypatch.setenv(f"{P}POSTGRES__PASSWORD_FILE", str(file))
+    s = load()
+    assert s.postgres.password.get_secret_value() == "hush/hush"
+    assert "hush" not in repr(s)
+    assert ":hush%2Fhush@" in s.postgres.dsn
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("KAFKA__PARTITIONS", "none", "KAFKA__PARTITIONS"),
+        ("KAFKA__PARTITIONS", "0", "KAFKA__PARTITIONS"),
+        ("KAFKA__COMPRESSION", "rar", "KAFKA__COMPRESSION"),
+        ("SINK__ROWS_MAX", "5001", "SINK__ROWS_MAX"),
+        ("LOG_LEVEL", "LOUD", "LOG_LEVEL"),
+        ("KAFKA__PARTITION", "3", "KAFKA__PARTITION: no such setting"),
+        ("NOTHING", "3", "NOTHING: no such setting"),
+        ("POSTGRES__PASSWORD_FILE", "/nowhere/at/all", "POSTGRES__PASSWORD_FILE: cannot read"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_the_variable(
+    name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(P + name, value)
+    with pytest.raises(SettingsError, match=f"^{P}{words}") as e:
+        load()
+    assert "\n" not in str(e.value)
+    run = CliRunner().invoke(cli, ["config", "show"])
+    assert (run.exit_code, run.stdout) == (2, "")
+    assert [P + name in line for line in run.stderr.splitlines()] == [True]
+
+
+def test_a_wrong_secret_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValidationError):
+        Postgres(password=["hush"])  # type: ignore[arg-type]
+    monkeypatch.setenv(f"{P}POSTGRES__PASSWORD__DEEPER", "hush")
+    with pytest.raises(SettingsError) as e:
+        load()
+    assert "hush" not in str(e.value)
+
+
+def test_settings_cannot_be_changed_in_place() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings().sink.rows_max = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("postgres", "dsn"),
+    [
+        (Postgres(), "postgresql://preservarium@localhost:5432/timeseries"),
+        (
+            Postgres(host="h", port=1, user="a b", password=SecretStr("p/@"), database="d/x"),
+            "postgresql://a%20b:p%2F%40@h:1/d%2Fx",
+        ),
+        (
+            Postgres(host="/run/pg", user="u", database="d"),
+            "postgresql://u@/d?host=/run/pg&port=5432",
+        ),
+        (Postgres(url=SecretStr("postgresql://x/y"), host="ignored"), "postgresql://x/y"),
+    ],
+)
+def test_the_dsn(postgres: Postgres, dsn: str) -> None:
+    assert postgres.dsn == dsn
+
+
+def test_the_clickhouse_url_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load().clickhouse.parts == ("localhost", 8123, "default", "", False)
+    monkeypatch.setenv(f"{P}CLICKHOUSE__URL", "https://us%40er:p%2Fw@ch.example")
+    assert load().clickhouse.parts == ("ch.example", 8443, "us@er", "p/w", True)
+
+
+def test_a_reload_applies_what_may_change_and_tells_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    live = LiveSettings(load())
+    monkeypatch.setenv(f"{P}SINK__ROWS_MAX", "123")
+    monkeypatch.setenv(f"{P}LOG_LEVEL", "WARNING")
+    monkeypatch.setenv(f"{P}KAFKA__BOOTSTRAP_SERVERS", "elsewhere:9092")
+    changes = live.reload()
+    assert set(changes) == {
+        Change(f"{P}SINK__ROWS_MAX", "5000", "123", applied=True),
+        Change(f"{P}LOG_LEVEL", "INFO", "WARNING", applied=True),
+        Change(f"{P}KAFKA__BOOTSTRAP_SERVERS", "localhost:9092", "elsewhere:9092", applied=False),
+    }
+    s = live()
+    assert (s.sink.rows_max, s.log_level, s.kafka.bootstrap_servers) == (123, "WARNING", "localhost:9092")
+    assert [c for c in live.reload() if c.applied] == [], "the second reload finds nothing new to apply"
+
+
+def test_a_reload_with_a_wrong_value_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    live = LiveSettings(load())
+    before = live()
+    monkeypatch.setenv(f"{P}SINK__LINGER_S", "0.9")
+    monkeypatch.setenv(f"{P}SINK__ROWS_MAX", "many")
+    with pytest.raises(SettingsError):
+        live.reload()
+    assert live() is before
+
+
+def test_a_reload_tells_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    live = LiveSettings(load())
+    monkeypatch.setenv(f"{P}POSTGRES__PASSWORD", "hush")
+    assert "hush" not in repr(live.reload())
