@@ -86,7 +86,10 @@ def stop_leftover(pid_file: Path, stop_signal: int, stop_s: float) -> None:
 
 
 def spawn(spec: dict[str, Any]) -> "subprocess.Popen[bytes]":
-    """Start the service in a session of its own: a Ctrl-C on the owner's terminal is the owner's to handle."""
+    """Start the service in a session of its own: a Ctrl-C on the owner's terminal is the owner's to handle.
+
+    Our environment is the service's; we use none of it ourselves (`-I`).
+    """
     stop_signal = int(spec["stop_signal"])
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
     guard_pid = os.getpid()
@@ -102,7 +105,6 @@ def spawn(spec: dict[str, Any]) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
             spec["command"],
             cwd=spec.get("cwd"),
-            env=spec["env"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

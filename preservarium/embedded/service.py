@@ -197,7 +197,6 @@ class Service(ABC):
         spec = {
             "command": list(self.command()),
             "cwd": str(self.directory),
-            "env": dict(self.environment()),
             "log": str(self.log_file),
             "pid_file": str(self.directory / f"{self.name}.pid"),
             "lock_file": str(self.directory / f"{self.name}.lock"),
@@ -207,6 +206,8 @@ class Service(ABC):
         }
         self._guard = subprocess.Popen(
             [sys.executable, "-I", "-S", guard.__file__, json.dumps(spec)],
+            # Not in `spec`: everybody on the machine can read a command line, and passwords stand in environments.
+            env=dict(self.environment()),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
