@@ -4,12 +4,12 @@ import asyncio
 import random
 
 import pytest
+from connector_fakes import MemoryPublisher
 
 from preservarium import topics
 from preservarium.connectors.base import Backoff, Limits, RawProducer, envelope_send, message_send, refused_send
 from preservarium.domain.errors import ReasonCode, Reject, Retry
 from preservarium.stage import Send
-from tests.unit.connector_fakes import MemoryPublisher
 
 NOW_US = 1_700_000_000_000_000
 LIMITS = Limits(payload_bytes_max=1_000, record_bytes_max=2_000)

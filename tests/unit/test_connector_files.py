@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from connector_fakes import MemoryPublisher
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +17,6 @@ from preservarium.connectors import files
 from preservarium.connectors.base import Limits, RawProducer
 from preservarium.connectors.files import Columns, FileError, Position, Positions, Reader, backfill, format_of
 from preservarium.domain.errors import Retry
-from tests.unit.connector_fakes import MemoryPublisher
 
 NOW_US = 1_700_000_000_000_000
 LIMITS = Limits(payload_bytes_max=10_000, record_bytes_max=100_000)

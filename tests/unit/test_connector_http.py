@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from connector_fakes import MemoryPublisher
+from test_connector_envelopes import CHIRPSTACK_V4, PAYLOAD, TTN
 
 from preservarium import topics
 from preservarium.clock import ManualClock
 from preservarium.connectors import http
 from preservarium.settings import Http, LiveSettings, Settings
-from tests.unit.connector_fakes import MemoryPublisher
-from tests.unit.test_connector_envelopes import CHIRPSTACK_V4, PAYLOAD, TTN
 
 NOW_US = 1_700_000_000_000_000
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from connector_fakes import MemoryPublisher
+from test_records import Rec
 
 from preservarium import registry_file
 from preservarium.clock import ManualClock
@@ -14,8 +16,6 @@ from preservarium.connectors.simulator import Catalogue, Simulator, SimulatorErr
 from preservarium.domain.normalize import compile_device, normalize
 from preservarium.records import parse_raw
 from preservarium.stage import Send
-from tests.unit.connector_fakes import MemoryPublisher
-from tests.unit.test_records import Rec
 
 NOW_US = 1_700_000_000_000_000
 LIMITS = Limits(10_000, 100_000)
