@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, cast
 
 import orjson
 from pydantic import (
@@ -30,8 +30,13 @@ from ruamel.yaml.constructor import RoundTripConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
-from preservarium.domain.errors import PreservariumError
+from preservarium.domain import quality, units
+from preservarium.domain.decoders import KINDS, compile_parser, examples
+from preservarium.domain.decoders.scripts import FUNCTIONS
+from preservarium.domain.device import DatatypeDoc, RuleDoc
+from preservarium.domain.errors import PreservariumError, Reject
 from preservarium.domain.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US
+from preservarium.domain.rules import compile_rule
 
 Document = dict[str, Any]
 
@@ -611,11 +616,9 @@ def plain_file(path: str | Path) -> Any:
 
 
 #: Kinds of parser whose source is a program's text; all others are data.
-SCRIPT_KINDS: Final = frozenset({"javascript", "python"})
-#: Kinds of parser that need no source: the format says it all.
-SOURCELESS_KINDS: Final = frozenset(
-    {"senml", "senml_cbor", "cayenne_lpp", "sparkplug", "mbus", "dsmr", "bthome", "csv", "influx", "json"}
-)
+SCRIPT_KINDS: Final = frozenset(FUNCTIONS)
+#: Kinds that are nothing without a source; elsewhere the format says it all, and a source only adds to it.
+SOURCE_KINDS: Final = SCRIPT_KINDS | {"table"}
 
 
 def _load_source(document: Document, registry: Path, problem: _At) -> bool:
@@ -647,7 +650,7 @@ def _load_source(document: Document, registry: Path, problem: _At) -> bool:
     if document["kind"] in SCRIPT_KINDS and not isinstance(document.get("source"), str):
         problem(("source",), f"a {document['kind']} parser's source is its text")
         return False
-    if "source" not in document and document["kind"] not in SOURCELESS_KINDS:
+    if "source" not in document and document["kind"] in SOURCE_KINDS:
         problem((), f"a parser of kind {document['kind']} needs `source` or `file`")
         return False
     document.setdefault("source", {})
@@ -691,13 +694,12 @@ def _check_duplicates(file: RegistryFile) -> None:
 # --- references ----------------------------------------------------------------------------------------------------
 
 
-def check_references(file: RegistryFile, known: Mapping[str, Iterable[str]], datatypes: Mapping[str, Document]) -> None:
+def check_references(file: RegistryFile, known: Mapping[str, Iterable[str]]) -> None:
     """Note every reference to something that will not exist.
 
     Args:
         file: the file; its problems are added to.
         known: kind -> names that will exist after the file is applied, its own among them.
-        datatypes: the datatypes that will exist.
     """
     names = {kind: set(known.get(kind, ())) for kind in SECTIONS.values()}
 
@@ -712,7 +714,6 @@ def check_references(file: RegistryFile, known: Mapping[str, Iterable[str]], dat
         need("datatype", doc["component_type"], "rule", i, "component_type")
         for recipient in doc.get("recipients", ()):
             need("recipient", recipient, "rule", i, "recipients")
-        _check_threshold(file, i, doc, datatypes.get(doc["component_type"]))
     for kind in ("type", "device"):
         for i, doc in enumerate(file.documents.get(kind, ())):
             for field_name, mapping in doc.get("mapping", {}).items():
@@ -731,11 +732,96 @@ def check_references(file: RegistryFile, known: Mapping[str, Iterable[str]], dat
             need("experiment", doc["experiment_id"], "device", i, "experiment_id")
 
 
-def _check_threshold(file: RegistryFile, index: int, rule: Document, datatype: Document | None) -> None:
+def check_meaning(file: RegistryFile, datatypes: Mapping[str, Document], rules: Mapping[str, Document]) -> None:
+    """Note what workers could not use although its shape is right: they compile the same documents the same way.
+
+    Args:
+        file: the file; its problems are added to.
+        datatypes: the datatypes that will exist, by name.
+        rules: the rules that will exist, by name.
+    """
+    _check_parsers(file)
+    for i, doc in enumerate(file.documents.get("datatype", ())):
+        if not units.canonical(doc["unit"])[1]:
+            file.problem(
+                "datatype", i, ("unit",), f"{doc['unit']!r} is no known unit: nothing can be converted", "warning"
+            )
+    checks = quality.CheckCompiler(lambda name: cast(DatatypeDoc | None, datatypes.get(name)))
+    for i, doc in enumerate(file.documents.get("datatype", ())):
+        checks.series(doc["name"], ())
+        for problem in checks.take_problems():
+            file.problem("datatype", i, (), problem)
+    for kind in ("type", "device"):
+        for i, doc in enumerate(file.documents.get(kind, ())):
+            for name, changed in doc.get("datatypes", {}).items():
+                checks.series(name, (changed,))
+                for problem in checks.take_problems():
+                    file.problem(kind, i, ("datatypes", name), problem)
+            for field_name, mapping in doc.get("mapping", {}).items():
+                _check_unit(file, kind, i, field_name, mapping, datatypes)
+    for i, doc in enumerate(file.documents.get("rule", ())):
+        _check_rule(file, "rule", i, (), doc, datatypes)
+    for i, doc in enumerate(file.documents.get("device", ())):
+        for name, changed in doc.get("rules", {}).items():
+            if changed and name in rules:
+                _check_rule(file, "device", i, ("rules", name), {**rules[name], **changed}, datatypes)
+
+
+def _check_parsers(file: RegistryFile) -> None:
+    known = {*KINDS, *SCRIPT_KINDS}
+    for i, doc in enumerate(file.documents.get("parser", ())):
+        if doc["kind"] not in known:
+            close = difflib.get_close_matches(doc["kind"], known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"
+            file.problem("parser", i, ("kind",), f"no such kind of parser; {hint}")
+        elif doc["kind"] in KINDS:
+            # Scripts run in the sandbox only; `preservarium decoders test` runs their examples there.
+            # A draft may be wrong: it reaches no worker.
+            level: Literal["error", "warning"] = "error" if doc["status"] == "active" else "warning"
+            try:
+                compile_parser({"version": "new", **doc})
+            except Reject as e:
+                file.problem("parser", i, ("source",), str(e), level)
+                continue
+            for outcome in examples.run(doc):
+                if outcome.differences:
+                    file.problem("parser", i, ("examples", outcome.index), "; ".join(outcome.differences), level)
+
+
+def _check_unit(
+    file: RegistryFile,
+    kind: str,
+    index: int,
+    field_name: str,
+    mapping: Document | None,
+    datatypes: Mapping[str, Document],
+) -> None:
+    if mapping is None or "unit" not in mapping or mapping["component_type"] not in datatypes:
+        return
+    wanted = datatypes[mapping["component_type"]]["unit"]
+    if units.conversion(mapping["unit"], wanted) is None:
+        where = ("mapping", field_name, "unit")
+        file.problem(kind, index, where, f"{mapping['unit']!r} cannot be converted to {wanted!r}", "warning")
+
+
+def _check_rule(
+    file: RegistryFile,
+    kind: str,
+    index: int,
+    where: tuple[str | int, ...],
+    rule: Document,
+    datatypes: Mapping[str, Document],
+) -> None:
+    datatype = datatypes.get(rule["component_type"])
+    try:
+        compile_rule(cast(RuleDoc, {**rule, "rev": 0}), cast(DatatypeDoc | None, datatype))
+    except (KeyError, TypeError, ValueError) as e:
+        file.problem(kind, index, where, f"{e} is missing" if isinstance(e, KeyError) else str(e))
+        return
     if datatype is None or "threshold" not in rule:
         return
     if datatype["kind"] != "number":
-        file.problem("rule", index, ("threshold",), f"{datatype['name']} is {datatype['kind']}, not a number")
+        file.problem(kind, index, (*where, "threshold"), f"{datatype['name']} is {datatype['kind']}, not a number")
         return
     span = datatype.get("fail_span") or {}
     low, high, threshold = span.get("min"), span.get("max"), rule["threshold"]
@@ -743,10 +829,8 @@ def _check_threshold(file: RegistryFile, index: int, rule: Document, datatype: D
     if (rule["kind"] == "high" and high is not None and threshold >= high) or (
         rule["kind"] == "low" and low is not None and threshold <= low
     ):
-        file.problem(
-            "rule", index, ("threshold",),
-            f"{threshold:g} can never be passed: {datatype['name']} fails outside {_span_text(low, high)}", "warning",
-        )  # fmt: skip
+        message = f"{threshold:g} can never be passed: {datatype['name']} fails outside {_span_text(low, high)}"
+        file.problem(kind, index, (*where, "threshold"), message, "warning")
 
 
 def _span_text(low: float | None, high: float | None) -> str:

@@ -15,7 +15,7 @@ import orjson
 from preservarium import topics
 from preservarium.domain import registry as domain
 from preservarium.domain.errors import PreservariumError
-from preservarium.registry_file import IDENTITY, SECTIONS, RegistryFile, check_references, identity
+from preservarium.registry_file import IDENTITY, SECTIONS, RegistryFile, check_meaning, check_references, identity
 from preservarium.stores import events
 
 Document = dict[str, Any]
@@ -200,8 +200,10 @@ def check(file: RegistryFile) -> None:
 
 
 def _check(file: RegistryFile, final: Mapping[str, Mapping[str, Document]]) -> None:
-    known = {kind: [identity(kind, d) for d in documents.values()] for kind, documents in final.items()}
-    check_references(file, known, {d["name"]: d for d in final["datatype"].values()})
+    check_references(file, {kind: [identity(kind, d) for d in documents.values()] for kind, documents in final.items()})
+    if not file.errors:
+        datatypes = {d["name"]: d for d in final["datatype"].values()}
+        check_meaning(file, datatypes, {d["name"]: d for d in final["rule"].values()})
 
 
 def _final(

@@ -25,7 +25,7 @@ datatypes:
   - {name: humidity, kind: number, unit: "%"}
   - {name: unused, kind: text, unit: ""}
 parsers:
-  - {name: acme, kind: table, source: {fields: [{name: t}]}, examples: [{hex: "00", expect: {t: 0}}]}
+  - {name: acme, kind: table, source: {fields: [{name: t, type: u8}]}, examples: [{hex: "00", expect: {t: 0}}]}
 recipients:
   - {name: ops, channel: mail, address: ops@example.org}
   - {name: hook, channel: webhook, address: "https://example.org/hook"}
@@ -149,7 +149,7 @@ async def test_a_new_source_is_a_new_version_and_the_old_one_retires(
     settings: Settings, file: Any, connection: Any
 ) -> None:
     await apply(settings, file())
-    done = await apply(settings, file(REGISTRY, ("name: t}", "name: t, scale: 2}")))
+    done = await apply(settings, file(REGISTRY, ("type: u8}", "type: u8, unit: degC}")))
     assert [(c.stream, c.action) for c in done.plan.changes] == [
         ("parser/acme@2", "create"),
         ("parser/acme@1", "change"),
@@ -157,7 +157,11 @@ async def test_a_new_source_is_a_new_version_and_the_old_one_retires(
     rows = await connection.fetch("SELECT parser_version, status FROM parsers WHERE name = 'acme' ORDER BY 1")
     assert [tuple(r) for r in rows] == [(1, "retired"), (2, "active")]
     (_, key, value) = (await _outbox(connection))[-1]
-    assert (key, value["version"], value["source"]) == ("parser/acme", 2, {"fields": [{"name": "t", "scale": 2}]})
+    assert (key, value["version"], value["source"]) == (
+        "parser/acme",
+        2,
+        {"fields": [{"name": "t", "type": "u8", "unit": "degC"}]},
+    )
     assert [e.stream_id for e in await store.history(connection, "parser/acme")] == [
         "parser/acme@1",
         "parser/acme@2",
@@ -178,7 +182,7 @@ async def test_a_new_source_is_a_new_version_and_the_old_one_retires(
 async def test_a_draft_reaches_no_worker(settings: Settings, file: Any, connection: Any) -> None:
     await apply(settings, file())
     before = len(await _outbox(connection))
-    await apply(settings, file(REGISTRY, ("name: t}", "name: new}"), ("kind: table,", "kind: table, status: draft,")))
+    await apply(settings, file(REGISTRY, ("type: u8}", "type: i8}"), ("kind: table,", "kind: table, status: draft,")))
     rows = await connection.fetch("SELECT parser_version, status FROM parsers ORDER BY 1")
     assert [tuple(r) for r in rows] == [(1, "active"), (2, "draft")]
     assert len(await _outbox(connection)) == before
@@ -193,7 +197,7 @@ async def test_a_retired_parser_leaves_a_tombstone(settings: Settings, file: Any
 @pytest.mark.parametrize(
     ("edits", "message"),
     [
-        ([("kind: table,", "kind: table, version: 1,"), ("name: t}", "name: u}")], "a version does not change"),
+        ([("kind: table,", "kind: table, version: 1,"), ("type: u8}", "type: i8}")], "a version does not change"),
         ([("kind: table,", "kind: table, version: 1, status: draft,")], "cannot become a draft again"),
         ([("parser: acme", "parser: none")], "there is no parser 'none'"),
     ],
@@ -238,7 +242,7 @@ async def test_what_others_need_cannot_be_pruned(settings: Settings, file: Any) 
 
 async def test_pruned_parsers_retire(settings: Settings, file: Any, connection: Any) -> None:
     await apply(settings, file())
-    await apply(settings, file("parsers:\n  - {name: other, kind: json}\n"), prune=True)
+    await apply(settings, file("parsers:\n  - {name: other, kind: senml}\n"), prune=True)
     rows = await connection.fetch("SELECT name, status FROM parsers ORDER BY 1")
     assert [tuple(r) for r in rows] == [("acme", "retired"), ("other", "active")]
 

@@ -107,6 +107,29 @@ def test_a_mistake_is_named_with_its_line(write: Any, old: str, new: str, line: 
     assert matching, [str(p) for p in found]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "path", "message", "level"),
+    [
+        ("kind: table", "kind: tabel", "parsers[0].kind", "did you mean table?", "error"),
+        ("{fields: []}", "{fields: [{name: t, type: u7x}]}", "parsers[0].source", "acme@new cannot be used", "error"),
+        ("{fields: []}", "{fields: [{name: t, type: u8}]}, examples: [{hex: '05', expect: {t: 6}}]", "parsers[0].examples[0]", "6", "error"),
+        ("unit: degC", "unit: zorgs", "datatypes[0].unit", "no known unit", "warning"),
+        ("max: 125}", "max: 125}, tests: {spike: {suspect_threshold: -1}}", "datatypes[0]", "spike", "error"),
+        ("temperature}", "temperature, unit: V}", "device_types[0].mapping.t.unit", "cannot be converted to 'degC'", "warning"),
+        ("kind: high", "kind: sideways", "rules[0]", "there is no kind 'sideways'", "error"),
+        ("rules: {hot: null}", "rules: {hot: {deadband: -1}}", "devices[0].rules.hot", "deadband", "error"),
+        ("rules: {hot: null}", "rules: {hot: {threshold: 200}}", "devices[0].rules.hot.threshold", "can never be passed", "warning"),
+    ],
+)  # fmt: skip
+def test_what_workers_could_not_use_is_a_problem(
+    write: Any, old: str, new: str, path: str, message: str, level: str
+) -> None:
+    assert old in GOOD
+    found = problems(write(GOOD.replace(old, new, 1)))
+    matching = [p for p in found if p.path.startswith(path) and message in p.message and p.level == level and p.line]
+    assert matching, [str(p) for p in found]
+
+
 def test_every_mistake_is_found_at_once(write: Any) -> None:
     text = GOOD.replace("max: 125", "max: -41").replace("ops@example.org", "nowhere").replace("70B3D57BA0000001", "5")
     assert len(problems(write(text))) == 3
