@@ -179,7 +179,8 @@ def decode(
             message = f"--hex: {e}"
             raise click.UsageError(message) from None
     else:
-        data = click.open_file(given[0], "rb").read()
+        with click.open_file(given[0], "rb") as file:
+            data = file.read()
         payload = data.decode("utf-8", "replace") if text_file is not None else data
     if json_file is not None:
         try:
