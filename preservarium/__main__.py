@@ -24,6 +24,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "connect",
     "simulate",
     "decode",
+    "doctor",
 )
 
 #: A wrong setting, as for wrong arguments: nothing was done.
