@@ -203,6 +203,8 @@ class Ledger:
                 continue
             self.validated_messages.add(_hash(identity), identity)
             for reading in line["readings"]:
+                if reading.get("revised"):
+                    continue  # a later verdict on a reading that stands before: no reading of its own
                 self.validated.add(self._reading(identity, line, reading), identity)
                 if reading.get("quality") == Quality.FAIL and not self._store_failed:
                     continue
