@@ -29,7 +29,7 @@ from faust.transport.drivers import TRANSPORTS
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 
-from preservarium import metrics
+from preservarium import metrics, state
 from preservarium.domain.errors import Fatal
 from preservarium.runner import Progress, Runner
 from preservarium.settings import LiveSettings
@@ -307,8 +307,8 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
             partition = driver.TopicPartition(tp.topic, tp.partition)
             if assignment is None or partition not in assignment.tps:
                 continue
-            state = assignment.state_value(partition)
-            if state.has_valid_position and state.position == after:
+            position = assignment.state_value(partition)
+            if position.has_valid_position and position.position == after:
                 consumer.seek(partition, first)
 
 
@@ -403,17 +403,49 @@ class BatchConsumer(driver.Consumer):
             tp = ensure_TP(key)
             readers = stages.of(tp.topic)
             if not readers:
-                others[tp] = records
+                others[tp] = self._restore(tp, records)
                 continue
             for stage in readers:
                 stage.lane(tp.partition).push(records)
         if others:
             await self._deliver_stock(others, generation)
 
+    def _restore(self, tp: TP, records: list[Any]) -> list[Any]:
+        """Write changelog records (recovery, standby) to their store in one batch; give what Faust must see itself.
+
+        Faust's way takes 100 µs a record: 18 minutes for 10 million keys, and a core for a busy standby. The last
+        record still goes it, so that Faust's own accounting sees how far recovery is; writing it again is harmless.
+        """
+        # Hook: Faust's recovery service.
+        recovery = self.app.tables.recovery
+        table = recovery.tp_to_table.get(tp)
+        if table is None or len(records) < 2 or not hasattr(table.data, "_db_for_partition"):
+            return records
+        if tp in recovery.active_tps:
+            offsets = recovery.active_offsets
+        elif tp in recovery.standby_tps:
+            offsets = recovery.standby_offsets
+        else:
+            return records
+        seen = offsets.get(tp)
+        if seen is not None:
+            records = [record for record in records if record.offset > seen]
+            if len(records) < 2:
+                return records
+        buffered = recovery.buffers[table]
+        if buffered:
+            # Older than these: written later, it would undo them.
+            table.apply_changelog_batch(buffered)
+            buffered.clear()
+        state.apply(table.data, tp.partition, [(record.key, record.value) for record in records], records[-1].offset)
+        offsets[tp] = records[-2].offset
+        self._read_offset[tp] = records[-2].offset
+        return records[-1:]
+
     async def _deliver_stock(self, fetched: Mapping[TP, list[Any]], generation: int) -> None:
         """Changelogs, the reply topic and ordinary agents, event by event, as Faust does."""
         read_offset = self._read_offset
-        left = {tp: (records[0].offset, records[-1].offset + 1) for tp, records in fetched.items()}
+        left = {tp: (records[0].offset, records[-1].offset + 1) for tp, records in fetched.items() if records}
         for tp, record in self.scheduler.iterate(fetched):
             if not self._current(generation):
                 await self._thread.call_thread(self._thread.give_back, left)

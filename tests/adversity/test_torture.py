@@ -6,119 +6,25 @@ chance can bring about, in `iot_errors`), the store holds each once, and the sta
 
 import asyncio
 import json
-import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from worker_support import Workers, make_topics, read_all, until
 
 from preservarium import topics
 from preservarium.publish import Publisher
 from preservarium.settings import LiveSettings, load
 from preservarium.stage import Send
 
-ROOT = Path(__file__).parents[2]
 PARTITIONS = 6
 KEYS = 200
 SESSION_S = 6.0  # the least that a broker takes by default
-READY = "worker_ready"
-
-
-class Workers:
-    """Worker processes with a life of their own."""
-
-    def __init__(self, environment: dict[str, str], directory: Path) -> None:
-        self.environment = environment
-        self.directory = directory
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.logs: list[Path] = []
-
-    def start(self, **extra: str) -> int:
-        """Start one; its number."""
-        number = len(self.processes)
-        path = self.directory / f"worker-{number}.log"
-        with path.open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "faust", "-A", "torture_app", "worker", "--without-web"],
-                cwd=Path(__file__).parent,
-                env={**os.environ, **self.environment, "PYTHONPATH": str(ROOT), **extra},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        self.processes.append(process)
-        self.logs.append(path)
-        return number
-
-    def signal(self, number: int, which: signal.Signals) -> None:
-        self.processes[number].send_signal(which)
-
-    def log(self, number: int) -> str:
-        return self.logs[number].read_text(errors="replace")
-
-    async def ready(self, number: int, within_s: float = 45) -> None:
-        await until(
-            lambda: READY in self.log(number), within_s, lambda: f"worker {number}:\n{self.log(number)[-3000:]}"
-        )
-
-    async def ended(self, number: int, within_s: float = 30) -> int:
-        process = self.processes[number]
-        await until(
-            lambda: process.poll() is not None,
-            within_s,
-            lambda: f"worker {number} runs on:\n{self.log(number)[-3000:]}",
-        )
-        assert process.returncode is not None
-        return process.returncode
-
-    def stop(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-
-
-async def until(
-    condition: Callable[[], Any] | Callable[[], Awaitable[Any]], within_s: float, say: Callable[[], str] = str
-) -> None:
-    deadline = time.monotonic() + within_s
-    while True:
-        found = condition()
-        if asyncio.iscoroutine(found):
-            found = await found
-        if found:
-            return
-        if time.monotonic() > deadline:
-            pytest.fail(f"not within {within_s:.0f} s: {say()}")
-        await asyncio.sleep(0.1)
-
-
-async def read_all(kafka: str, topic: str) -> list[Any]:
-    """Every record of a topic, partition by partition."""
-    consumer = AIOKafkaConsumer(
-        bootstrap_servers=kafka, auto_offset_reset="earliest", max_partition_fetch_bytes=8 << 20
-    )
-    await consumer.start()
-    try:
-        partitions = [TopicPartition(topic, p) for p in range(PARTITIONS)]
-        consumer.assign(partitions)
-        ends = await consumer.end_offsets(partitions)
-        records: list[Any] = []
-        while any([await consumer.position(tp) < ends[tp] for tp in partitions]):
-            for found in (await consumer.getmany(timeout_ms=500)).values():
-                records += found
-        return records
-    finally:
-        await consumer.stop()
 
 
 class Load:
@@ -176,7 +82,7 @@ class Field:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         environment |= {"TORTURE_STORE": str(self.store), "TORTURE_FAILURES": str(failures)}
-        self.workers = Workers(environment, directory)
+        self.workers = Workers(Path(__file__).parent / "torture_app.py", environment, directory)
         self.live = LiveSettings(load())
         connection = sqlite3.connect(self.store)
         connection.executescript(
@@ -188,11 +94,8 @@ class Field:
         connection.close()
 
     async def make_topics(self) -> None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=self.kafka)
-        await admin.start()
-        names = [t.full(self.prefix) for t in (topics.RAW, topics.STANDARDIZED, topics.VALIDATED, topics.ERRORS)]
-        await admin.create_topics([NewTopic(name, PARTITIONS, 1) for name in names])
-        await admin.close()
+        used = [topics.RAW, topics.STANDARDIZED, topics.VALIDATED, topics.ERRORS]
+        await make_topics(self.kafka, self.prefix, PARTITIONS, used)
 
     def stored(self) -> dict[int, int]:
         connection = sqlite3.connect(self.store, timeout=30)
@@ -218,7 +121,7 @@ class Field:
         """Compare what was produced with what is there."""
         raw, passed, validated, errors = await asyncio.gather(
             *(
-                read_all(self.kafka, t.full(self.prefix))
+                read_all(self.kafka, t.full(self.prefix), PARTITIONS)
                 for t in (topics.RAW, topics.STANDARDIZED, topics.VALIDATED, topics.ERRORS)
             )
         )

@@ -1,0 +1,237 @@
+"""The private parts of Faust, mode and aiokafka that we lean on: an upgrade that moves one fails here, by name.
+
+Each test says what preservarium/transport.py, state.py, publish.py or engine.py needs to be true.
+"""
+
+import asyncio
+import importlib.metadata
+import inspect
+from typing import Any
+
+import aiokafka
+import faust
+import pytest
+from aiokafka.consumer.consumer import AIOKafkaConsumer
+from aiokafka.consumer.fetcher import Fetcher
+from aiokafka.consumer.group_coordinator import GroupCoordinator
+from aiokafka.consumer.subscription_state import Assignment, SubscriptionState, TopicPartitionState
+from aiokafka.producer.message_accumulator import BatchBuilder, MessageAccumulator
+from aiokafka.producer.sender import Sender
+from faust.app.base import App
+from faust.stores import memory, rocksdb
+from faust.tables.manager import TableManager
+from faust.tables.recovery import Recovery
+from faust.tables.table import Table
+from faust.topics import Topic
+from faust.transport.consumer import Consumer, ThreadDelegateConsumer
+from faust.transport.consumer import Fetcher as FaustFetcher
+from faust.transport.drivers import TRANSPORTS
+from faust.transport.drivers import aiokafka as driver
+from mode.threads import QueueServiceThread
+
+
+def source(thing: Any) -> str:
+    thing = getattr(thing, "fun", thing)  # mode's ServiceTask holds the function
+    return " ".join(inspect.getsource(thing).split())
+
+
+def test_versions_are_the_pinned_ones() -> None:
+    assert importlib.metadata.version("faust-streaming") == "0.15.3"
+    assert aiokafka.__version__.startswith("0.14.")
+
+
+@pytest.mark.parametrize(
+    ("thing", "parameters"),
+    [
+        (Consumer._drain_messages, ["self", "fetcher"]),
+        (Consumer._wait_next_records, ["self", "timeout"]),
+        (Consumer._new_offset, ["self", "tp"]),
+        (Consumer._filter_tps_with_pending_acks, ["self", "topics"]),
+        (Consumer._add_gap, ["self", "tp", "offset_from", "offset_to"]),
+        (Consumer._should_commit, ["self", "tp", "offset"]),
+        (Consumer._to_message, ["self", "tp", "record"]),
+        (Consumer.wait_empty, ["self"]),
+        (Consumer.perform_seek, ["self"]),
+        (Consumer.verify_all_partitions_active, ["self"]),
+        (Consumer.maybe_wait_for_commit_to_finish, ["self"]),
+        (Consumer._get_active_partitions, ["self"]),
+        (ThreadDelegateConsumer._commit, ["self", "offsets"]),
+        (ThreadDelegateConsumer._getmany, ["self", "active_partitions", "timeout"]),
+        (driver.Consumer._new_consumer_thread, ["self"]),
+        (driver.AIOKafkaConsumerThread._create_worker_consumer, ["self", "transport"]),
+        (driver.AIOKafkaConsumerThread._ensure_consumer, ["self"]),
+        (QueueServiceThread.call_thread, ["self", "fun", "args", "kwargs"]),
+        (Topic.declare, ["self"]),
+        (rocksdb.Store._db_for_partition, ["self", "partition"]),
+        (rocksdb.Store.set_persisted_offset, ["self", "tp", "offset"]),
+        (Recovery.flush_buffers, ["self"]),
+        (GroupCoordinator.check_errors, ["self"]),
+        (SubscriptionState.seek, ["self", "tp", "offset"]),
+        (BatchBuilder.append, ["self", "timestamp", "key", "value", "headers"]),
+    ],
+)
+def test_signatures(thing: Any, parameters: list[str]) -> None:
+    assert list(inspect.signature(thing).parameters) == parameters
+
+
+def test_the_fetch_loop_is_our_hook() -> None:
+    assert "consumer._drain_messages(self)" in source(FaustFetcher._fetcher)
+
+
+def test_commit_asks_our_hooks_for_what_to_commit() -> None:
+    assert "self._filter_tps_with_pending_acks(topics)" in source(Consumer.force_commit)
+    committable = source(Consumer._filter_committable_offsets)
+    assert "self._new_offset(tp)" in committable
+    assert "self._should_commit(tp, offset)" in committable
+    assert "await self._commit(committable_offsets)" in source(Consumer._commit_offsets)
+
+
+def test_a_revoke_stops_the_flow_and_then_waits_for_the_batches_under_way() -> None:
+    revoke = source(App._on_partitions_revoked)
+    assert revoke.index("consumer.stop_flow") < revoke.index("self._consumer_wait_empty")
+    assert "await consumer.wait_empty()" in source(App._consumer_wait_empty)
+    assert "self._on_partitions_revoked" in source(Consumer.on_partitions_revoked)
+    # What was committed is forgotten before, so the commit in wait_empty is not held back by _should_commit.
+    forgets = source(Consumer.on_partitions_revoked)
+    assert forgets.index("self._committed_offset.pop") < forgets.index("self._on_partitions_revoked")
+
+
+def test_a_stop_stops_the_flow_and_the_fetcher_and_then_waits() -> None:
+    stop = source(App._stop_consumer)
+    assert stop.index("consumer.stop_flow()") < stop.index("self._stop_fetcher()")
+    assert stop.index("self._stop_fetcher()") < stop.index("self._consumer_wait_empty")
+    assert stop.index("self._consumer_wait_empty") < stop.index("self.tables.stop()")
+
+
+def test_recovery_seeks_to_the_commits_before_it_resumes_the_flow() -> None:
+    for method in (Recovery.on_recovery_completed, Recovery._resume_streams):
+        text = source(method)
+        assert text.index("consumer.perform_seek()") < text.index("consumer.resume_flow()")
+
+
+def test_a_fetch_in_the_thread_looks_at_the_flow_only_when_it_begins() -> None:
+    # If Faust looked again at its end, records could not slip through a rebalance and give_back were needless.
+    text = source(driver.AIOKafkaConsumerThread._fetch_records)
+    assert text.count("flow_active") == 1
+    assert "await fetcher.fetched_records(" in text
+
+
+def test_the_generation_is_set_before_the_new_assignment_is_handled() -> None:
+    text = source(driver.ConsumerRebalanceListener.on_partitions_assigned)
+    assert text.index("app.consumer_generation_id = generation") < text.index("_thread.on_partitions_assigned")
+
+
+def test_consumer_attributes() -> None:
+    text = source(Consumer.__init__) + source(Consumer._reset_state) + source(ThreadDelegateConsumer.__init__)
+    for name in ("_read_offset", "_committed_offset", "_acked", "can_resume_flow", "suspend_flow", "scheduler"):
+        assert f"self.{name}" in text
+    assert "self._thread = self._new_consumer_thread()" in text
+    assert "flow_active" in Consumer.__annotations__
+
+
+def test_faust_gives_no_setting_for_the_fetch_wait() -> None:
+    assert "fetch_max_wait_ms=1500" in source(driver.AIOKafkaConsumerThread._create_worker_consumer)
+
+
+async def test_aiokafka_reads_the_fetch_wait_when_it_starts() -> None:
+    assert "fetch_max_wait_ms=self._fetch_max_wait_ms" in source(AIOKafkaConsumer.start)
+    consumer = AIOKafkaConsumer()
+    assert consumer._fetch_max_wait_ms == 500
+    assert hasattr(consumer, "_subscription")
+    await consumer.stop()
+
+
+def test_aiokafka_positions() -> None:
+    assert isinstance(TopicPartitionState.has_valid_position, property)
+    assert isinstance(TopicPartitionState.position, property)
+    assert "tps" in dir(Assignment)
+    assert list(inspect.signature(Assignment.state_value).parameters) == ["self", "tp"]
+
+
+def test_aiokafka_drops_what_was_fetched_before_a_seek() -> None:
+    text = source(Fetcher.seek_to)
+    assert "self._records" in text
+    assert "seek(tp, offset)" in text.replace("self._subscriptions.", "")
+
+
+def test_aiokafka_waits_for_the_assignment_within_a_fetch() -> None:
+    assert "await self._subscriptions.wait_for_assignment()" in source(Fetcher.fetched_records)
+
+
+async def test_aiokafka_parks_group_errors_until_someone_asks() -> None:
+    coordinator = GroupCoordinator.__new__(GroupCoordinator)
+    coordinator._coordination_task = asyncio.get_running_loop().create_future()
+    coordinator._error_consumed_fut = consumed = asyncio.get_running_loop().create_future()
+    coordinator._pending_exception = RuntimeError("parked")
+    with pytest.raises(RuntimeError, match="parked"):
+        coordinator.check_errors()
+    assert consumed.done()
+    assert coordinator._pending_exception is None
+
+
+def test_faust_never_asks_for_group_errors() -> None:
+    # The reason for the watchdog. If Faust begins to ask, the watchdog can go.
+    assert "check_errors" not in source(driver)
+
+
+async def test_producer_internals_for_closing_without_a_flush() -> None:
+    producer = aiokafka.AIOKafkaProducer()
+    assert isinstance(producer._sender, Sender)
+    assert producer._sender.sender_task is None
+    assert producer._closed is False
+    assert "await self.flush()" in source(MessageAccumulator.close)  # what stop() would do
+    producer._sender = None
+    await producer.stop()
+
+
+def test_an_idempotent_producer_never_gives_a_batch_up() -> None:
+    # Therefore the publisher sets a time limit of its own.
+    from aiokafka.producer.sender import SendProduceReqHandler
+
+    assert "self._sender._txn_manager is None and batch.expired()" in source(SendProduceReqHandler._can_retry)
+
+
+async def test_a_closed_batch_does_not_linger() -> None:
+    from aiokafka.producer.message_accumulator import MessageBatch
+
+    builder = BatchBuilder(1_000, 0)
+    assert builder.append(timestamp=None, key=b"k", value=b"v", headers=[]) is not None
+    builder.close()
+    batch = MessageBatch(aiokafka.TopicPartition("t", 0), builder, 60, 30)
+    assert batch.remaining_linger() is None
+    batch.future.cancel()
+
+
+def test_stores() -> None:
+    assert rocksdb.USE_ROCKSDICT
+    assert rocksdb.Store.offset_key == b"__faust\0offset__"
+    assert not hasattr(memory.Store, "_db_for_partition")
+    assert "int(offset)" in source(rocksdb.Store.persisted_offset)
+
+
+def test_a_tables_changelog_belongs_to_the_app_id() -> None:
+    app = faust.App("an-id", broker="kafka://", store="memory://")
+    table: Table[Any, Any] = app.Table("t", key_type=bytes, value_type=bytes)
+    assert table.changelog_topic_name == "an-id-t-changelog"
+    assert table.changelog_topic.internal
+    assert isinstance(app.tables, TableManager)
+
+
+def test_recovery_attributes_for_applying_changelogs_in_batches() -> None:
+    text = source(Recovery.__init__)
+    for name in ("tp_to_table", "active_tps", "standby_tps", "active_offsets", "standby_offsets", "buffers"):
+        assert f"self.{name}" in text
+    slurp = source(Recovery._slurp_changelogs)
+    # The last record of a batch goes Faust's way, and that is what makes it look whether recovery is over.
+    assert "if seen_offset is None or offset > seen_offset: offsets[tp] = offset" in slurp
+    assert slurp.index("offsets[tp] = offset") < slurp.index("await _maybe_signal_recovery_end()")
+    # flush_buffers and the loop write a table's buffer and empty it in one go, so we may do the same in between.
+    assert "table.apply_changelog_batch(buf) buf.clear()" in slurp
+    assert "table.apply_changelog_batch(buffer) buffer.clear()" in source(Recovery.flush_buffers)
+
+
+def test_our_scheme_is_registered() -> None:
+    import preservarium.transport
+
+    assert TRANSPORTS.by_url("batch://localhost") is preservarium.transport.Transport
+    assert preservarium.transport.Transport.Consumer is preservarium.transport.BatchConsumer

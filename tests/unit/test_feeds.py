@@ -1,0 +1,297 @@
+"""The group feed's rules: flights, order, pauses, where to start, commits. Its consumer here is a list."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+from aiokafka import TopicPartition
+from aiokafka.errors import CommitFailedError, IllegalStateError
+from test_runner import Rec
+
+from preservarium.clock import SystemClock
+from preservarium.domain.errors import Fatal, Retry
+from preservarium.feeds import GroupFeed
+from preservarium.runner import Runner
+from preservarium.settings import Agents, Kafka, LiveSettings, Settings
+from preservarium.stage import Batch, Effects
+
+
+class Consumer:
+    """Serves records 0, 1, 2, … of each partition from its position, unless paused."""
+
+    def __init__(self, ends: Mapping[int, int]) -> None:
+        self.ends = dict(ends)
+        self.positions = dict.fromkeys(ends, 0)
+        self.paused_now: set[int] = set()
+        self.commits: list[dict[int, int]] = []
+        self.commit_error: Exception | None = None
+        self.polls = 0
+        self.fetch_max = 10
+
+    def _tp(self, partition: int) -> TopicPartition:
+        return TopicPartition("x.t", partition)
+
+    async def getmany(self, *, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[Any]]:
+        self.polls += 1
+        await asyncio.sleep(0)
+        found: dict[TopicPartition, list[Any]] = {}
+        for partition, position in self.positions.items():
+            end = min(self.ends[partition], position + min(self.fetch_max, max_records))
+            if partition not in self.paused_now and end > position:
+                found[self._tp(partition)] = [Rec(o) for o in range(position, end)]
+                self.positions[partition] = end
+        if not found:
+            await asyncio.sleep(0.001)
+        return found
+
+    def assignment(self) -> set[TopicPartition]:
+        return {self._tp(p) for p in self.positions}
+
+    def highwater(self, tp: TopicPartition) -> int:
+        return self.ends[tp.partition]
+
+    def pause(self, *tps: TopicPartition) -> None:
+        self.paused_now |= {tp.partition for tp in tps}
+
+    def resume(self, *tps: TopicPartition) -> None:
+        self.paused_now -= {tp.partition for tp in tps}
+
+    def seek(self, tp: TopicPartition, offset: int) -> None:
+        if tp.partition not in self.positions:
+            raise IllegalStateError
+        self.positions[tp.partition] = offset
+
+    async def seek_to_beginning(self, tp: TopicPartition) -> None:
+        self.seek(tp, 0)
+
+    async def committed(self, tp: TopicPartition) -> int | None:
+        return None
+
+    async def end_offsets(self, tps: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+        return {tp: self.ends[tp.partition] for tp in tps}
+
+    async def commit(self, offsets: Mapping[TopicPartition, int]) -> None:
+        if self.commit_error is not None:
+            raise self.commit_error
+        self.commits.append({tp.partition: offset for tp, offset in offsets.items()})
+
+
+class Group:
+    """A feed, its consumer and a handler that writes down what it gets."""
+
+    def __init__(
+        self, ends: Mapping[int, int], *, offsets: Mapping[int, int] | None = None, flights: int = 2, **options: Any
+    ) -> None:
+        self.live = LiveSettings(
+            Settings(agents=Agents(backoff_s=0.001, backoff_max_s=0.002), kafka=Kafka(commit_interval_s=0.01))
+        )
+        self.consumer = Consumer(ends)
+        self.flights: list[list[tuple[int, list[int]]]] = []
+        self.seen: dict[int, list[int]] = {p: [] for p in ends}
+        self.underway: list[set[int]] = []
+        self.underway_max = 0
+        self.go = asyncio.Event()
+        self.go.set()
+        self.errors: list[Exception] = []
+        self.asked: list[list[int]] = []
+        self.ask_errors: list[Exception] = []
+        self.offsets = dict(offsets) if offsets is not None else None
+        on_assigned = self._on_assigned if offsets is not None else None
+        runner = Runner("group", self._handle, publisher=self, put_state=self._put, live=self.live, clock=SystemClock())
+        self.feed = GroupFeed(
+            "group",
+            "t",
+            kafka_topic="x.t",
+            group="g",
+            runner=runner,
+            live=self.live,
+            records_max=lambda: options.get("records_max", 25),
+            linger_s=lambda: options.get("linger_s", 0.0),
+            flights=flights,
+            on_assigned=on_assigned,
+        )
+
+    async def publish(self, sends: Sequence[Any]) -> dict[str, int]:
+        return {}
+
+    async def _put(self, table: str, partition: int, items: Any) -> None:
+        raise AssertionError
+
+    async def _on_assigned(self, partitions: list[int]) -> Mapping[int, int]:
+        self.asked.append(sorted(partitions))
+        if self.ask_errors:
+            raise self.ask_errors.pop(0)
+        assert self.offsets is not None
+        return {p: self.offsets[p] for p in partitions if p in self.offsets}
+
+    async def _handle(self, batches: Sequence[Batch]) -> Effects:
+        self.flights.append([(b.partition, [r.offset for r in b.records]) for b in batches])
+        mine = {b.partition for b in batches}
+        assert not any(mine & other for other in self.underway), "a partition is in two flights"
+        self.underway.append(mine)
+        self.underway_max = max(self.underway_max, len(self.underway))
+        try:
+            await self.go.wait()
+            if self.errors:
+                raise self.errors.pop(0)
+        finally:
+            self.underway.remove(mine)
+        for batch in batches:
+            self.seen[batch.partition] += [r.offset for r in batch.records]
+        return Effects()
+
+    async def __aenter__(self) -> "Group":
+        self.feed._consumer = self.consumer
+        self.feed.assign(self.consumer.positions)
+        self.poll = asyncio.create_task(self.feed._poll(self.consumer))
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.poll.cancel()
+        await asyncio.wait([self.poll])
+        await self.feed.revoke(list(self.feed.lanes))
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_every_record_once_in_order_and_committed() -> None:
+    async with Group({0: 100, 1: 37, 2: 0}) as group:
+        await until(lambda: group.seen == {0: [*range(100)], 1: [*range(37)], 2: []})
+        await until(lambda: not any(lane.uncommitted for lane in group.feed.lanes.values()))
+        assert group.feed.lanes[0].committed == 100
+        assert group.feed.lanes[1].committed == 37
+        assert group.underway_max <= 2
+        assert all(sum(len(o) for _, o in flight) <= 25 for flight in group.flights)
+
+
+async def test_a_flight_is_formed_over_several_partitions() -> None:
+    async with Group(dict.fromkeys(range(8), 3), linger_s=0.05) as group:
+        await until(lambda: all(len(offsets) == 3 for offsets in group.seen.values()))
+        assert len(group.flights) == 1
+        assert sorted(partition for partition, _ in group.flights[0]) == [*range(8)]
+
+
+async def test_a_slow_flight_stops_neither_polling_nor_the_other_flights() -> None:
+    async with Group({0: 500, 1: 500}, flights=2, records_max=10) as group:
+        group.go.clear()
+        await until(lambda: group.underway_max == 2)
+        polls = group.consumer.polls
+        await until(lambda: group.consumer.paused_now == {0, 1})
+        await until(lambda: group.consumer.polls > polls + 10)
+        assert all(lane.pending_records <= 40 for lane in group.feed.lanes.values()), "memory is bounded"
+        group.go.set()
+        await until(lambda: group.seen == {0: [*range(500)], 1: [*range(500)]})
+
+
+async def test_the_stores_offset_wins_at_the_start() -> None:
+    async with Group({0: 10, 1: 10}, offsets={0: 7}) as group:
+        await until(lambda: group.seen == {0: [7, 8, 9], 1: [*range(10)]})
+
+
+async def test_nothing_is_handed_over_before_the_store_says_where_to_start() -> None:
+    group = Group({0: 30}, offsets={0: 20})
+    group.ask_errors = [Retry("down")] * 20
+    async with group:
+        await until(lambda: len(group.asked) > 10)
+        assert group.flights == []
+        await until(lambda: group.seen[0] == [*range(20, 30)])
+
+
+async def test_a_retry_asks_the_store_again_and_skips_what_it_holds() -> None:
+    group = Group({0: 10}, offsets={0: 0})
+    group.errors = [Retry("the answer to the commit was lost")]
+    async with group:
+        group.go.clear()
+        await until(lambda: len(group.flights) == 1)
+        group.offsets = {0: 4}
+        group.go.set()
+        await until(lambda: group.feed.lanes[0].position == 10)
+        assert group.seen[0] == [4, 5, 6, 7, 8, 9]
+
+
+async def test_a_retry_finds_that_everything_is_stored() -> None:
+    group = Group({0: 10}, offsets={0: 0})
+    group.errors = [Retry("the answer to the commit was lost")]
+    async with group:
+        group.go.clear()
+        await until(lambda: len(group.flights) == 1)
+        group.offsets = {0: 10}
+        group.go.set()
+        await until(lambda: group.feed.lanes[0].committed == 10)
+        assert group.seen[0] == []
+
+
+async def test_a_store_that_lost_something_is_given_it_again() -> None:
+    group = Group({0: 30}, offsets={0: 10})
+    async with group:
+        await until(lambda: group.seen[0] == [*range(10, 30)])
+        group.consumer.ends[0] = 35
+        group.errors = [Retry("restored from a backup")]
+        group.offsets = {0: 15}
+        await until(lambda: group.seen[0][20:] == [*range(15, 35)])
+        await until(lambda: group.feed.lanes[0].committed == 35)
+
+
+async def test_a_revoke_waits_for_flights_and_commits_them() -> None:
+    async with Group({0: 10, 1: 10}) as group:
+        group.go.clear()
+        await until(lambda: len(group.underway) >= 1)
+        revoking = asyncio.create_task(group.feed.revoke([0, 1]))
+        await asyncio.sleep(0.01)
+        assert not revoking.done()
+        group.go.set()
+        await revoking
+        done = {p: len(offsets) for p, offsets in group.seen.items() if offsets}
+        committed: dict[int, int] = {}
+        for commit in group.consumer.commits:
+            committed |= commit
+        assert committed == done
+        assert group.feed.lanes == {}
+
+
+async def test_a_revoke_abandons_what_waits_for_a_dependency() -> None:
+    group = Group({0: 10})
+    group.live()  # back-off is a millisecond: so many that it is still waiting
+    group.errors = [Retry("down")] * 1_000_000
+    async with group:
+        await until(lambda: len(group.flights) > 3)
+        await group.feed.revoke([0])
+        assert group.consumer.commits == []
+        flights = len(group.flights)
+        await asyncio.sleep(0.02)
+        assert len(group.flights) == flights
+
+
+async def test_a_refused_commit_is_no_error() -> None:
+    group = Group({0: 10})
+    group.consumer.commit_error = CommitFailedError("rebalanced")
+    async with group:
+        await until(lambda: group.seen[0] == [*range(10)])
+        await asyncio.sleep(0.05)
+        assert not group.poll.done()
+        group.consumer.commit_error = None
+        await until(lambda: group.consumer.commits == [{0: 10}])
+
+
+async def test_a_fatal_error_ends_the_feed() -> None:
+    group = Group({0: 10})
+    group.errors = [Fatal("no way on")]
+    async with group:
+        with pytest.raises(Fatal, match="no way on"):
+            await group.poll
+
+
+async def test_records_of_an_assignment_not_yet_announced_are_read_again() -> None:
+    async with Group({0: 5}) as group:
+        await until(lambda: group.seen[0] == [*range(5)])
+        await group.feed.revoke([0])
+        group.consumer.positions[0] = 2
+        await until(lambda: group.consumer.polls > 20)
+        assert group.seen[0] == [*range(5)]
+        group.feed.assign([0])
+        await until(lambda: group.seen[0][5:] == [2, 3, 4])

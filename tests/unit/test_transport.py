@@ -1,0 +1,248 @@
+"""Lanes: order, back-pressure a partition, positions, and what a stop abandons."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from faust.types import TP
+from test_runner import Rec
+
+from preservarium.clock import SystemClock
+from preservarium.domain.errors import Fatal, Retry
+from preservarium.runner import Runner
+from preservarium.settings import Agents, LiveSettings, Settings
+from preservarium.stage import Batch, Effects
+from preservarium.transport import Lane, Stage, Stages, _fetchable
+
+
+class Feed:
+    """One stage whose handler waits until it is let go."""
+
+    def __init__(self, *, name: str = "lanes", **agents: Any) -> None:
+        self.live = LiveSettings(Settings(agents=Agents(**{"pending_records_max": 100, "backoff_s": 0.001, **agents})))
+        self.calls: list[tuple[int, list[int]]] = []
+        self.go = asyncio.Event()
+        self.go.set()
+        self.began = asyncio.Event()
+        self.error: Exception | None = None
+        self.sent = 0
+
+        async def handler(batches: Sequence[Batch]) -> Effects:
+            (batch,) = batches
+            self.calls.append((batch.partition, [r.offset for r in batch.records]))
+            self.began.set()
+            await self.go.wait()
+            if self.error is not None:
+                raise self.error
+            return Effects()
+
+        async def put(table: str, partition: int, items: Any) -> None:
+            raise AssertionError
+
+        runner = Runner(name, handler, publisher=self, put_state=put, live=self.live, clock=SystemClock())
+        self.stage = Stage(name, "iot_raw_data", runner, self.live)
+        self.stages = Stages()
+        self.stages.add("x.iot_raw_data", self.stage)
+
+    async def publish(self, sends: Sequence[Any]) -> dict[str, int]:
+        self.sent += len(sends)
+        return {}
+
+    def push(self, partition: int, *offsets: int) -> Lane:
+        lane = self.stage.lane(partition)
+        lane.push([Rec(o) for o in offsets])
+        return lane
+
+    def position(self, partition: int) -> int | None:
+        return self.stages.position(TP("x.iot_raw_data", partition))
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_fetches_of_one_partition_are_merged_and_processed_in_order() -> None:
+    feed = Feed(records_max=5)
+    feed.go.clear()
+    feed.push(0, 1)
+    await feed.began.wait()
+    feed.push(0, 2, 3)
+    feed.push(0, 4, 5)
+    feed.push(0, 6, 7)
+    feed.go.set()
+    await until(lambda: feed.position(0) == 8)
+    assert feed.calls == [(0, [1]), (0, [2, 3, 4, 5]), (0, [6, 7])]
+
+
+async def test_a_fetch_larger_than_a_batch_is_split() -> None:
+    feed = Feed(records_max=2)
+    feed.push(0, 1, 2, 3, 4, 5)
+    await until(lambda: feed.position(0) == 6)
+    assert feed.calls == [(0, [1, 2]), (0, [3, 4]), (0, [5])]
+
+
+async def test_partitions_run_concurrently() -> None:
+    feed = Feed()
+    feed.go.clear()
+    feed.push(0, 1)
+    feed.push(1, 1)
+    await settle()
+    assert sorted(feed.calls) == [(0, [1]), (1, [1])]
+    feed.go.set()
+    await until(lambda: feed.position(0) == feed.position(1) == 2)
+
+
+async def test_what_is_delivered_twice_is_processed_once() -> None:
+    feed = Feed()
+    feed.push(0, 1, 2, 3)
+    feed.push(0, 2, 3, 4)
+    feed.push(0, 3, 4)
+    await until(lambda: feed.position(0) == 5)
+    assert [o for _, offsets in feed.calls for o in offsets] == [1, 2, 3, 4]
+
+
+async def test_gaps_of_compacted_topics_are_no_obstacle() -> None:
+    feed = Feed()
+    feed.push(0, 1, 5, 9)
+    await until(lambda: feed.position(0) == 10)
+
+
+async def test_a_position_is_known_only_when_something_is_finished() -> None:
+    feed = Feed()
+    assert feed.position(0) is None
+    feed.go.clear()
+    feed.push(0, 7)
+    await settle()
+    assert feed.position(0) is None
+    feed.go.set()
+    await until(lambda: feed.position(0) == 8)
+
+
+async def test_a_full_partition_is_left_out_of_fetching_and_others_go_on() -> None:
+    feed = Feed(pending_records_max=100)
+    feed.go.clear()
+    full = feed.push(0, 0)
+    await feed.began.wait()
+    feed.push(0, *range(1, 101))
+    other = feed.push(1, *range(50))
+    assert not _fetchable([full])
+    assert _fetchable([other])
+    assert _fetchable([]), "a partition that nothing came from yet"
+    feed.go.set()
+    await until(lambda: feed.position(0) == 101)
+    assert _fetchable([full])
+
+
+async def test_a_partition_that_waits_for_a_dependency_is_left_out_of_fetching() -> None:
+    feed = Feed(backoff_s=10)
+    feed.error = Retry("down")
+    lane = feed.push(0, 1)
+    await until(lambda: lane.progress.paused)
+    assert not _fetchable([lane])
+    other = Feed(name="other").push(0, 1)
+    assert _fetchable([lane, other]), "for the sake of another stage on the topic, until this one is full"
+    lane.push([Rec(o) for o in range(2, 200)])
+    assert not _fetchable([lane, other])
+    await lane.close(0)
+
+
+async def test_two_stages_on_a_topic_commit_what_both_have_finished() -> None:
+    feed, slow = Feed(), Feed(name="slow")
+    feed.stages.add("x.iot_raw_data", slow.stage)
+    slow.go.clear()
+    feed.push(0, 1, 2, 3)
+    slow.push(0, 1)
+    await until(lambda: feed.stage.lane(0).position == 4)
+    assert feed.position(0) is None
+    slow.go.set()
+    await until(lambda: slow.stage.lane(0).position == 2)
+    assert feed.position(0) == 2
+    slow.push(0, 2, 3)
+    await until(lambda: feed.position(0) == 4)
+
+
+async def test_a_stop_waits_for_the_batch_under_way_and_drops_what_waits() -> None:
+    feed = Feed()
+    feed.go.clear()
+    lane = feed.push(0, 1)
+    await feed.began.wait()
+    feed.push(0, 2)
+    closing = asyncio.create_task(feed.stage.close_lanes(wait_s=5))
+    await settle()
+    assert not closing.done()
+    feed.go.set()
+    await closing
+    assert lane.position == 2, "finished within the wait: to be committed"
+    assert feed.calls == [(0, [1])]
+    lane.push([Rec(2)])
+    await settle()
+    assert feed.calls == [(0, [1])]
+
+
+async def test_a_stop_abandons_a_batch_that_takes_too_long() -> None:
+    feed = Feed()
+    feed.go.clear()
+    lane = feed.push(0, 1)
+    await feed.began.wait()
+    await feed.stage.close_lanes(wait_s=0.01)
+    assert lane.position is None
+    assert feed.position(0) is None
+
+
+async def test_a_stop_does_not_wait_for_a_dependency() -> None:
+    feed = Feed(backoff_s=60)
+    feed.error = Retry("down")
+    lane = feed.push(0, 1)
+    await until(lambda: lane.progress.paused)
+    async with asyncio.timeout(1):
+        await feed.stage.close_lanes(wait_s=30)
+    assert lane.position is None
+
+
+async def test_a_dropped_lane_starts_anew() -> None:
+    feed = Feed()
+    feed.push(0, 5)
+    await until(lambda: feed.position(0) == 6)
+    await feed.stage.close_lanes()
+    feed.stage.drop([0])
+    assert feed.position(0) is None
+    feed.push(0, 2)
+    await until(lambda: feed.position(0) == 3)
+
+
+async def test_a_fatal_error_ends_the_agent() -> None:
+    feed = Feed()
+    feed.error = Fatal("no way on")
+
+    class Channel:
+        iterated = False
+
+        def __aiter__(self) -> None:
+            self.iterated = True
+
+    class Stream:
+        channel = Channel()
+
+    body = asyncio.create_task(feed.stage.run(Stream()))
+    await settle()
+    assert Stream.channel.iterated, "the topic is subscribed"
+    feed.push(0, 1)
+    with pytest.raises(Fatal, match="no way on"):
+        await body
+    assert feed.position(0) is None
+
+
+async def test_an_acknowledgement_that_goes_back_is_a_programming_error() -> None:
+    feed = Feed()
+    lane = feed.stage.lane(0)
+    lane._ack(Batch("iot_raw_data", 0, [Rec(5)]))
+    with pytest.raises(Fatal, match="acknowledged 6 after 6"):
+        lane._ack(Batch("iot_raw_data", 0, [Rec(5)]))
