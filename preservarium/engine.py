@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from time import monotonic
@@ -20,6 +20,7 @@ from typing import IO, Any, Final, NoReturn, Protocol, TypeVar
 
 import faust
 import structlog
+import uvloop
 from faust.exceptions import AlreadyConfiguredWarning
 from faust.types import TP
 from mode import Service
@@ -90,6 +91,9 @@ class _Worker(faust.Worker):
     def __init__(self, app: Any, *services: Any, **kwargs: Any) -> None:
         # The command line always asks for redirection, whatever the setting says; it would swallow our own log.
         kwargs["redirect_stdouts"] = False
+        if kwargs.get("loop") is None and not asyncio.get_event_loop_policy().__module__.startswith("uvloop"):
+            # Also for the consumer's thread, which takes its loop from the policy.
+            asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
         super().__init__(app, *services, **kwargs)
         self.spinner = None
 
@@ -217,6 +221,7 @@ class App(faust.App):
         flights: int = 1,
         on_assigned: OnAssigned | None = None,
         kafka_topic: str | None = None,
+        planned: bool = False,
     ) -> Callable[[GroupHandler], GroupHandler]:
         """Declare a stage with a consumer group of its own, `<kafka.group>-<group>`: it works on several partitions.
 
@@ -230,21 +235,29 @@ class App(faust.App):
             on_assigned: says, for partitions just assigned and before each retry, the offset to start from. What it
                 says wins over Kafka's commit.
             kafka_topic: name in the cluster where it is not the declared one (another system's topic).
+            planned: each batch's bounds are committed before the handler sees it, and it comes again with the same
+                bounds after a crash (preservarium/feeds.py); not together with `on_assigned`.
         """
 
         def declare(handler: GroupHandler) -> GroupHandler:
             settings = self.live().kafka
+
+            async def with_plan(batches: Sequence[Batch]) -> Effects:
+                await self.group_feeds[name].record_plan(batches)
+                return await handler(batches)
+
             feed = GroupFeed(
                 name,
                 topic.name,
                 kafka_topic=kafka_topic or topic.full(settings.topic_prefix),
                 group=f"{settings.group}-{group}",
-                runner=self._runner(name, handler, owns_tables=False),
+                runner=self._runner(name, with_plan if planned else handler, owns_tables=False),
                 live=self.live,
                 records_max=records_max,
                 linger_s=linger_s,
                 flights=flights,
                 on_assigned=on_assigned,
+                planned=planned,
             )
             self.group_feeds[name] = feed
 

@@ -9,6 +9,10 @@ sent to: `faust agents` lists it, the worker starts, supervises and stops it.
 
 A partition is in at most one flight, so its order is kept, and its position is one number. The poll loop never waits for
 a flight: a stage that retries for an hour keeps its group membership.
+
+A planned feed is for stores that recognise a repeated write but have no transaction for offsets. Before the handler sees
+a batch, its bounds are committed to Kafka as the metadata of the offset that it starts from; whoever comes to own the
+partition hands over exactly the same batch first. The group fences: a worker that is no member any more cannot plan.
 """
 
 import asyncio
@@ -20,6 +24,7 @@ from typing import Any, Final
 
 import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
@@ -49,6 +54,8 @@ COMMIT_TIMEOUT_S: Final = 5.0
 LEAVE_TIMEOUT_S: Final = 5.0
 #: A consumer that met an error is made anew after this time.
 RECONNECT_S: Final = 2.0
+#: Metadata of a committed offset that is the start of a planned batch; the batch's end follows.
+PLAN: Final = "planned:"
 #: Topics that do not exist yet are looked for this often.
 METADATA_AGE_MS: Final = 30_000
 
@@ -66,6 +73,8 @@ class GroupLane:
         "known",
         "partition",
         "pending_records",
+        "plan",
+        "planned",
         "position",
         "progress",
         "revoked",
@@ -84,6 +93,9 @@ class GroupLane:
         self.position: int | None = None  #: first offset that is not acknowledged
         self.committed: int | None = None
         self.committed_s = monotonic()
+        #: (first, next) of the batch whose bounds are committed and which is not known to be written
+        self.planned: tuple[int, int] | None = None
+        self.plan: int | None = None  #: where the first batch must end: another worker may have written it
         self.highwater: int | None = None
         self.progress = Progress()
 
@@ -120,6 +132,22 @@ class GroupLane:
         self.waiting_since_s = monotonic()
         return taken
 
+    @property
+    def plan_complete(self) -> bool:
+        """Whether the batch that was planned before is all here. Offsets of our topics have no gaps."""
+        if self.plan is None:
+            return True
+        return bool(self._batches) and self._batches[-1][-1].offset >= self.plan - 1
+
+    def take_plan(self) -> list[Record]:
+        """The batch that was planned before; what retention has deleted of it is gone."""
+        assert self.plan is not None
+        taken = [r for records in self._batches for r in records if r.offset < self.plan]
+        self.skip_below(self.plan)
+        self.plan = None
+        self.waiting_since_s = monotonic()
+        return taken
+
     def clear(self) -> None:
         """Forget what waits."""
         self._batches.clear()
@@ -148,6 +176,7 @@ class GroupFeed:
         linger_s: Callable[[], float],
         flights: int,
         on_assigned: OnAssigned | None,
+        planned: bool = False,
     ) -> None:
         self.name = name
         self.topic = topic  #: declared name
@@ -164,6 +193,9 @@ class GroupFeed:
         self._linger_s = linger_s
         self._flights_max = flights
         self._on_assigned = on_assigned
+        self._planned = planned
+        #: a plan must not be overtaken on its way by the commit before it
+        self._commit_turn = asyncio.Lock()
         self._flights: dict[asyncio.Task[None], list[GroupLane]] = {}
         self._starts: set[asyncio.Task[None]] = set()
         self._consumer: Any = None
@@ -258,7 +290,10 @@ class GroupFeed:
         paused = {
             lane.partition
             for lane in self.lanes.values()
-            if not lane.known or lane.progress.paused or lane.pending_records >= limit
+            if not lane.known
+            or lane.progress.paused
+            # A batch planned before is handed over whole, also where the limit has become smaller since.
+            or (lane.pending_records >= limit and lane.plan_complete)
         }
         if paused != self._paused:
             assigned = {tp.partition: tp for tp in consumer.assignment()}
@@ -272,7 +307,11 @@ class GroupFeed:
     def _start_flights(self) -> None:
         records_max, linger_s = self._records_max(), self._linger_s()
         while len(self._flights) < self._flights_max:
-            ready = [x for x in self.lanes.values() if x.pending_records and not x.flying and not x.closing]
+            ready = [
+                x
+                for x in self.lanes.values()
+                if x.pending_records and not x.flying and not x.closing and x.plan_complete
+            ]
             if not ready:
                 return
             waiting = sum(lane.pending_records for lane in ready)
@@ -284,13 +323,17 @@ class GroupFeed:
             flying: list[GroupLane] = []
             room = records_max
             for lane in ready:
-                records = lane.take(room)
+                records = lane.take(room) if lane.plan is None else lane.take_plan()
+                if not records:
+                    continue
                 batches.append(Batch(self.topic, lane.partition, records))
                 flying.append(lane)
                 lane.flying = True
                 room -= len(records)
                 if room <= 0:
                     break
+            if not batches:
+                continue
             task = asyncio.create_task(self._fly(batches, flying), name=f"{self.name}-flight")
             self._flights[task] = flying
             task.add_done_callback(self._landed)
@@ -351,6 +394,59 @@ class GroupFeed:
                 self._consumer.seek(TopicPartition(self.kafka_topic, batch.partition), start)
         return kept
 
+    async def record_plan(self, batches: Sequence[Batch]) -> None:
+        """Commit the bounds of batches that are about to be written.
+
+        Raises:
+            Retry: Kafka cannot be reached, or the partition is no longer ours.
+        """
+        offsets: dict[TopicPartition, tuple[int, str]] = {}
+        plans: dict[int, tuple[int, int]] = {}
+        for batch in batches:
+            lane = self.lanes.get(batch.partition)
+            if lane is None or lane.revoked or self._consumer is None:
+                message = f"{batch.topic}-{batch.partition} has gone to another worker"
+                raise Retry(message)
+            plan = batch.records[0].offset, batch.records[-1].offset + 1
+            if lane.planned != plan:
+                offsets[TopicPartition(self.kafka_topic, batch.partition)] = plan[0], f"{PLAN}{plan[1]}"
+                plans[batch.partition] = plan
+        if not offsets:
+            return
+        try:
+            async with self._commit_turn, asyncio.timeout(COMMIT_TIMEOUT_S):
+                await self._consumer.commit(offsets)
+        except (KafkaError, TimeoutError) as e:
+            message = f"the plan was not committed: {e!r}"
+            raise Retry(message) from e
+        for partition, plan in plans.items():
+            lane = self.lanes.get(partition)
+            if lane is not None:
+                lane.planned = plan
+                lane.committed = plan[0]
+                lane.committed_s = monotonic()
+
+    async def _read_plans(self, lanes: Sequence[GroupLane]) -> dict[int, int]:
+        """Where the group stands, and what it had planned there."""
+        admin = AIOKafkaAdminClient(bootstrap_servers=self._live().kafka.bootstrap_servers)
+        try:
+            await admin.start()
+            tps = [TopicPartition(self.kafka_topic, lane.partition) for lane in lanes]
+            found = await admin.list_consumer_group_offsets(self.group, partitions=tps)
+        finally:
+            await admin.close()
+        starts: dict[int, int] = {}
+        for lane in lanes:
+            committed = found.get(TopicPartition(self.kafka_topic, lane.partition))
+            if committed is None or committed.offset < 0:
+                continue
+            starts[lane.partition] = lane.committed = committed.offset
+            text = committed.metadata.removeprefix(PLAN)
+            if text != committed.metadata and text.isdigit() and int(text) > committed.offset:
+                lane.plan = int(text)
+                lane.planned = committed.offset, lane.plan
+        return starts
+
     # --- rebalance ----------------------------------------------------------------------------------------------
 
     def assign(self, partitions: Iterable[int]) -> None:
@@ -361,7 +457,7 @@ class GroupFeed:
             self.lanes[partition] = GroupLane(partition)
         if not new:
             return
-        if self._on_assigned is None:
+        if self._on_assigned is None and not self._planned:
             for partition in new:
                 self.lanes[partition].known = True
             return
@@ -375,14 +471,19 @@ class GroupFeed:
             self._error = self._error or error
 
     async def _find_start(self, lanes: list[GroupLane]) -> None:
-        assert self._on_assigned is not None
         delay_s = self._live().agents.backoff_s
+        offsets: Mapping[int, int]
         while True:
             lanes = [lane for lane in lanes if not lane.revoked]
             if not lanes:
                 return
             try:
-                offsets = await self._on_assigned([lane.partition for lane in lanes])
+                if self._planned:
+                    offsets = await self._read_plans(lanes)
+                else:
+                    assert self._on_assigned is not None
+                    offsets = await self._on_assigned([lane.partition for lane in lanes])
+                await self._check_ends(offsets)
                 break
             except Fatal:
                 raise
@@ -413,6 +514,23 @@ class GroupFeed:
             lane.progress.reason = ""
             lane.known = True
 
+    async def _check_ends(self, offsets: Mapping[int, int]) -> None:
+        """Refuse to start behind a partition's end: consumers would silently go elsewhere and skip what comes.
+
+        Raises:
+            Retry: the topic was made anew (or lost its end), so that the offsets that are known are not its own.
+        """
+        if not offsets:
+            return
+        ends = await self._consumer.end_offsets([TopicPartition(self.kafka_topic, p) for p in offsets])
+        for tp, end in ends.items():
+            if offsets[tp.partition] > end:
+                message = (
+                    f"{tp.topic}-{tp.partition} ends at {end}, and {offsets[tp.partition]} is stored already: "
+                    "was the topic made anew? Then open a new generation (sink.generation), or reset the group's offsets"
+                )
+                raise Retry(message)
+
     async def revoke(self, partitions: Iterable[int]) -> None:
         """Partitions go to another worker: wait for their flights, commit what is acknowledged, forget the rest."""
         lanes = [self.lanes[p] for p in partitions if p in self.lanes]
@@ -438,6 +556,10 @@ class GroupFeed:
         self._paused -= {lane.partition for lane in lanes}
 
     async def _commit(self, consumer: Any) -> None:
+        async with self._commit_turn:
+            await self._commit_positions(consumer)
+
+    async def _commit_positions(self, consumer: Any) -> None:
         offsets = {
             TopicPartition(self.kafka_topic, lane.partition): lane.position
             for lane in self.lanes.values()
@@ -462,6 +584,7 @@ class GroupFeed:
             if lane is not None:
                 lane.committed = offset
                 lane.committed_s = now_s
+                lane.planned = None
 
 
 class _Listener(ConsumerRebalanceListener):

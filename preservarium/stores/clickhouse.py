@@ -1,0 +1,171 @@
+"""Columns into ClickHouse over HTTP: a server, a cluster or the embedded engine, the same code.
+
+An insert carries a token made of the Kafka range that its rows come from; the engine drops a second insert with the same
+token. So an insert whose answer was lost is simply made again.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import aiohttp
+from clickhouse_connect.driver.exceptions import ClickHouseError, DatabaseError, OperationalError
+
+from preservarium import metrics
+from preservarium.clock import Clock, SystemClock
+from preservarium.domain.errors import Retry
+from preservarium.settings import Settings
+from preservarium.stores.breaker import Breaker
+
+#: Error codes (ClickHouse, ErrorCodes.cpp) that say that the data is at fault. Everything else is the server's state: a
+#: missing table, a read-only replica, too many parts, no memory; waiting loses nothing.
+DATA_CODES: Final = frozenset({
+    6,    # CANNOT_PARSE_TEXT
+    27,   # CANNOT_PARSE_INPUT_ASSERTION_FAILED
+    33,   # CANNOT_READ_ALL_DATA
+    53,   # TYPE_MISMATCH
+    69,   # ARGUMENT_OUT_OF_BOUND
+    117,  # INCORRECT_DATA
+    321,  # VALUE_IS_OUT_OF_RANGE_OF_DATA_TYPE
+    349,  # CANNOT_INSERT_NULL_IN_ORDINARY_COLUMN
+    407,  # DECIMAL_OVERFLOW
+    469,  # VIOLATED_CONSTRAINT
+})  # fmt: skip
+
+#: What says nothing about the rows.
+INFRASTRUCTURE_ERRORS: Final = (OperationalError, aiohttp.ClientError, OSError, TimeoutError)
+
+
+class ClickHouseStore:
+    """Inserts of columns, each once. For one event loop; inserts may run side by side.
+
+    Args:
+        settings: asked at each connection.
+        breaker: shared by all that use the server; its own where none is given.
+        clock: for the metrics.
+    """
+
+    def __init__(
+        self, settings: Callable[[], Settings], *, breaker: Breaker | None = None, clock: Clock | None = None
+    ) -> None:
+        self._settings = settings
+        self._clock = clock or SystemClock()
+        self.breaker = breaker or Breaker("clickhouse", lambda: settings().breaker, clock=clock)
+        self._client: Any = None
+        self._connecting = asyncio.Lock()
+
+    async def insert(
+        self, table: str, columns: Mapping[str, Sequence[Any]], types: Mapping[str, str], *, token: str
+    ) -> None:
+        """Insert columns of equal length; once, however often it is called with the same token.
+
+        Args:
+            table: of the settings' database.
+            columns: column name -> values.
+            types: ClickHouse's type of each column; saves asking the server.
+            token: names the range of input that the rows come from; always with the same rows.
+
+        Raises:
+            Retry: the server cannot be reached or cannot take it now; whether the rows are stored is not known.
+            DatabaseError: it refuses the data; keeping bad values out is the caller's part.
+        """
+        names = list(columns)
+        rows = len(columns[names[0]])
+        started = self._clock.monotonic_s()
+        async with self.breaker:
+            client = await self._connected()
+            try:
+                await client.insert(
+                    table,
+                    [columns[n] for n in names],
+                    column_names=names,
+                    column_type_names=[types[n] for n in names],
+                    column_oriented=True,
+                    settings={
+                        "insert_deduplication_token": token,
+                        # On by default in current servers; it would answer for a buffer that tokens do not cover.
+                        "async_insert": 0,
+                    },
+                )
+            except (ClickHouseError, *INFRASTRUCTURE_ERRORS) as e:
+                if isinstance(e, DatabaseError) and _code(e) in DATA_CODES:
+                    raise
+                await self._forget(client)
+                message = f"ClickHouse: {_short(e)}"
+                raise Retry(message) from e
+        metrics.STORE_SECONDS.labels("clickhouse").observe(self._clock.monotonic_s() - started)
+        metrics.STORE_ROWS.labels("clickhouse", "stored").inc(rows)
+
+    async def query(self, text: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
+        """Rows of a query.
+
+        Raises:
+            Retry: the server cannot be reached.
+            DatabaseError: the query is wrong.
+        """
+        async with self.breaker:
+            client = await self._connected()
+            try:
+                result = await client.query(text, parameters=dict(parameters or {}))
+            except INFRASTRUCTURE_ERRORS as e:
+                await self._forget(client)
+                message = f"ClickHouse: {_short(e)}"
+                raise Retry(message) from e
+        rows: list[tuple[Any, ...]] = list(result.result_rows)
+        return rows
+
+    async def close(self) -> None:
+        """Close every connection."""
+        if self._client is not None:
+            await self._forget(self._client)
+
+    async def _connected(self) -> Any:
+        if self._client is not None:
+            return self._client
+        async with self._connecting:
+            if self._client is None:
+                import clickhouse_connect
+
+                s = self._settings().clickhouse
+                host, port, user, password, secure = s.parts
+                try:
+                    self._client = await clickhouse_connect.get_async_client(
+                        interface="https" if secure else "http",
+                        host=host,
+                        port=port,
+                        username=user,
+                        password=password,
+                        database=s.database,
+                        compress="lz4",
+                        connect_timeout=min(10, s.timeout_s),
+                        send_receive_timeout=s.timeout_s,
+                        # A request that fails is made again by the feed, which knows of pauses and breakers.
+                        query_retries=0,
+                        autogenerate_session_id=False,
+                        connector_limit=s.pool_max,
+                        connector_limit_per_host=s.pool_max,
+                    )
+                except (ClickHouseError, *INFRASTRUCTURE_ERRORS) as e:
+                    message = f"ClickHouse cannot be reached at {host}:{port}: {_short(e)}"
+                    raise Retry(message) from e
+        return self._client
+
+    async def _forget(self, client: Any) -> None:
+        """Connect anew next time: what comes back may be another server."""
+        if self._client is client:
+            self._client = None
+        with contextlib.suppress(Exception):
+            await client.close()
+
+
+def _code(error: BaseException) -> int | None:
+    text = str(error)
+    marker = "code: "
+    at = text.find(marker)
+    digits = text[at + len(marker) :].split(",")[0].split(".")[0].strip() if at >= 0 else ""
+    return int(digits) if digits.isdigit() else None
+
+
+def _short(error: BaseException) -> str:
+    return (str(error) or repr(error)).splitlines()[0][:300]
