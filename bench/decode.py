@@ -12,8 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import orjson
-
 from preservarium import topics
 from preservarium.clock import SystemClock
 from preservarium.domain.decoders import compile_parser, examples
@@ -114,18 +112,13 @@ def main(rounds=5):
     print(
         f"{'':22} {'fields':>6} {'decode/s':>10} {'fields/s':>10} {'normalize/s':>11} {'stage/s':>9} {'readings/s':>10}"
     )
-    result = {}
     for name, (fields, _, found) in runs.items():
         median = {step: statistics.median(values) for step, values in found.items()}
-        result[name] = {"fields": fields, **{step: round(value) for step, value in median.items()}}
         print(
             f"{name:22} {fields:6} {median['decode']:10,.0f} {median['decode'] * fields:10,.0f} {median['normalize']:11,.0f}"
             f" {median['stage']:9,.0f} {median['stage'] * fields:10,.0f}"
         )
-    return result
 
 
 if __name__ == "__main__":
-    found = main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
-    Path("bench/results").mkdir(exist_ok=True)
-    Path("bench/results/decode.json").write_bytes(orjson.dumps(found, option=orjson.OPT_INDENT_2))
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)

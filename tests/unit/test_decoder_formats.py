@@ -69,10 +69,7 @@ PAYLOADS = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=1500, deadline=None)
-@given(which=st.integers(0, len(ALL) - 1), payload=PAYLOADS)
-def test_any_payload_becomes_fields_or_a_reject(which, payload):
-    _, decoder = ALL[which]
+def becomes_fields_or_a_reject(decoder, payload):
     try:
         fields = decoder.decode(examples.raw_message(payload))
     except Reject as e:
@@ -85,6 +82,20 @@ def test_any_payload_becomes_fields_or_a_reject(which, payload):
         assert field.unit is None or isinstance(field.unit, str)
         assert field.pin is None or isinstance(field.pin, str)
         assert field.timestamp is None or abs(field.timestamp) < 2**63
+
+
+@settings(max_examples=1500, deadline=None)
+@given(which=st.integers(0, len(ALL) - 1), payload=PAYLOADS)
+def test_any_payload_becomes_fields_or_a_reject(which, payload):
+    becomes_fields_or_a_reject(ALL[which][1], payload)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(max_examples=100_000, deadline=None)
+@given(which=st.integers(0, len(ALL) - 1), payload=PAYLOADS)
+def test_any_payload_becomes_fields_or_a_reject_at_length(which, payload):
+    becomes_fields_or_a_reject(ALL[which][1], payload)
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
