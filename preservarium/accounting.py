@@ -234,7 +234,8 @@ class Ledger:
                 continue
             identity = self._identity(partition, offset, line.get("raw_index", 0))
             self.errors_by_identity.setdefault(line["stage"], set()).add(identity)
-            same = _hash(identity, line["stage"], line["code"], line["message"])
+            # What was refused stands in the line; only its times differ when a crash makes a stage say it again.
+            same = _hash(identity, *(line.get(name) for name in ("stage", "code", "message", "raw", "raw_b64")))
             if same in self._error_lines:
                 self.errors_again += 1
                 continue

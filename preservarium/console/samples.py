@@ -164,6 +164,14 @@ class History:
             for name in ("received", "sent", "readings", "errors")
         }
 
+    def arriving(self, stage: str) -> float:
+        """Records a second that came into the partitions which the stage reads here, whether it has read them or not."""
+        new, old = self.last, self._before(RATE_WINDOW_S)
+        if new is None or old is None:
+            return 0.0
+        a, b = old.stages.get(stage, StageSample()), new.stages.get(stage, StageSample())
+        return _rate(b.received + b.lag - a.received - a.lag, new.at_s - old.at_s)
+
     def curve(self, stage: str) -> list[float]:
         """Records a second that the stage received, one point a sample, oldest first, at most `HISTORY_POINTS`."""
         tail = list(self._samples)[-(HISTORY_POINTS + 1) :]

@@ -225,6 +225,7 @@ class Console:
                 "errors_per_s": round(sum(s["errors_per_s"] for s in stages), 1),
                 "lag": sum(s["lag"] for s in stages),
                 "stages": stages,
+                "arriving_per_s": self._history.arriving("normalize"),
                 "connectors": self._history.connectors(),
                 "stores": self._history.stores(),
                 "dependencies": _needs(h),

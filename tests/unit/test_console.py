@@ -203,6 +203,7 @@ async def test_status_shows_rates_lag_and_errors_by_stage(client, host):
     assert status["readings_per_s"] == 400.0
     assert shown["errors_per_s"] == 1.0
     assert shown["lag"] >= 42
+    assert status["arriving_per_s"] >= 100.0  # what was read, and what waits
     assert status["errors"][0] == {"stage": stage, "code": "unknown_device", "recent": 5, "total": 5}
     assert (await body(client, "/api/errors"))["errors"] == status["errors"]
     metrics.LAG_RECORDS.labels(stage, "iot_raw_data", "3").set(0)
