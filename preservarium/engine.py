@@ -21,6 +21,7 @@ from typing import IO, Any, Final, NoReturn, Protocol, TypeVar
 import faust
 import structlog
 import uvloop
+from aiokafka.errors import IllegalStateError, KafkaError
 from faust.exceptions import AlreadyConfiguredWarning
 from faust.types import TP
 from mode import Service
@@ -51,6 +52,8 @@ EXIT_UNHEALTHY: Final = 70
 WATCH_S: Final = 5.0
 #: Metrics of lanes and lag are refreshed this often; a scrape is no more frequent.
 GAUGES_S: Final = 1.0
+#: The ends of partitions are asked for this often; a fetch tells of them at once where there is one.
+ENDS_S: Final = 2.0
 #: A handler that works on one batch for so long, without waiting for a dependency, is stuck: no batch takes minutes.
 STUCK_S: Final = 120.0
 #: A fetch or poll loop that has not turned for so long is stuck; a turn takes a second, a rebalance up to a minute.
@@ -91,9 +94,6 @@ class _Worker(faust.Worker):
     def __init__(self, app: Any, *services: Any, **kwargs: Any) -> None:
         # The command line always asks for redirection, whatever the setting says; it would swallow our own log.
         kwargs["redirect_stdouts"] = False
-        if kwargs.get("loop") is None and not asyncio.get_event_loop_policy().__module__.startswith("uvloop"):
-            # Also for the consumer's thread, which takes its loop from the policy.
-            asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
         super().__init__(app, *services, **kwargs)
         self.spinner = None
 
@@ -125,7 +125,8 @@ class App(faust.App):
         self._resources: list[Closable] = []
         self._slot: IO[bytes] | None = None
         self._gauges: set[tuple[str, ...]] = set()
-        self._committed_any_s = monotonic()
+        #: (feed, partition) -> end offset as Kafka said last; fetches tell of it only while a partition is fetched
+        self._ends: dict[tuple[str, int], int] = {}
         self._started_s = monotonic()
         #: Faust's command line gives --datadir in the environment, and it wins.
         self._datadir_given = bool(os.environ.get("F_DATADIR"))
@@ -189,8 +190,8 @@ class App(faust.App):
                 return self._turns.setdefault((shares, partition), asyncio.Lock())
 
             runner = self._runner(name, one, turn=turn)
-            stage = Stage(name, topic.name, runner, self.live)
             full = topic.full(self.live().kafka.topic_prefix)
+            stage = Stage(name, topic.name, runner, self.live, topic_full=full)
             self.stages.add(full, stage)
             channel = self.topic(
                 full,
@@ -314,6 +315,11 @@ class App(faust.App):
         return closable
 
     # --- starting and stopping ----------------------------------------------------------------------------------
+
+    def worker_init(self) -> None:
+        """Use uvloop, also in the consumer's thread: called by Faust's command line before it makes a loop."""
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+        super().worker_init()
 
     def on_init_dependencies(self) -> Any:
         """The publisher before everything else, so that it also stops after everything else."""
@@ -453,6 +459,30 @@ class App(faust.App):
         os._exit(EXIT_UNHEALTHY)
 
     @Service.task
+    async def _refresh_ends(self) -> None:
+        """Ask for the partitions' ends: of a partition that is paused or full, no fetch says how it grows."""
+        while not self.should_stop:
+            await self.sleep(ENDS_S)
+            try:
+                async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                    self._ends = await self._ask_ends()
+            except (KafkaError, TimeoutError, IllegalStateError) as e:
+                log.warning("ends_unknown", error=repr(e))
+
+    async def _ask_ends(self) -> dict[tuple[str, int], int]:
+        ends: dict[tuple[str, int], int] = {}
+        consumer = self._consumer
+        if consumer is not None and getattr(consumer._thread, "_consumer", None) is not None and not self.rebalancing:
+            tps = [tp for tp in consumer.assignment() if self.stages.of(tp.topic)]
+            found = await consumer.highwaters(*tps) if tps else {}
+            for stage in self.stages:
+                full = stage.topic_full
+                ends.update({(stage.name, tp.partition): end for tp, end in found.items() if tp.topic == full})
+        for feed in self.group_feeds.values():
+            ends.update({(feed.name, partition): end for partition, end in (await feed.ends()).items()})
+        return ends
+
+    @Service.task
     async def _refresh_gauges(self) -> None:
         while not self.should_stop:
             await self.sleep(GAUGES_S)
@@ -481,24 +511,23 @@ class App(faust.App):
         clock_s = self.clock.monotonic_s()
         reports: dict[str, dict[str, Any]] = {}
         consumer = self._consumer
-        thread = getattr(consumer, "_thread", None)
-        prefix = self.live().kafka.topic_prefix
+        connected = consumer is not None and getattr(consumer._thread, "_consumer", None) is not None
         for stage in self.stages:
             highwaters: dict[int, int] = {}
-            if thread is not None and getattr(thread, "_consumer", None) is not None:
-                for tp in consumer.assignment():
-                    if tp.topic == prefix + stage.topic:
-                        highwaters[tp.partition] = consumer.highwater(tp) or 0
-            committed = {
-                tp.partition: offset
-                for tp, offset in (consumer._committed_offset.items() if consumer is not None else ())
-                if tp.topic == prefix + stage.topic and offset is not None
-            }
+            committed: dict[int, int] = {}
+            if consumer is not None and connected:
+                mine = [tp for tp in consumer.assignment() if tp.topic == stage.topic_full]
+                for tp in mine:
+                    end = self._ends.get((stage.name, tp.partition), 0)
+                    highwaters[tp.partition] = max(consumer.highwater(tp) or 0, end)
+                    committed[tp.partition] = consumer._committed_offset.get(tp) or 0
             reports[stage.name] = _report(
                 "shared", stage.topic, self.conf.id, stage.runner, stage.lanes, highwaters, committed, now_s, clock_s
             )
         for feed in self.group_feeds.values():
-            highwaters = {p: lane.highwater for p, lane in feed.lanes.items() if lane.highwater is not None}
+            highwaters = {
+                p: max(lane.highwater or 0, self._ends.get((feed.name, p), 0)) for p, lane in feed.lanes.items()
+            }
             report = _report("group", feed.topic, feed.group, feed.runner, feed.lanes, highwaters, {}, now_s, clock_s)
             report["trouble"] = feed.trouble
             reports[feed.name] = report
@@ -557,11 +586,12 @@ def _report(
     lag: dict[int, int] = {}
     for partition in set(highwaters) | set(lanes):
         lane = lanes.get(partition)
-        position = lane.position if lane is not None else None
+        # Where the stage has not finished anything since the assignment, its commit says where it stands.
+        position = None if lane is None else lane.position if lane.position is not None else lane.committed
         if position is None:
-            position = committed.get(partition, lane.committed if lane is not None else None)
+            position = committed.get(partition, 0)
         if partition in highwaters:
-            lag[partition] = max(0, highwaters[partition] - (position or 0))
+            lag[partition] = max(0, highwaters[partition] - position)
     busy = {p: clock_s - lane.progress.since_s for p, lane in lanes.items() if lane.progress.since_s is not None}
     return {
         "feed": feed,

@@ -278,6 +278,22 @@ class GroupFeed:
                     lane.push(records)
                 # Otherwise it is not said yet where to start: the seek to come brings what is needed of this again.
 
+    async def ends(self) -> dict[int, int]:
+        """End offset of every assigned partition, as Kafka says now.
+
+        Raises:
+            KafkaError: it cannot be asked.
+        """
+        consumer = self._consumer
+        tps = [TopicPartition(self.kafka_topic, partition) for partition in self.lanes]
+        if consumer is None or not tps:
+            return {}
+        for lane in list(self.lanes.values()):
+            if lane.position is None and lane.committed is None:
+                # Nothing acknowledged since the assignment: lag is counted from where the group stood.
+                lane.committed = await consumer.committed(TopicPartition(self.kafka_topic, lane.partition)) or 0
+        return {tp.partition: end for tp, end in (await consumer.end_offsets(tps)).items()}
+
     def _poll_ms(self) -> int:
         """Until something falls due: a linger, or a flight that may end."""
         if self._flights or any(lane.pending_records for lane in self.lanes.values()):
@@ -512,6 +528,7 @@ class GroupFeed:
             except IllegalStateError:
                 continue  # revoked meanwhile
             lane.progress.reason = ""
+            lane.committed = lane.committed if lane.committed is not None else start
             lane.known = True
 
     async def _check_ends(self, offsets: Mapping[int, int]) -> None:

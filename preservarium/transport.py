@@ -185,9 +185,10 @@ class Lane:
 class Stage:
     """A stage on the shared feed: its handler's runner and its lanes."""
 
-    def __init__(self, name: str, topic: str, runner: Runner, live: LiveSettings) -> None:
+    def __init__(self, name: str, topic: str, runner: Runner, live: LiveSettings, *, topic_full: str = "") -> None:
         self.name = name
         self.topic = topic  #: declared name, without prefix
+        self.topic_full = topic_full or topic  #: name in the cluster
         self.runner = runner
         self.lanes: dict[int, Lane] = {}
         self._live = live

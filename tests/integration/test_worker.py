@@ -1,0 +1,207 @@
+"""A worker as `faust worker` starts it: recovery, exit codes, reload, a database that is down, nothing to fetch."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from worker_support import ROOT, Workers, make_topics, read_all, until
+
+from preservarium import topics
+from preservarium.publish import Publisher
+from preservarium.settings import LiveSettings, load
+from preservarium.stage import Send
+
+PARTITIONS = 3
+
+
+class Worker:
+    """Topics, settings and processes of one test."""
+
+    def __init__(self, kafka: str, prefix: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kafka, self.prefix, self.directory = kafka, prefix, directory
+        self.report_file = directory / "report.json"
+        self.env_file = directory / "worker.env"
+        environment = {
+            "PRESERVARIUM_KAFKA__BOOTSTRAP_SERVERS": kafka,
+            "PRESERVARIUM_KAFKA__TOPIC_PREFIX": prefix,
+            "PRESERVARIUM_KAFKA__GROUP": f"{prefix}worker",
+            "PRESERVARIUM_KAFKA__PARTITIONS": str(PARTITIONS),
+            "PRESERVARIUM_KAFKA__SESSION_TIMEOUT_S": "6",
+            "PRESERVARIUM_KAFKA__COMMIT_INTERVAL_S": "0.3",
+            "PRESERVARIUM_AGENTS__BACKOFF_S": "0.05",
+            "PRESERVARIUM_AGENTS__BACKOFF_MAX_S": "0.2",
+            "PRESERVARIUM_DATA_DIR": str(directory / "data"),
+            "PRESERVARIUM_LOG_FORMAT": "json",
+            "PRESERVARIUM_ENV_FILE": str(self.env_file),
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        self.live = LiveSettings(load())
+        self.workers = Workers(
+            Path(__file__).parent / "worker_app.py", {**environment, "WORKER_REPORT": str(self.report_file)}, directory
+        )
+
+    async def make_topics(self) -> None:
+        used = [topics.RAW, topics.STANDARDIZED, topics.VALIDATED, topics.ERRORS]
+        await make_topics(self.kafka, self.prefix, PARTITIONS, used)
+
+    async def publish(self, sends: list[Send]) -> None:
+        publisher = Publisher(self.live)
+        try:
+            for start in range(0, len(sends), 5_000):
+                await publisher.publish(sends[start : start + 5_000])
+        finally:
+            await publisher.stop()
+
+    def report(self) -> dict[str, Any]:
+        return json.loads(self.report_file.read_text()) if self.report_file.exists() else {}
+
+    def stage(self, name: str) -> dict[str, Any]:
+        return self.report().get("stages", {}).get(name, {})
+
+    async def ready(self, mode: str, **extra: str) -> int:
+        self.report_file.unlink(missing_ok=True)
+        number = self.workers.start(WORKER_MODE=mode, **extra)
+        await self.workers.ready(number)
+        await until(self.report_file.exists, 10)
+        return number
+
+    async def stop(self, number: int) -> None:
+        self.workers.signal(number, signal.SIGTERM)
+        assert await self.workers.ended(number) == 0, self.workers.log(number)[-3_000:]
+
+
+@pytest.fixture
+def worker(kafka: str, topic_prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    made = Worker(kafka, topic_prefix, tmp_path, monkeypatch)
+    yield made
+    made.workers.stop()
+
+
+def ready_after_s(log: str) -> float:
+    return float(re.findall(r'"took_s": ([0-9.]+), "event": "worker_ready"', log)[-1])
+
+
+async def test_state_survives_stops_kills_and_the_loss_of_the_disk(worker: Worker) -> None:
+    await worker.make_topics()
+    keys = 30_000
+    await worker.publish([Send(topics.RAW, b"k%d" % i, b"v%d" % i) for i in range(keys)])
+
+    def holds_everything() -> bool:
+        return sum(worker.report().get("tables", {}).get("states", {}).values()) == keys
+
+    first = await worker.ready("state")
+    await until(holds_everything, 30, lambda: str(worker.report()))
+    await until(lambda: worker.stage("remember")["lag"] == 0, 10)
+    assert worker.report()["ok"]
+    assert worker.report()["loop"].startswith("uvloop")
+    await worker.stop(first)
+    assert worker.report_file.with_suffix(".closed").exists(), "resources are closed"
+
+    again = await worker.ready("state")
+    await until(holds_everything, 5)
+    assert (worker.directory / "data" / "worker-0").is_dir()
+    worker.workers.signal(again, signal.SIGKILL)
+
+    fresh = await worker.ready("state", PRESERVARIUM_DATA_DIR=str(worker.directory / "fresh"))
+    await until(holds_everything, 5, lambda: str(worker.report()["tables"]))
+    # Faust's way would take 3 s for these and more for more.
+    assert ready_after_s(worker.workers.log(fresh)) < 6 + 8  # the killed member's session, and some seconds to join
+    await worker.stop(fresh)
+
+
+async def test_a_fatal_error_ends_the_worker_with_a_failure(worker: Worker) -> None:
+    await worker.make_topics()
+    await worker.publish([Send(topics.RAW, b"k", b"v")])
+    number = worker.workers.start(WORKER_MODE="fatal")
+    assert await worker.workers.ended(number, within_s=60) not in (0, None)
+    assert "the test says so" in worker.workers.log(number)
+
+
+async def test_a_worker_with_group_stages_only_starts_and_works(worker: Worker) -> None:
+    await worker.make_topics()
+    number = await worker.ready("group")
+    await worker.publish([Send(topics.STANDARDIZED, b"k%d" % i, b"%d" % i) for i in range(100)])
+
+    async def passed() -> bool:
+        return len(await read_all(worker.kafka, topics.VALIDATED.full(worker.prefix), PARTITIONS)) == 100
+
+    await until(passed, 20, lambda: worker.workers.log(number)[-2_000:])
+    await worker.stop(number)
+
+
+async def test_a_database_that_is_down_stops_its_own_stage_and_no_other(worker: Worker) -> None:
+    await worker.make_topics()
+    down = worker.directory / "down"
+    down.touch()
+    number = await worker.ready("down", WORKER_DOWN=str(down))
+    sends = [Send(topics.RAW, b"k%d" % i, b"%d" % i) for i in range(3_000)]
+    await worker.publish(sends[:1_000])
+    await until(lambda: worker.stage("keep").get("paused"), 20)
+    # Longer than the session timeout: waiting must not cost the membership.
+    began = time.monotonic()
+    await worker.publish(sends[1_000:])
+    await until(lambda: worker.stage("forward")["lag"] == 0, 20)
+    await asyncio.sleep(max(0, 7 - (time.monotonic() - began)))
+    report = worker.report()
+    assert report["ok"], report["problems"]
+    assert set(report["stages"]["keep"]["paused"].values()) == {"the database is down"}
+    assert report["stages"]["keep"]["lag"] == 3_000
+    assert len(await read_all(worker.kafka, topics.STANDARDIZED.full(worker.prefix), PARTITIONS)) == 3_000
+    assert await read_all(worker.kafka, topics.VALIDATED.full(worker.prefix), PARTITIONS) == []
+    down.unlink()
+    await until(lambda: worker.stage("keep")["lag"] == 0, 20)
+    records = await read_all(worker.kafka, topics.VALIDATED.full(worker.prefix), PARTITIONS)
+    assert sorted(int(r.value) for r in records) == list(range(3_000))
+    await worker.stop(number)
+
+
+async def test_a_reload_says_what_changed(worker: Worker) -> None:
+    await worker.make_topics()
+    worker.env_file.write_text("PRESERVARIUM_SINK__ROWS_MAX=100\n")
+    number = await worker.ready("state")
+    worker.env_file.write_text("PRESERVARIUM_SINK__ROWS_MAX=200\nPRESERVARIUM_KAFKA__LINGER_MS=7\n")
+    worker.workers.signal(number, signal.SIGHUP)
+    await until(lambda: "settings_reloaded" in worker.workers.log(number), 10)
+    lines = [json.loads(x) for x in worker.workers.log(number).splitlines() if x.startswith("{")]
+    (changed,) = [x for x in lines if x["event"] == "setting_changed"]
+    assert (changed["variable"], changed["old"], changed["new"]) == ("PRESERVARIUM_SINK__ROWS_MAX", "100", "200")
+    (refused,) = [x for x in lines if x["event"] == "setting_needs_restart"]
+    assert refused["variable"] == "PRESERVARIUM_KAFKA__LINGER_MS"
+    worker.env_file.write_text("PRESERVARIUM_SINK__ROWS_MAX=no\n")
+    worker.workers.signal(number, signal.SIGHUP)
+    await until(lambda: "settings_not_reloaded" in worker.workers.log(number), 10)
+    await worker.stop(number)
+
+
+@pytest.mark.parametrize("command", ["agents", "tables"])
+def test_fausts_command_line_works_from_the_checkout(command: str) -> None:
+    faust = [sys.executable, "-m", "faust", "-A", "preservarium", command]
+    result = subprocess.run(
+        faust, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert {"agents": "@normalize", "tables": "device_configs"}[command] in result.stdout
+
+
+def test_a_wrong_setting_is_one_line_and_exit_code_2() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "faust", "-A", "preservarium", "agents"],
+        cwd=ROOT,
+        env={**os.environ, "PRESERVARIUM_KAFKA__PARTITIONS": "many"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.strip().count("\n") == 0
+    assert "PRESERVARIUM_KAFKA__PARTITIONS" in result.stderr

@@ -1,0 +1,76 @@
+"""Workers for tests/integration/test_worker.py: WORKER_MODE says what the one in this process declares."""
+
+import asyncio
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from preservarium import topics
+from preservarium.domain.errors import Fatal, Retry
+from preservarium.engine import app
+from preservarium.stage import Batch, Effects, Send
+
+MODE = os.environ["WORKER_MODE"]
+REPORT = Path(os.environ["WORKER_REPORT"])
+
+if MODE in ("state", "fatal"):
+    states = app.state_table("states", help="The last value of each key.")
+
+    @app.stage(topics.RAW, name="remember")
+    async def remember(batch: Batch) -> Effects:
+        """Keep the last value of each key."""
+        if MODE == "fatal":
+            raise Fatal("the test says so")
+        effects = Effects()
+        for record in batch.records:
+            assert record.key is not None
+            effects.put("states", record.key, record.value)
+        return effects
+
+
+if MODE in ("group", "down"):
+    down = MODE == "down"
+
+    @app.group_stage(topics.STANDARDIZED, name="keep", group="keep", linger_s=lambda: 0.01)
+    async def keep(batches: Sequence[Batch]) -> Effects:
+        """Pass on, unless the database is down."""
+        if down and Path(os.environ["WORKER_DOWN"]).exists():
+            raise Retry("the database is down")
+        return Effects([Send(topics.VALIDATED, r.key, r.value, b.partition) for b in batches for r in b.records])
+
+
+if MODE == "down":
+
+    @app.stage(topics.RAW, name="forward")
+    async def forward(batch: Batch) -> Effects:
+        """Pass on; depends on Kafka alone."""
+        return Effects([Send(topics.STANDARDIZED, r.key, r.value, batch.partition) for r in batch.records])
+
+
+class Closed:
+    """A resource."""
+
+    async def close(self) -> None:
+        """Say so."""
+        REPORT.with_suffix(".closed").touch()
+
+
+app.resource(Closed())
+
+
+@app.task
+async def write_reports() -> None:
+    """The health report and what the tables hold, twice a second."""
+    while True:
+        report = app.health_report()
+        report["loop"] = type(asyncio.get_running_loop()).__module__
+        report["tables"] = {
+            name: {p: sum(1 for _ in table.items(p)) for p in table.partitions()}
+            for name, table in app.state_tables.items()
+        }
+        report["uptime_s"] = round(report["uptime_s"], 2)
+        part = REPORT.with_suffix(".part")
+        part.write_text(json.dumps(report))
+        part.rename(REPORT)
+        await asyncio.sleep(0.5)
