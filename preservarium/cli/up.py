@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -473,6 +474,8 @@ def up(
     )
     # People see what this prints; logs of the services and workers are in the data directory.
     logs.configure("WARNING", "auto")
+    # A topic made a moment ago has no leader yet, and says so; it is tried again.
+    logging.getLogger("aiokafka").setLevel(logging.ERROR)
     screen = Screen(to_stderr=as_json)
     try:
         code, facts = asyncio.run(_run(options, screen))
