@@ -7,6 +7,7 @@ is lost or needs a human.
 import logging
 import logging.config
 import sys
+import time
 from typing import Any, Final
 
 import structlog
@@ -18,6 +19,35 @@ _QUIET: Final = {
     "mode": "WARNING",
     "aiohttp.access": "WARNING",
 }
+
+#: A library's message that repeats is written once in this time: an outage must not fill the disk.
+REPEAT_S: Final = 60.0
+#: Messages that are remembered for that; more than a broker's failure has kinds of.
+REPEATS_MAX: Final = 1_000
+
+
+class Repeats(logging.Filter):
+    """Lets the same message of a chatty library through once in `REPEAT_S`."""
+
+    def __init__(self, prefix: str = "aiokafka") -> None:
+        super().__init__()
+        self._prefix = prefix
+        self._written_s: dict[tuple[str, str], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is written."""
+        if not record.name.startswith(self._prefix):
+            return True
+        key = record.name, record.getMessage()
+        now_s = time.monotonic()
+        last_s = self._written_s.get(key)
+        if last_s is not None and now_s - last_s < REPEAT_S:
+            return False
+        if len(self._written_s) >= REPEATS_MAX:
+            self._written_s.clear()
+        self._written_s[key] = now_s
+        return True
+
 
 _SHARED: Final[list[Any]] = [
     structlog.contextvars.merge_contextvars,
@@ -52,7 +82,8 @@ def config(level: str, form: str) -> dict[str, Any]:
                 "foreign_pre_chain": [*_SHARED, structlog.stdlib.ExtraAdder()],
             }
         },
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "preservarium"}},
+        "filters": {"repeats": {"()": Repeats}},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "preservarium", "filters": ["repeats"]}},
         "root": {"level": level, "handlers": ["stderr"]},
         "loggers": {name: {"level": max(level, quiet, key=_severity)} for name, quiet in _QUIET.items()},
     }
