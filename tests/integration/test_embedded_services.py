@@ -18,7 +18,14 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from preservarium.embedded import postgres
-from preservarium.embedded.kafka import Kafka, MockKafka
+from preservarium.embedded.kafka import (
+    Kafka,
+    MockKafka,
+    cache_directory,
+    kafka_for,
+    pinned_version,
+    resolve_jars,
+)
 from preservarium.embedded.mosquitto import Mosquitto
 from preservarium.embedded.postgres import Postgres
 from preservarium.embedded.service import Service, ServiceError, ServiceUnavailable, port_answers
@@ -159,6 +166,47 @@ async def test_the_mock_broker_takes_and_gives_records(tmp_path: Path) -> None:
         assert (got.partition, got.offset, got.value) == (sent.partition, sent.offset, b"v")
     finally:
         await asyncio.to_thread(broker.stop)
+
+
+def test_without_java_the_in_memory_broker_is_chosen_with_a_notice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    broker, notice = kafka_for(tmp_path)
+    assert isinstance(broker, MockKafka)
+    assert not broker.durable
+    assert "NOTHING in Kafka survives" in notice
+    assert "Java 17" in notice
+
+
+def test_without_maven_cached_jars_do_and_without_them_the_in_memory_broker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    java = tmp_path / "bin" / "java"
+    java.parent.mkdir()
+    java.write_text("#!/bin/sh\necho 'openjdk version \"17.0.1\"' >&2\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("KAFKA_HOME", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    broker, notice = kafka_for(tmp_path)
+    assert (type(broker), "Maven" in notice) == (MockKafka, True)
+    cached = cache_directory(pinned_version())
+    cached.mkdir(parents=True)
+    (cached / "complete").touch()
+    broker, notice = kafka_for(tmp_path)
+    assert (type(broker), notice) == (Kafka, "")
+
+
+def test_a_kafka_home_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KAFKA_HOME", str(tmp_path))
+    with pytest.raises(ServiceError, match="has no libs"):
+        resolve_jars()
+    (tmp_path / "libs").mkdir()
+    (tmp_path / "libs" / "kafka_2.13-9.9.9.jar").touch()
+    assert resolve_jars() == tmp_path / "libs"
 
 
 def test_mosquitto_starts_again_on_its_port_after_a_kill(tmp_path: Path) -> None:
