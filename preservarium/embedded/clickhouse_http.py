@@ -107,6 +107,12 @@ class Insert:
     statement: str  #: up to FORMAT
     format: str
     data_start: int  #: where in the text the rows begin
+    settings_start: int  #: where in the statement its SETTINGS begin; its end where it has none
+
+    def from_file(self, path: str) -> str:
+        """The statement that reads the rows from a file."""
+        head, settings = self.statement[: self.settings_start], self.statement[self.settings_start :]
+        return f"{head} FROM INFILE {quote_text(path)} {settings} FORMAT {self.format}"
 
 
 def find_insert(text: bytes) -> Insert | None:
@@ -118,8 +124,15 @@ def find_insert(text: bytes) -> Insert | None:
     first = next(tokens, None)
     if first is None or first["word"] is None or first["word"].upper() != b"INSERT":
         return None
+    settings_start: int | None = None
+    before = b"INSERT"
     for token in tokens:
         word = (token["word"] or b"").upper()
+        is_name = before in (b"INTO", b"TABLE", b".")
+        before = word or token.group()
+        if word == b"SETTINGS" and settings_start is None and not is_name:
+            # In characters, as the statement is.
+            settings_start = len(text[: token.start()].decode("utf-8", "replace"))
         if word in (b"SELECT", b"WITH", b"VALUES", b"INFILE", b"WATCH"):
             return None
         if word == b"FORMAT":
@@ -136,7 +149,9 @@ def find_insert(text: bytes) -> Insert | None:
                 start += 1
             if text[start : start + 1] == b"\n":
                 start += 1
-            return Insert(text[: token.start()].decode("utf-8", "replace"), name["word"].decode(), start)
+            statement = text[: token.start()].decode("utf-8", "replace")
+            end = len(statement) if settings_start is None else settings_start
+            return Insert(statement, name["word"].decode(), start, end)
     return None
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import aiohttp
+from clickhouse_connect.driver import options
 from clickhouse_connect.driver.exceptions import ClickHouseError, DatabaseError, OperationalError
 
 from preservarium import metrics
@@ -32,6 +33,15 @@ DATA_CODES: Final = frozenset({
     407,  # DECIMAL_OVERFLOW
     469,  # VIOLATED_CONSTRAINT
 })  # fmt: skip
+
+def _without_pandas() -> None:
+    # At its first insert the client imports pandas, numpy and pyarrow where they happen to be installed, only to ask whether
+    # the data is theirs: seconds in which the event loop stands still, and 100 MiB. Ours are lists.
+    for name in ("pd", "pd_time_test", "np", "arrow", "pl"):
+        vars(options).setdefault(name, None)
+
+
+_without_pandas()
 
 #: What says nothing about the rows.
 INFRASTRUCTURE_ERRORS: Final = (OperationalError, aiohttp.ClientError, OSError, TimeoutError)
@@ -86,6 +96,8 @@ class ClickHouseStore:
                         "insert_deduplication_token": token,
                         # On by default in current servers; it would answer for a buffer that tokens do not cover.
                         "async_insert": 0,
+                        # A back-fill is one batch over many days, and its partition would wait for ever.
+                        "max_partitions_per_insert_block": 0,
                     },
                 )
             except (ClickHouseError, *INFRASTRUCTURE_ERRORS) as e:

@@ -98,6 +98,21 @@ async def test_the_async_client_hears_of_errors(async_client: Any) -> None:
     assert await async_client.command("SELECT count() FROM t") == 0, "an insert is whole or not at all"
 
 
+def test_what_the_table_refuses_is_an_error_and_not_silence(client: Any) -> None:
+    """The engine's streaming insert reports such rows as written."""
+    client.command(
+        "CREATE TABLE c (n Int64, CONSTRAINT small CHECK n < 1000) ENGINE = MergeTree PARTITION BY n ORDER BY n"
+    )
+    with pytest.raises(DatabaseError, match="252"):
+        client.insert("c", [[n] for n in range(101)], column_names=["n"])
+    with pytest.raises(DatabaseError, match="469"):
+        client.insert("c", [[1], [5000]], column_names=["n"])
+    assert client.command("SELECT count() FROM c") == 0
+    settings = {"max_partitions_per_insert_block": 0, "insert_deduplication_token": "t"}
+    client.insert("c", [[n] for n in range(101)], column_names=["n"], settings=settings)
+    assert client.command("SELECT count() FROM c") == 101
+
+
 @pytest.mark.parametrize("compress", [False, "lz4", "zstd", "gzip", "deflate"])
 def test_insert_and_query_with_every_encoding(clickhouse: str, clickhouse_database: str, compress: str | bool) -> None:
     c = clickhouse_connect.get_client(
@@ -378,3 +393,13 @@ async def test_data_and_tokens_survive_stop_and_kill(tmp_path: Path) -> None:
         await c.close()
     finally:
         await asyncio.to_thread(server.stop)
+
+
+def test_settings_within_the_statement_of_an_insert(plain: Plain, client: Any) -> None:
+    client.command("CREATE TABLE settings (n Int64) ENGINE = MergeTree PARTITION BY n ORDER BY n")
+    rows = b"\n".join(b'{"n": %d}' % n for n in range(150))
+    query = (
+        f"INSERT INTO {client.database}.settings (n) SETTINGS max_partitions_per_insert_block = 0 FORMAT JSONEachRow"
+    )
+    assert plain(query=query, body=rows)[0] == 200
+    assert client.command("SELECT count() FROM settings") == 150
