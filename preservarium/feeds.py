@@ -44,7 +44,8 @@ OnAssigned = Callable[[list[int]], Awaitable[Mapping[int, int]]]
 POLL_MS: Final = 50
 #: A fetch request waits this long at the broker (see transport.FETCH_WAIT_MS).
 FETCH_WAIT_MS: Final = 100
-#: Flights of records that may wait in memory besides those under way: one to start at once when a flight ends.
+#: Flights of records that may wait in memory besides those under way, in equal shares of the partitions: one to start at
+#: once when a flight ends, and one more, because shares are never filled evenly.
 WAITING_FLIGHTS: Final = 2
 #: A rebalance or stop waits this long for flights; a database transaction that takes longer is abandoned.
 FLIGHT_STOP_S: Final = 10.0
@@ -302,7 +303,7 @@ class GroupFeed:
 
     def _pause_full(self, consumer: Any) -> None:
         """Fetch neither partitions that wait for a dependency nor those of which enough is in memory."""
-        limit = self._records_max() * WAITING_FLIGHTS
+        limit = max(1, self._records_max() * WAITING_FLIGHTS // max(1, len(self.lanes)))
         paused = {
             lane.partition
             for lane in self.lanes.values()

@@ -39,7 +39,7 @@ class Kafka(_Section):
     session_timeout_s: float = Field(20.0, gt=1, description="A silent worker is replaced after this time.")
     commit_interval_s: float = Field(1.0, gt=0, description="Acknowledged offsets are committed this often.")
     linger_ms: int = Field(20, ge=0, le=1000, description="A produce request waits this long for company.")
-    fetch_bytes_max: int = Field(1_048_576, ge=65_536, description="Most bytes of one partition in one fetch.")
+    fetch_bytes_max: int = Field(262_144, ge=65_536, description="Most bytes of one partition in one fetch.")
     record_bytes_max: int = Field(1_000_000, ge=10_000, description="Largest record; brokers take 1 MiB by default.")
     compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field("lz4", description="Of what we produce.")
 
@@ -192,13 +192,13 @@ class Agents(_Section):
     """How every agent handles its batches."""
 
     records_max: int = Field(
-        5_000,
+        1_000,
         ge=1,
         json_schema_extra=RELOAD,
         description="Records of one partition handed to an agent at once.",
     )
     pending_records_max: int = Field(
-        20_000, ge=100, description="Records of one partition kept in memory before its fetching pauses."
+        2_000, ge=100, description="Records of one partition kept in memory before its fetching pauses."
     )
     attempts_max: int = Field(
         5,

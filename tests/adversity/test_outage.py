@@ -85,6 +85,7 @@ class System:
             f"{prefix}KAFKA__TOPIC_PREFIX": self.prefix,
             f"{prefix}KAFKA__GROUP": f"{self.prefix}app",
             f"{prefix}KAFKA__PARTITIONS": str(PARTITIONS),
+            f"{prefix}KAFKA__SESSION_TIMEOUT_S": "6",
             f"{prefix}POSTGRES__URL": self.postgres.dsn(),
             f"{prefix}CLICKHOUSE__URL": self.clickhouse.url,
             f"{prefix}DATA_DIR": str(self.directory / "state"),
