@@ -1,7 +1,6 @@
 """Agents: thin Faust wiring, one file a stage. Run from a checkout or an editable install; no wheel carries this name."""
 
 import importlib
-import importlib.util
 from pathlib import Path
 from typing import Final
 
@@ -27,5 +26,5 @@ def load() -> None:
         message = f"PRESERVARIUM_AGENTS__ENABLED: no such agent: {', '.join(unknown)}; there are: {', '.join(AGENTS)}"
         raise ValueError(message)
     for name in AGENTS:
-        if name in chosen and importlib.util.find_spec(f"agents.{name}") is not None:
+        if name in chosen:
             importlib.import_module(f"agents.{name}")

@@ -222,6 +222,35 @@ async def test_nothing_is_lost_in_a_long_torture(
     await torture(Field(kafka, topic_prefix, tmp_path, monkeypatch, failures=0.2), LONG, 8, 3_000, capsys)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("apart_s", [0.0, 0.3, 0.6, 0.9, 1.2, 1.5, 2.0])
+async def test_workers_that_start_together_leave_no_partition_unread(
+    kafka: str,
+    topic_prefix: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    apart_s: float,
+) -> None:
+    """A join that meets another's recovery: with stock Faust, partitions stayed unread for minutes now and then."""
+    field = Field(kafka, topic_prefix, tmp_path, monkeypatch, failures=0)
+    await field.make_topics()
+    load = Load(field.live, 500)
+    try:
+        async with load.running():
+            for _ in range(3):
+                field.workers.start()
+                await asyncio.sleep(apart_s)
+            for number in range(3):
+                await field.workers.ready(number, within_s=90)
+            await asyncio.sleep(2)
+        await until(
+            lambda: len(field.stored()) == load.produced, 20, lambda: f"{len(field.stored())} of {load.produced}"
+        )
+    finally:
+        field.workers.stop()
+
+
 async def torture(
     field: Field, script: list[tuple[str, int]], pause_s: float, rate: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
