@@ -455,7 +455,10 @@ class TimescaleStore:
         latest: list[Any] = [(), (), (), (), (), ()]
         if newest:
             # In the order of their keys: two writers in opposite orders would wait for each other.
-            chosen = [next(part[k] for part in parts if k in part) for k in sorted(newest.items())]
+            chosen = []
+            for prefix in sorted(newest):
+                key = prefix, newest[prefix]
+                chosen.append(next(part[key] for part in parts if key in part))
             latest = list(zip(*map(_read_row, chosen), strict=True))
         fresh = [(t, p, m.next) for (t, p), m in moves.items() if m.expected is None]
         known = sorted((t, p, m.expected, m.next) for (t, p), m in moves.items() if m.expected is not None)
