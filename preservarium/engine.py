@@ -89,6 +89,20 @@ class _Topic(faust.Topic):
             await self.app.publisher.ensure_topic(self.get_topic_name())
 
 
+class _GroupChannel(faust.Channel):
+    """The channel of a group stage's agent: nothing is sent to it, but `faust agents` lists it with its topic."""
+
+    def __init__(self, app: Any, *, topic: str = "", **kwargs: Any) -> None:
+        super().__init__(app, **kwargs)
+        self.topic = topic
+
+    def get_topic_name(self) -> str:
+        return self.topic
+
+    def _clone_args(self) -> Mapping[str, Any]:
+        return {**super()._clone_args(), "topic": self.topic}
+
+
 class _Worker(faust.Worker):
     """Faust's worker with our logging: no spinner, no banner of levels, standard output left alone."""
 
@@ -218,7 +232,7 @@ class App(faust.App):
             async def run(stream: Any) -> None:
                 await stage.run(stream)
 
-            run.__doc__ = handler.__doc__  # what `faust agents` shows
+            run.__doc__ = _first_line(handler)
             self.agent(channel, name=name)(run)
             return handler
 
@@ -278,8 +292,8 @@ class App(faust.App):
             async def run(stream: Any) -> None:
                 await feed.run()
 
-            run.__doc__ = handler.__doc__
-            self.agent(self.channel(), name=name)(run)
+            run.__doc__ = _first_line(handler)
+            self.agent(_GroupChannel(self, topic=feed.kafka_topic), name=name)(run)
             return handler
 
         return declare
@@ -620,6 +634,11 @@ def _report(
         "paused": {p: lane.progress.reason for p, lane in lanes.items() if lane.progress.paused},
         "fuse": {"blown": runner.fuse.blown, "reason": runner.fuse.reason},
     }
+
+
+def _first_line(handler: Any) -> str:
+    """What `faust agents` shows of a stage."""
+    return (inspect.getdoc(handler) or "").partition("\n")[0]
 
 
 async def _check_errors(coordinator: Any) -> None:
