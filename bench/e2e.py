@@ -6,7 +6,7 @@ Each run takes the contestants one after the other (interleaved, so that a slow 
 with a fresh topic prefix, fresh databases and its input already in Kafka:
 
 - preservarium: one worker, every agent on.
-- plain: a plain Faust app, one event a message, one agent a stage (bench/peers/plain_faust.py).
+- plain: a plain Faust app, one event a message, one agent a stage (bench/peers/plain_faust.py; ClickHouse alone in batches).
 - old: the replaced sink's design (bench/peers/old_sink.py), which only stores: one reading a message, PostgreSQL alone.
 
 A contestant's rate is taken from its own rows: between the moment when a tenth of what it stored in the window was there and
@@ -35,8 +35,8 @@ import orjson
 import psutil
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from preservarium.embedded.clickhouse import ClickHouse
 
+from preservarium.embedded.clickhouse import ClickHouse
 from preservarium.embedded.kafka import Kafka
 from preservarium.embedded.postgres import Postgres
 from preservarium.embedded.service import free_port
