@@ -7,6 +7,7 @@
 import asyncio
 import fcntl
 import gc
+import inspect
 import logging
 import os
 import signal
