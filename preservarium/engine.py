@@ -33,16 +33,16 @@ from yarl import URL
 import preservarium.transport  # noqa: F401  # makes the batch:// scheme known to Faust
 from preservarium import logs, metrics
 from preservarium.clock import Clock, SystemClock
-from preservarium.domain.errors import Fatal
+from preservarium.domain.errors import Fatal, Retry
 from preservarium.feeds import GroupFeed, OnAssigned
-from preservarium.publish import BATCH_BYTES_MAX, Publisher
+from preservarium.publish import BATCH_BYTES_MAX, SESSION_SHARE, Publisher
 from preservarium.runner import Runner
 from preservarium.settings import LiveSettings, SettingsError, load
-from preservarium.stage import Batch, Effects, GroupHandler, Handler
+from preservarium.stage import Batch, Effects, GroupHandler, Handler, TickHandler
 from preservarium.state import ROCKSDB_OPTIONS, StateTable
 from preservarium.stores.breaker import breakers
 from preservarium.topics import Topic
-from preservarium.transport import Stage, Stages
+from preservarium.transport import TICK_S, Stage, Stages
 
 log = structlog.get_logger(__name__)
 
@@ -155,7 +155,8 @@ class App(faust.App):
         self._gauges: set[tuple[str, ...]] = set()
         #: (feed, partition) -> end offset as Kafka said last; fetches tell of it only while a partition is fetched
         self._ends: dict[tuple[str, int], int] = {}
-        self._started_s = monotonic()
+        self._started_s = self._beat_s = monotonic()
+        self._suspect_until_s = 0.0
         #: Faust's command line gives --datadir in the environment, and it wins.
         self._datadir_given = bool(os.environ.get("F_DATADIR"))
         bind = settings.web.host
@@ -200,12 +201,23 @@ class App(faust.App):
 
     # --- declaring ----------------------------------------------------------------------------------------------
 
-    def stage(self, topic: Topic, *, name: str, shares: str | None = None) -> Callable[[Handler], Handler]:
+    def stage(
+        self,
+        topic: Topic,
+        *,
+        name: str,
+        shares: str | None = None,
+        on_tick: TickHandler | None = None,
+        tick_s: Callable[[], float] = lambda: TICK_S,
+    ) -> Callable[[Handler], Handler]:
         """Declare a stage on the shared feed: it works on one partition at a time and may read and put state.
 
         Its handler raises Retry, Fatal or, for a defect, anything else (preservarium/runner.py has the table).
         Partitions run concurrently, each in order. Stages that write the same table read different topics and name
         the table in `shares`: of one partition, one of them works at a time, from reading the state to writing it.
+
+        `on_tick` is called every `tick_s` for each assigned partition, between its batches, whether records come or
+        not; its effects are carried out like a batch's. A tick that fails is not repeated: the next one comes.
         """
 
         def declare(handler: Handler) -> Handler:
@@ -219,7 +231,8 @@ class App(faust.App):
 
             runner = self._runner(name, one, turn=turn)
             full = topic.full(self.live().kafka.topic_prefix)
-            stage = Stage(name, topic.name, runner, self.live, topic_full=full)
+            stage = Stage(name, topic.name, runner, self.live, topic_full=full, compacted=topic.compacted, on_tick=on_tick, tick_s=tick_s)
+            stage.on_abandon = self.publisher.drop_orphans
             self.stages.add(full, stage)
             channel = self.topic(
                 full,
@@ -315,6 +328,7 @@ class App(faust.App):
             if not owns_tables:
                 message = f"stage {name} has a consumer group of its own and can write no table ({table})"
                 raise Fatal(message)
+            self._check_thawed()
             await self.state_tables[table].put_many(partition, items)
 
         return Runner(
@@ -389,7 +403,7 @@ class App(faust.App):
     async def on_start(self) -> None:
         """Listen for SIGHUP."""
         await super().on_start()
-        self._started_s = monotonic()
+        self._started_s = self._beat_s = monotonic()
         try:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload_settings)
         except (NotImplementedError, RuntimeError, ValueError):
@@ -486,6 +500,32 @@ class App(faust.App):
         log.critical("worker_gives_up", reason=reason, exit_code=EXIT_UNHEALTHY)
         # Not sys.exit: an orderly stop would wait for what is broken. Un-acknowledged work is read again.
         os._exit(EXIT_UNHEALTHY)
+
+    @Service.task
+    async def _beat(self) -> None:
+        """Notice that the process was frozen (stopped, swapped out, a paused virtual machine)."""
+        while not self.should_stop:
+            self._beat_s = monotonic()
+            await self.sleep(GAUGES_S)
+            frozen_s = monotonic() - self._beat_s
+            if frozen_s > self._frozen_max_s:
+                self._suspect_until_s = monotonic() + self.conf.broker_heartbeat_interval + GAUGES_S
+                log.warning("worker_was_frozen", seconds=round(frozen_s, 1), action="membership is asked for first")
+
+    @property
+    def _frozen_max_s(self) -> float:
+        return self.live().kafka.session_timeout_s * SESSION_SHARE
+
+    def _check_thawed(self) -> None:
+        """Write no state when another worker may own the partition by now: a heartbeat will tell.
+
+        Raises:
+            Retry: the process was frozen for so long that Kafka may have taken it for dead.
+        """
+        now_s = monotonic()
+        if now_s - self._beat_s > self._frozen_max_s or now_s < self._suspect_until_s:
+            message = "the worker was frozen: it is not certain that the partition is still its own"
+            raise Retry(message)
 
     @Service.task
     async def _refresh_ends(self) -> None:

@@ -28,11 +28,12 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
-from preservarium import metrics
+from preservarium import metrics, topics
 from preservarium.domain.errors import Fatal, Retry
 from preservarium.runner import Progress, Runner
 from preservarium.settings import LiveSettings
 from preservarium.stage import Batch, Record
+from preservarium.transport import skipped
 
 log = structlog.get_logger(__name__)
 
@@ -48,7 +49,7 @@ FETCH_WAIT_MS: Final = 100
 #: once when a flight ends, and one more, because shares are never filled evenly.
 WAITING_FLIGHTS: Final = 2
 #: A rebalance or stop waits this long for flights; a database transaction that takes longer is abandoned.
-FLIGHT_STOP_S: Final = 10.0
+FLIGHT_STOP_S: Final = 8.0
 #: Longest wait for a commit: polling and rebalances wait for it, and without it a suffix is merely read again.
 COMMIT_TIMEOUT_S: Final = 5.0
 #: Leaving a group takes this long at most.
@@ -69,6 +70,7 @@ class GroupLane:
         "closing",
         "committed",
         "committed_s",
+        "expected",
         "flying",
         "highwater",
         "known",
@@ -98,6 +100,7 @@ class GroupLane:
         self.planned: tuple[int, int] | None = None
         self.plan: int | None = None  #: where the first batch must end: another worker may have written it
         self.highwater: int | None = None
+        self.expected: int | None = None  #: offset that the next record should have
         self.progress = Progress()
 
     @property
@@ -195,6 +198,8 @@ class GroupFeed:
         self._flights_max = flights
         self._on_assigned = on_assigned
         self._planned = planned
+        declared = topics.BY_NAME.get(topic)
+        self._compacted = declared is not None and declared.compacted
         #: a plan must not be overtaken on its way by the commit before it
         self._commit_turn = asyncio.Lock()
         self._flights: dict[asyncio.Task[None], list[GroupLane]] = {}
@@ -276,6 +281,9 @@ class GroupFeed:
                 elif lane.known:
                     # What getmany gives is from the position as it is now: a seek drops what was fetched before it.
                     lane.highwater = consumer.highwater(tp)
+                    if lane.expected is not None and records[0].offset > lane.expected and not self._compacted:
+                        skipped(self.name, self.topic, lane.partition, lane.expected, records[0].offset)
+                    lane.expected = records[-1].offset + 1
                     lane.push(records)
                 # Otherwise it is not said yet where to start: the seek to come brings what is needed of this again.
 
@@ -408,6 +416,7 @@ class GroupFeed:
                 )
                 lane.clear()
                 lane.position = None
+                lane.expected = start
                 self._consumer.seek(TopicPartition(self.kafka_topic, batch.partition), start)
         return kept
 
@@ -529,6 +538,7 @@ class GroupFeed:
             except IllegalStateError:
                 continue  # revoked meanwhile
             lane.progress.reason = ""
+            lane.expected = start
             lane.committed = lane.committed if lane.committed is not None else start
             lane.known = True
 

@@ -51,6 +51,9 @@ def _histogram(name: str, meaning: str, *labels: str, buckets: tuple[float, ...]
 
 # --- every stage ---
 RECORDS_RECEIVED = _counter("records_received_total", "Kafka records handed to a stage.", "stage")
+RECORDS_SKIPPED = _counter(
+    "records_skipped_total", "Records that Kafka no longer had when a stage came to them.", "stage"
+)
 RECORDS_SENT = _counter("records_sent_total", "Kafka records that a stage produced, acknowledged.", "stage", "topic")
 READINGS = _counter("readings_total", "Readings that a stage passed on.", "stage")
 DUPLICATES = _counter("duplicates_total", "Lines that a stage skipped, because it had applied them before.", "stage")

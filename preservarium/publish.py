@@ -72,6 +72,8 @@ class _Connection:
         self.waiting: set[asyncio.Future[Any]] = set()
         self.partitions: dict[str, int] = {}
         self.closed = False
+        #: a call was cancelled while batches of it were under way: they may go out at any time
+        self.orphans = False
 
     async def abandon(self) -> None:
         """Close at once; what is queued is never sent.
@@ -196,6 +198,16 @@ class Publisher(Service):
         offsets = await self._deliver([(topic, partition, items)])
         return offsets[0]
 
+    def drop_orphans(self) -> None:
+        """Throw the producer away where a cancelled call left batches in it; other calls under way are retried.
+
+        For a stage whose partitions go to another worker: what it had queued must not land after that worker's.
+        """
+        connection = self._connection
+        if connection is not None and connection.orphans:
+            log.warning("producer_dropped", reason="a batch was abandoned while its records were under way")
+            self._close_later(connection)
+
     async def ensure_topic(self, topic: str) -> None:
         """Ask for a topic's metadata, which makes brokers that create topics on demand create it.
 
@@ -318,6 +330,7 @@ class Publisher(Service):
             for future in futures:
                 connection.waiting.discard(future)
                 if not future.done():
+                    connection.orphans = True
                     future.cancel()
                 elif not future.cancelled():
                     future.exception()  # seen: asyncio need not report it

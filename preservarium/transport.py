@@ -33,7 +33,7 @@ from preservarium import metrics, state
 from preservarium.domain.errors import Fatal
 from preservarium.runner import Progress, Runner
 from preservarium.settings import LiveSettings
-from preservarium.stage import Batch, Record
+from preservarium.stage import Batch, Record, Tick, TickHandler
 
 log = structlog.get_logger(__name__)
 
@@ -46,9 +46,25 @@ PARTIAL_FETCH_S: Final = 0.05
 FETCH_S: Final = 1.0
 #: A rebalance or stop waits this long for the batches under way; then they are abandoned, un-acknowledged.
 #: Well below the rebalance timeout (60 s), and longer than Kafka takes to acknowledge a batch.
-HANDLER_STOP_S: Final = 10.0
+HANDLER_STOP_S: Final = 8.0
 #: Longest wait for the last commit before partitions are given away; without it their suffix is merely read again.
 LAST_COMMIT_S: Final = 5.0
+#: A stage that acts on the time does so this often, where it says nothing else.
+TICK_S: Final = 5.0
+
+
+def skipped(stage: str, topic: str, partition: int, expected: int, got: int) -> None:
+    """Say that records are missing: Kafka's retention took them before the stage came to them."""
+    metrics.RECORDS_SKIPPED.labels(stage).inc(got - expected)
+    log.error(
+        "offsets_skipped",
+        action="records are lost to this stage; give the topic a longer retention, or the stage more workers",
+        stage=stage,
+        topic=topic,
+        partition=partition,
+        expected=expected,
+        got=got,
+    )
 
 
 class Lane:
@@ -61,6 +77,8 @@ class Lane:
         "_live",
         "_stage",
         "_task",
+        "_tick_at_s",
+        "_ticked",
         "_wake",
         "advanced_s",
         "committed",
@@ -79,6 +97,8 @@ class Lane:
         self._wake = asyncio.Event()
         self._closed = False
         self._task: asyncio.Task[None] | None = None
+        self._tick_at_s = monotonic() + stage.tick_s()
+        self._ticked = False
         self.partition = partition
         #: offset of the first record that is not acknowledged; None before the first acknowledgement
         self.position: int | None = None
@@ -113,34 +133,43 @@ class Lane:
         if self._closed:
             return
         expected = self.expected
-        if expected is not None and records[0].offset < expected:
-            records = [record for record in records if record.offset >= expected]
-            if not records:
-                return
+        if expected is not None and records[0].offset != expected:
+            if records[0].offset < expected:
+                records = [record for record in records if record.offset >= expected]
+                if not records:
+                    return
+            elif not self._stage.compacted:
+                skipped(self._stage.name, self._stage.topic, self.partition, expected, records[0].offset)
         self.expected = records[-1].offset + 1
         self._batches.append(records)
         self._batches_records += len(records)
         self._wake.set()
-        if self._task is None:
+        self.start()
+
+    def start(self) -> None:
+        """Begin to work and to tick, before the first records come."""
+        if self._task is None and not self._closed:
             self._task = asyncio.create_task(self._run(), name=f"{self._stage.name}-{self.partition}")
 
-    async def close(self, wait_s: float) -> None:
-        """Take nothing more on, wait up to `wait_s` for the batch under way, then abandon it."""
+    async def close(self, wait_s: float) -> bool:
+        """Take nothing more on, wait up to `wait_s` for the batch under way, then abandon it; whether it did."""
         self._closed = True
         self._batches.clear()
         self._batches_records = 0
         self._wake.set()
         task = self._task
         if task is None or task.done():
-            return
+            return False
         # A batch that waits for a dependency or the fuse would not be done in time: it is abandoned at once.
         if not self.progress.paused:
             await asyncio.wait([task], timeout=wait_s)
-        if not task.done():
-            if not self.progress.paused:
-                log.warning("batch_abandoned", stage=self._stage.name, partition=self.partition, waited_s=wait_s)
-            task.cancel()
-            await asyncio.wait([task], timeout=wait_s)
+        if task.done():
+            return False
+        if not self.progress.paused:
+            log.warning("batch_abandoned", stage=self._stage.name, partition=self.partition, waited_s=wait_s)
+        task.cancel()
+        await asyncio.wait([task], timeout=HANDLER_STOP_S)
+        return True
 
     def _take(self) -> list[Record]:
         """The next records, fetches merged up to `agents.records_max`."""
@@ -170,9 +199,12 @@ class Lane:
         process, topic, partition = stage.runner.process, stage.topic, self.partition
         try:
             while not self._closed:
+                if stage.on_tick is not None and monotonic() >= self._tick_at_s:
+                    await self._tick(stage.on_tick)
+                    continue
                 if not self._batches:
                     self._wake.clear()
-                    await self._wake.wait()
+                    await self._wait()
                     continue
                 await process([Batch(topic, partition, self._take())], self._ack, self.progress)
                 stage.on_room()
@@ -182,19 +214,52 @@ class Lane:
             stage.fail(e)
 
 
+    async def _wait(self) -> None:
+        """For records, or until the next tick."""
+        if self._stage.on_tick is None:
+            await self._wake.wait()
+            return
+        try:
+            async with asyncio.timeout(max(0.0, self._tick_at_s - monotonic())):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    async def _tick(self, handler: TickHandler) -> None:
+        stage = self._stage
+        tick = Tick(self.partition, stage.runner.now_us(), not self._ticked, bool(self._batches))
+        self._ticked = await stage.runner.tick(tick, handler, self.progress) or self._ticked
+        self._tick_at_s = monotonic() + stage.tick_s()
+
+
 class Stage:
     """A stage on the shared feed: its handler's runner and its lanes."""
 
-    def __init__(self, name: str, topic: str, runner: Runner, live: LiveSettings, *, topic_full: str = "") -> None:
+    def __init__(
+        self,
+        name: str,
+        topic: str,
+        runner: Runner,
+        live: LiveSettings,
+        *,
+        topic_full: str = "",
+        compacted: bool = False,
+        on_tick: TickHandler | None = None,
+        tick_s: Callable[[], float] = lambda: TICK_S,
+    ) -> None:
         self.name = name
         self.topic = topic  #: declared name, without prefix
         self.topic_full = topic_full or topic  #: name in the cluster
+        self.compacted = compacted  #: offsets of the topic have gaps
         self.runner = runner
+        self.on_tick = on_tick
+        self.tick_s = tick_s
         self.lanes: dict[int, Lane] = {}
         self._live = live
         self._failed: asyncio.Future[None] | None = None
         self._error: BaseException | None = None
         self.on_room: Callable[[], None] = lambda: None
+        self.on_abandon: Callable[[], None] = lambda: None
 
     def lane(self, partition: int) -> Lane:
         """The lane of a partition, made on first use."""
@@ -228,8 +293,8 @@ class Stage:
         chosen = (
             list(self.lanes.values()) if partitions is None else [self.lanes[p] for p in partitions if p in self.lanes]
         )
-        if chosen:
-            await asyncio.gather(*(lane.close(wait_s) for lane in chosen))
+        if chosen and any(await asyncio.gather(*(lane.close(wait_s) for lane in chosen))):
+            self.on_abandon()
 
     def drop(self, partitions: Iterable[int]) -> None:
         """Forget lanes; what they had not committed is read again by whoever is assigned next."""
@@ -407,7 +472,10 @@ class BatchConsumer(driver.Consumer):
                 others[tp] = self._restore(tp, records)
                 continue
             for stage in readers:
-                stage.lane(tp.partition).push(records)
+                lane = stage.lane(tp.partition)
+                if lane.expected is None:
+                    lane.expected = self._read_offset[tp]  # the commit, since the seek to it
+                lane.push(records)
         if others:
             await self._deliver_stock(others, generation)
 
@@ -521,6 +589,10 @@ class BatchConsumer(driver.Consumer):
             await stage.close_lanes(wait_s=0)
             stage.drop(list(stage.lanes))
         await super().perform_seek()
+        for tp in self.assignment():
+            for stage in self._stages.of(tp.topic):
+                if stage.on_tick is not None:
+                    stage.lane(tp.partition).start()
         log.info(
             "partitions_assigned",
             generation=self.app.consumer_generation_id,

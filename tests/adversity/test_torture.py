@@ -267,6 +267,8 @@ async def torture(
                 terminated.append(number)
         for number in terminated:
             assert await field.workers.ended(number) == 0, field.workers.log(number)[-3000:]
+        for number in range(len(field.workers.processes)):
+            assert "offsets_skipped" not in field.workers.log(number)
         await field.check(load.produced, capsys)
     finally:
         field.workers.stop()
