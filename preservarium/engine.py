@@ -231,7 +231,16 @@ class App(faust.App):
 
             runner = self._runner(name, one, turn=turn)
             full = topic.full(self.live().kafka.topic_prefix)
-            stage = Stage(name, topic.name, runner, self.live, topic_full=full, compacted=topic.compacted, on_tick=on_tick, tick_s=tick_s)
+            stage = Stage(
+                name,
+                topic.name,
+                runner,
+                self.live,
+                topic_full=full,
+                compacted=topic.compacted,
+                on_tick=on_tick,
+                tick_s=tick_s,
+            )
             stage.on_abandon = self.publisher.drop_orphans
             self.stages.add(full, stage)
             channel = self.topic(

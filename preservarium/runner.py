@@ -28,7 +28,7 @@ from preservarium.clock import Clock
 from preservarium.domain.errors import Fatal, ReasonCode, Reject, Retry
 from preservarium.records import error_line, error_send
 from preservarium.settings import LiveSettings
-from preservarium.stage import Batch, Effects, GroupHandler, Send
+from preservarium.stage import Batch, Effects, GroupHandler, Send, Tick, TickHandler
 
 log = structlog.get_logger(__name__)
 
@@ -223,7 +223,7 @@ class Runner:
         effects = await self._handler(batches)
         records = sum(len(batch.records) for batch in batches)
         self.fuse.check(records, effects.refused)
-        await self._carry_out(batches, effects)
+        await self._carry_out(batches[0].partition, effects)
         for batch in batches:
             ack(batch)
         self._failures_in_row = 0
@@ -231,13 +231,47 @@ class Runner:
         for code, count in effects.refused.items():
             metrics.REFUSED.labels(self.stage, code).inc(count)
         self._seconds.observe(self._clock.monotonic_s() - started_s)
+        self._after(effects)
+
+    async def tick(self, tick: Tick, handler: TickHandler, progress: Progress) -> bool:
+        """Let `handler` act on the time and carry out its effects; whether that was done.
+
+        What fails is not tried again here: no state was written, so the next tick does it.
+
+        Raises:
+            Fatal: the worker must end.
+        """
+        progress.since_s = self._clock.monotonic_s()
+        try:
+            async with self._turn(tick.partition):
+                effects = await handler(tick)
+                await self._carry_out(tick.partition, effects)
+        except Fatal:
+            raise
+        except Exception as e:
+            metrics.BATCH_RETRIES.labels(self.stage, "tick").inc()
+            known = isinstance(e, Retry)
+            log.warning("tick_failed", stage=self.stage, error=repr(e), exc_info=None if known else e)
+            return False
+        finally:
+            progress.since_s = None
+        for code, count in effects.refused.items():
+            metrics.REFUSED.labels(self.stage, code).inc(count)
+        self._after(effects)
+        return True
+
+    def _after(self, effects: Effects) -> None:
         for callback in effects.after:
             try:
                 callback()
             except Exception:
                 log.exception("after_effect_failed", stage=self.stage)
 
-    async def _carry_out(self, batches: Sequence[Batch], effects: Effects) -> None:
+    def now_us(self) -> int:
+        """The time by the runner's clock, µs since the epoch, UTC."""
+        return self._clock.now_us()
+
+    async def _carry_out(self, partition: int, effects: Effects) -> None:
         if effects.sends:
             for topic, count in (await self._publisher.publish(effects.sends)).items():
                 counter = self._sent.get(topic)
@@ -245,7 +279,7 @@ class Runner:
                     counter = self._sent[topic] = metrics.RECORDS_SENT.labels(self.stage, topic)
                 counter.inc(count)
         for table, items in effects.puts.items():
-            await self._put_state(table, batches[0].partition, items)
+            await self._put_state(table, partition, items)
 
     async def _isolate(
         self, batches: Sequence[Batch], ack: Ack, progress: Progress, recheck: Recheck | None, error: Exception
@@ -307,7 +341,7 @@ class Runner:
         while True:
             try:
                 self.fuse.check(1, effects.refused)
-                await self._carry_out([batch], effects)
+                await self._carry_out(batch.partition, effects)
                 break
             except FuseBlown as e:
                 progress.paused, progress.reason = True, str(e)

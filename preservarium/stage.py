@@ -70,7 +70,19 @@ class Effects:
         self.puts.setdefault(table, {})[key] = value
 
 
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passes for one partition: what a stage does when no record comes."""
+
+    partition: int
+    now_us: int  #: the worker's clock, µs since the epoch, UTC
+    first: bool  #: the first since the partition was assigned: what memory says of its state may be stale
+    behind: bool  #: records wait to be handled, so silence says nothing
+
+
 #: One partition at a time: agents that own tables.
 Handler = Callable[[Batch], Awaitable[Effects]]
+#: In turn with the batches of its partition; must be harmless to repeat.
+TickHandler = Callable[[Tick], Awaitable[Effects]]
 #: Several partitions at once: agents that write to a store and have a consumer group of their own.
 GroupHandler = Callable[[Sequence[Batch]], Awaitable[Effects]]

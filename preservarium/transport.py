@@ -213,7 +213,6 @@ class Lane:
         except BaseException as e:
             stage.fail(e)
 
-
     async def _wait(self) -> None:
         """For records, or until the next tick."""
         if self._stage.on_tick is None:

@@ -12,7 +12,7 @@ from preservarium.clock import SystemClock
 from preservarium.domain.errors import Fatal, Retry
 from preservarium.runner import Runner
 from preservarium.settings import Agents, LiveSettings, Settings
-from preservarium.stage import Batch, Effects
+from preservarium.stage import Batch, Effects, Tick
 from preservarium.transport import Lane, Stage, Stages, _fetchable
 
 
@@ -246,3 +246,56 @@ async def test_an_acknowledgement_that_goes_back_is_a_programming_error() -> Non
     lane._ack(Batch("iot_raw_data", 0, [Rec(5)]))
     with pytest.raises(Fatal, match="acknowledged 6 after 6"):
         lane._ack(Batch("iot_raw_data", 0, [Rec(5)]))
+
+
+async def test_time_passes_for_a_partition_without_records_and_in_turn_with_its_batches() -> None:
+    feed = Feed()
+    ticks: list[Tick] = []
+    fails = [RuntimeError("once")]
+    working = False
+
+    async def on_tick(tick: Tick) -> Effects:
+        assert not working
+        ticks.append(tick)
+        if fails:
+            raise fails.pop()
+        return Effects([object()])  # type: ignore[list-item]
+
+    feed.stage.on_tick, feed.stage.tick_s = on_tick, lambda: 0.005
+    lane = feed.stage.lane(4)
+    lane.start()
+    await until(lambda: len(ticks) >= 3)
+    # What failed is not repeated, and the next tick is still the first that was done.
+    assert [t.first for t in ticks[:3]] == [True, True, False]
+    assert {t.partition for t in ticks} == {4}
+    assert lane.position is None
+    assert not lane.uncommitted
+    feed.go.clear()
+    feed.push(4, 1, 2)
+    await feed.began.wait()
+    working = True
+    feed.push(4, 3)
+    await asyncio.sleep(0.02)
+    working = False
+    count = len(ticks)
+    feed.go.set()
+    await until(lambda: feed.position(4) == 4)
+    await until(lambda: len(ticks) > count)
+    assert any(t.behind for t in ticks)
+    assert feed.sent == len(ticks) - 1
+    await lane.close(1)
+    count = len(ticks)
+    await asyncio.sleep(0.02)
+    assert len(ticks) == count
+
+
+async def test_a_tick_that_says_fatal_ends_the_worker() -> None:
+    feed = Feed()
+
+    async def on_tick(tick: Tick) -> Effects:
+        raise Fatal("no")
+
+    feed.stage.on_tick, feed.stage.tick_s = on_tick, lambda: 0.001
+    feed.stage.lane(0).start()
+    await until(lambda: feed.stage._error is not None)
+    assert isinstance(feed.stage._error, Fatal)
