@@ -164,6 +164,22 @@ async def test_a_database_that_is_down_stops_its_own_stage_and_no_other(worker: 
     await worker.stop(number)
 
 
+async def test_a_stop_with_handlers_that_hang_is_bounded_and_loses_nothing(worker: Worker) -> None:
+    await worker.make_topics()
+    number = await worker.ready("stuck")
+    await worker.publish([Send(topic, b"k", b"v", 0) for topic in (topics.RAW, topics.STANDARDIZED)])
+    for stage in ("hang", "hang-too"):
+        await until(lambda stage=stage: worker.stage(stage).get("busy_s"), 20)
+    worker.workers.signal(number, signal.SIGTERM)
+    assert await worker.workers.ended(number, within_s=29) == 0, "less than the grace that Kubernetes gives"
+    assert "batch_abandoned" in worker.workers.log(number)
+    assert "flight_abandoned" in worker.workers.log(number)
+    again = await worker.ready("stuck")
+    for stage in ("hang", "hang-too"):
+        await until(lambda stage=stage: worker.stage(stage).get("busy_s"), 20, lambda: "what was abandoned comes again")
+    worker.workers.signal(again, signal.SIGKILL)
+
+
 async def test_a_reload_says_what_changed(worker: Worker) -> None:
     await worker.make_topics()
     worker.env_file.write_text("PRESERVARIUM_SINK__ROWS_MAX=100\n")

@@ -40,6 +40,21 @@ if MODE in ("group", "down"):
         return Effects([Send(topics.VALIDATED, r.key, r.value, b.partition) for b in batches for r in b.records])
 
 
+if MODE == "stuck":
+
+    @app.stage(topics.RAW, name="hang")
+    async def hang(batch: Batch) -> Effects:
+        """Never come back."""
+        await asyncio.Event().wait()
+        return Effects()
+
+    @app.group_stage(topics.STANDARDIZED, name="hang-too", group="hang", linger_s=lambda: 0.01)
+    async def hang_too(batches: Sequence[Batch]) -> Effects:
+        """Never come back."""
+        await asyncio.Event().wait()
+        return Effects()
+
+
 if MODE == "down":
 
     @app.stage(topics.RAW, name="forward")

@@ -1,0 +1,178 @@
+"""The app without a broker: declarations, watchdog, fences, reports."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from preservarium import topics
+from preservarium.domain.errors import Fatal, Retry
+from preservarium.engine import EXIT_UNHEALTHY, App
+from preservarium.settings import Kafka, LiveSettings, Settings
+from preservarium.stage import Effects
+
+
+def make(**settings: Any) -> App:
+    return App(LiveSettings(Settings(**settings)))
+
+
+async def nothing(_: Any) -> Effects:
+    """Do nothing.
+
+    At all.
+    """
+    return Effects()
+
+
+def test_an_app_with_several_brokers_and_a_prefix() -> None:
+    app = make(kafka=Kafka(bootstrap_servers="a:9092, b:9093", topic_prefix="site1.", group="g1", partitions=5))
+    assert [str(url) for url in app.conf.broker] == ["batch://a:9092", "batch://b:9093"]
+    assert app.conf.id == "g1"
+    app.stage(topics.RAW, name="one")(nothing)
+    app.group_stage(topics.VALIDATED, name="two", group="sink")(nothing)
+    table = app.state_table("states", help="…")
+    assert [s.topic_full for s in app.stages] == ["site1.iot_raw_data"]
+    assert app.agents["one"].channel.get_topic_name() == "site1.iot_raw_data"
+    assert app.agents["two"].channel.get_topic_name() == "site1.iot_validated_data"
+    assert app.agents["one"].help == app.agents["two"].help == "Do nothing."
+    assert app.group_feeds["two"].group == "g1-sink"
+    assert table.table.changelog_topic_name == "g1-states-changelog"
+    assert table.table.changelog_topic.partitions == 5
+
+
+def test_two_stages_of_one_name_are_refused() -> None:
+    app = make()
+    app.stage(topics.RAW, name="one")(nothing)
+    with pytest.raises(ValueError, match="declared twice"):
+        app.group_stage(topics.RAW, name="one", group="g")(nothing)
+
+
+def test_rocksdb_is_given_limits() -> None:
+    table = make().state_table("states")
+    assert table.table.options["block_cache_size"] <= 16 << 20
+    assert table.table.options["write_buffer_size"] <= 16 << 20
+
+
+def test_an_app_without_shared_stages_does_not_subscribe_to_nothing() -> None:
+    app = make()
+    app.group_stage(topics.RAW, name="one", group="g")(nothing)
+    services = app.on_init_dependencies()
+    assert services[0] is app.publisher
+    assert app.boot_strategy.enable_kafka_consumer is False
+
+
+async def test_a_group_stage_cannot_write_a_table() -> None:
+    app = make()
+    app.group_stage(topics.RAW, name="one", group="g")(nothing)
+    with pytest.raises(Fatal, match="can write no table"):
+        await app.group_feeds["one"].runner._put_state("t", 0, {b"k": b"v"})
+
+
+def test_workers_of_one_machine_take_directories_of_their_own(tmp_path: Path) -> None:
+    first, second = make(data_dir=str(tmp_path)), make(data_dir=str(tmp_path))
+    first._take_slot()
+    second._take_slot()
+    assert first.conf.datadir == tmp_path / "worker-0"
+    assert second.conf.datadir == tmp_path / "worker-1"
+    assert first._slot is not None
+    first._slot.close()
+    third = make(data_dir=str(tmp_path))
+    third._take_slot()
+    assert third.conf.datadir == tmp_path / "worker-0"
+    for app in (second, third):
+        assert app._slot is not None
+        app._slot.close()
+
+
+def test_a_data_directory_on_the_command_line_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("F_DATADIR", str(tmp_path / "mine"))
+    app = make(data_dir=str(tmp_path))
+    app._take_slot()
+    assert app.conf.datadir == tmp_path / "mine"
+
+
+class Coordinator:
+    """aiokafka's, as far as the watchdog looks."""
+
+    def __init__(self, task: asyncio.Future[None]) -> None:
+        self._pending_exception: Exception | None = None
+        self._coordination_task = task
+
+    def check_errors(self) -> None:
+        if (error := self._pending_exception) is not None:
+            self._pending_exception = None
+            raise error
+
+
+async def watched(app: App, monkeypatch: pytest.MonkeyPatch) -> tuple[Coordinator, asyncio.Task[None]]:
+    coordinator = Coordinator(asyncio.get_running_loop().create_future())
+
+    async def call_thread(function: Any, *arguments: Any) -> Any:
+        return await function(*arguments)
+
+    thread = SimpleNamespace(_consumer=SimpleNamespace(_coordinator=coordinator), call_thread=call_thread)
+    app._consumer = SimpleNamespace(_thread=thread)
+    monkeypatch.setattr("preservarium.engine.WATCH_S", 0.001)
+    return coordinator, asyncio.create_task(App._watch_group.fun(app))
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_the_watchdog_unparks_a_group_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    coordinator, task = await watched(make(), monkeypatch)
+    coordinator._pending_exception = RuntimeError("unknown error from SyncGroup")
+    await until(lambda: coordinator._pending_exception is None)
+    assert not task.done()
+    task.cancel()
+
+
+async def test_the_watchdog_ends_a_worker_that_cannot_be_healed(monkeypatch: pytest.MonkeyPatch) -> None:
+    exits: list[int] = []
+
+    class LeftError(Exception):
+        """Here, leaving must end the task and not the tests."""
+
+    def leave(code: int) -> None:
+        exits.append(code)
+        raise LeftError
+
+    monkeypatch.setattr("os._exit", leave)
+    app = make()
+    coordinator, task = await watched(app, monkeypatch)
+    task.add_done_callback(lambda t: t.exception())
+    coordinator._coordination_task.set_result(None)
+    await until(lambda: exits)
+    assert exits == [EXIT_UNHEALTHY] == [70]
+
+
+async def test_a_worker_that_was_frozen_writes_no_state_before_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = make(kafka=Kafka(session_timeout_s=20))
+    app._check_thawed()
+    app._beat_s -= 14
+    app._check_thawed()
+    app._beat_s -= 2
+    with pytest.raises(Retry, match="frozen"):
+        app._check_thawed()
+
+
+def test_a_report_before_anything_runs() -> None:
+    app = make()
+    app.stage(topics.RAW, name="one")(nothing)
+    app.group_stage(topics.VALIDATED, name="two", group="g")(nothing)
+    report = app.health_report()
+    assert report["ok"]
+    assert report["stages"]["one"]["lag"] == 0
+    assert report["stages"]["two"]["trouble"] == "not started"
+    app.stages.of("iot_raw_data")[0].runner.fuse.reason = "because"
+    app.stages.of("iot_raw_data")[0].runner.fuse._closed.clear()
+    report = app.health_report()
+    assert report["problems"] == ["one: fuse blown: because"]
+    assert app.reset_fuse("one")
+    assert not app.reset_fuse("nobody")
+    assert app.health_report()["ok"]
