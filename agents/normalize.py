@@ -4,9 +4,13 @@ from agents.registry import catalogue, device_lookup
 from preservarium import topics
 from preservarium.engine import app
 from preservarium.normalizer import Normalizer
+from preservarium.sandbox.pool import Limits, SandboxPool
 from preservarium.stage import Batch, Effects
 
-_normalizer = Normalizer(device_lookup, catalogue, app.clock, app.live)
+#: Its processes start with the first call; a worker without script devices has none.
+sandbox = SandboxPool(Limits.of(app.live()), monotonic=app.clock.monotonic_s)
+app.resource(sandbox)
+_normalizer = Normalizer(device_lookup, catalogue, app.clock, app.live, sandbox)
 device_lookup.on_change(_normalizer.forget)
 
 

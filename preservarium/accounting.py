@@ -22,15 +22,19 @@ from array import array
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, Protocol, cast
 
 from preservarium import records, topics
+from preservarium.domain.decoders import ScriptParser
 from preservarium.domain.errors import Reject
-from preservarium.domain.normalize import CompiledDevice, compile_device, normalize
+from preservarium.domain.normalize import CompiledDevice, compile_device, normalize, standardize
 from preservarium.domain.reading import PIN_POSITION_NONE, ErrorLine, Message, Quality, RawMessage
+from preservarium.normalizer import script_call, script_fields
+from preservarium.sandbox.pool import Call, Limits, SandboxPool
 from preservarium.settings import Settings
 from preservarium.stage import Batch
 from preservarium.topics import Topic
@@ -136,17 +140,39 @@ class Window:
 Decode = Callable[[RawMessage], Message | None]
 
 
+class ScriptDecode(Protocol):
+    """The same for devices whose parser is a script: many at once, in the sandbox."""
+
+    def wants(self, device_id: str) -> bool:
+        """Whether this device's parser is a script."""
+        ...
+
+    async def decode(self, raws: Sequence[RawMessage]) -> list[Message | None]:
+        """What each became; None: it is refused."""
+        ...
+
+
 class Ledger:
     """The audit's books: feed it every line of the run's topics, then every row, then ask for the account.
 
     Args:
         window: where the run begins.
         decode: makes readings of a raw message; None leaves check 2 out.
+        scripts: the same for devices whose parser is a script.
         store_failed: whether values flagged fail are stored (`quality.store_failed`).
     """
 
-    def __init__(self, window: Window, decode: Decode | None, *, store_failed: bool = False) -> None:
+    def __init__(
+        self,
+        window: Window,
+        decode: Decode | None,
+        *,
+        scripts: ScriptDecode | None = None,
+        store_failed: bool = False,
+    ) -> None:
         self._window = window
+        self._scripts = scripts
+        self._script_messages: list[tuple[int, RawMessage]] = []
         self._decode = decode
         self._store_failed = store_failed
         self.raw = Bag()
@@ -181,9 +207,21 @@ class Ledger:
             for raw in messages:
                 identity = self._identity(raw["raw_partition"], raw["raw_offset"], raw["raw_index"])
                 self.raw.add(_hash(identity), identity)
-                if self._decode is not None and (message := self._decode(raw)) is not None:
+                if self._scripts is not None and self._scripts.wants(raw["device"]):
+                    self._script_messages.append((identity, raw))
+                elif self._decode is not None and (message := self._decode(raw)) is not None:
                     for reading in message["readings"]:
                         self.decoded.add(self._reading(identity, message, reading), identity)
+
+    async def run_scripts(self) -> None:
+        """Decode what `add_raw` has left to scripts."""
+        if self._scripts is None or not self._script_messages:
+            return
+        waiting, self._script_messages = self._script_messages, []
+        made = await self._scripts.decode([raw for _, raw in waiting])
+        for (identity, _), message in zip(waiting, made, strict=True):
+            for reading in message["readings"] if message is not None else ():
+                self.decoded.add(self._reading(identity, cast(Message, message), reading), identity)
 
     def add_standardized(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Take lines of `iot_standardized_data`."""
@@ -432,6 +470,7 @@ async def read_topics(ledger: Ledger, window: Window, bootstrap: str, prefix: st
             async for batch in _scan(consumer, bootstrap, topic, window.start[topic.name], prefix):
                 if topic is topics.RAW:
                     ledger.add_raw(batch, payload_bytes_max=payload_bytes_max)
+                    await ledger.run_scripts()
                     continue
                 parsed, _ = records.parse_trusted(batch)
                 lines = [line for lines in parsed for line in lines]
@@ -575,8 +614,8 @@ async def read_clickhouse(ledger: Ledger, settings: Settings) -> None:
 _SLICES: Final = 16
 
 
-async def registry_decode(settings: Settings) -> Decode:
-    """The pure normalizer with the registry as it is now in PostgreSQL.
+async def registry_decode(settings: Settings) -> "RegistryDecode":
+    """The pure normalizer with the registry as it is now in PostgreSQL. To be closed: scripts run in processes.
 
     Raises:
         MigrationError: PostgreSQL cannot be reached.
@@ -594,11 +633,79 @@ async def registry_decode(settings: Settings) -> Decode:
         kind: [{**stored.document, "rev": stored.rev} for stored in streams.values()]
         for kind, streams in loaded.items()
     }
-    return decoder_of(documents, readings_max=settings.normalize.readings_max)
+    limits = Limits.of(settings)
+    # Nothing is set aside here: what the worker refused stands in iot_errors, and the rest must be decoded. Nobody waits
+    # either, so a script has more time than in the stream.
+    sandbox = SandboxPool(
+        replace(
+            limits, cpu_s=limits.cpu_s * 5, wall_s=limits.wall_s * 5, hard_faults_max=1_000, soft_faults_max=1 << 62
+        )
+    )
+    return RegistryDecode(documents, sandbox, readings_max=settings.normalize.readings_max)
 
 
-def decoder_of(documents: Mapping[str, Sequence[Mapping[str, Any]]], *, readings_max: int) -> Decode:
-    """The pure normalizer with these registry documents: kind -> documents."""
+class RegistryDecode:
+    """What raw messages become with these registry documents (kind -> documents).
+
+    Args:
+        documents: datatypes, parsers, types and devices.
+        sandbox: runs parser scripts; closed by `close`.
+        readings_max: most readings that a message may become.
+    """
+
+    def __init__(
+        self, documents: Mapping[str, Sequence[Mapping[str, Any]]], sandbox: SandboxPool, *, readings_max: int
+    ) -> None:
+        self._compiled = _compiler(documents)
+        self._sandbox = sandbox
+        self._readings_max = readings_max
+
+    def __call__(self, raw: RawMessage) -> Message | None:
+        """What a message became; None: it is refused."""
+        configuration = self._compiled(raw["device"])
+        if configuration is None:
+            return None
+        try:
+            return normalize(raw, configuration, raw["received_at"], self._readings_max).message
+        except Reject:
+            return None
+
+    def wants(self, device_id: str) -> bool:
+        """Whether this device's parser is a script."""
+        configuration = self._compiled(device_id)
+        return configuration is not None and isinstance(configuration.decoder, ScriptParser)
+
+    async def decode(self, raws: Sequence[RawMessage]) -> list[Message | None]:
+        """What the scripts make of these messages.
+
+        Raises:
+            Fatal: the sandbox does not start.
+        """
+        made: list[Message | None] = [None] * len(raws)
+        calls: list[tuple[int, CompiledDevice, ScriptParser, Call]] = []
+        for i, raw in enumerate(raws):
+            configuration = self._compiled(raw["device"])
+            if (
+                configuration is None
+                or not isinstance(configuration.decoder, ScriptParser)
+                or not configuration.enabled
+            ):
+                continue
+            with suppress(Reject):
+                calls.append((i, configuration, configuration.decoder, script_call(configuration.decoder, raw)))
+        outcomes = await self._sandbox.run([call for *_, call in calls])
+        for (i, configuration, parser, _), outcome in zip(calls, outcomes, strict=True):
+            with suppress(Reject):
+                fields = script_fields(parser, outcome)
+                made[i] = standardize(raws[i], configuration, fields, self._readings_max).message
+        return made
+
+    async def close(self) -> None:
+        """End the sandbox."""
+        await self._sandbox.close()
+
+
+def _compiler(documents: Mapping[str, Sequence[Mapping[str, Any]]]) -> Callable[[str], CompiledDevice | None]:
     datatypes: dict[str, Any] = {d["name"]: d for d in documents["datatype"]}
     parsers: dict[str, Any] = {p["name"]: p for p in documents["parser"] if p["status"] == "active"}
     types: dict[str, Any] = {t["name"]: t for t in documents["type"]}
@@ -622,16 +729,7 @@ def decoder_of(documents: Mapping[str, Sequence[Mapping[str, Any]]], *, readings
             shared[parser["name"]] = found.decoder
         return found
 
-    def decode(raw: RawMessage) -> Message | None:
-        configuration = compiled(raw["device"])
-        if configuration is None:
-            return None
-        try:
-            return normalize(raw, configuration, raw["received_at"], readings_max).message
-        except Reject:
-            return None
-
-    return decode
+    return compiled
 
 
 async def group_lag(settings: Settings, groups: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:

@@ -2,32 +2,39 @@
 
 Work is grouped by device: a configuration is looked up and compiled once, then used until it changes. Compiled
 configurations are kept for `normalize.config_cache_ttl_s`, and forgotten at once when the registry says so; parsers are
-compiled once for all devices that use them with the same variables.
+compiled once for all devices that use them with the same variables. Parser scripts run in the sandbox: a batch's payloads
+travel there in one round trip.
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol, cast
 
 import orjson
+import structlog
 from cachetools import LRUCache, TTLCache
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
-from preservarium.domain.decoders import Decoder, compile_parser
+from preservarium.domain.decoders import Decoded, Decoder, ScriptParser, compile_any
 from preservarium.domain.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc, ParserDoc
-from preservarium.domain.errors import ReasonCode, Reject
-from preservarium.domain.normalize import CompiledDevice, compile_device, normalize
+from preservarium.domain.errors import Fatal, ReasonCode, Reject
+from preservarium.domain.normalize import CompiledDevice, compile_device, normalize, require_enabled, standardize
 from preservarium.domain.reading import ErrorLine, RawMessage
 from preservarium.records import error_line, error_send, headers_of, parse_raw
+from preservarium.sandbox.pool import Call, Outcome, Script
 from preservarium.settings import LiveSettings
 from preservarium.stage import Batch, Effects, Record, Send
+
+log = structlog.get_logger(__name__)
 
 STAGE: Final = "normalize"
 #: Compiled parsers kept: some hundreds of types, some of them with variables of their own for each device.
 DECODERS_MAX: Final = 5_000
 #: Messages handled between two looks at the event loop: some 10 ms of work, so that heartbeats and polls are in time.
 MESSAGES_AT_ONCE: Final = 250
+#: A sandbox that does not start is tried again after this time: its extra may be installed by then.
+SANDBOX_RETRY_S: Final = 60.0
 
 _CACHE: Final = "compiled_config"
 
@@ -65,6 +72,18 @@ class Types(Protocol):
         ...
 
 
+class Sandbox(Protocol):
+    """Where parser scripts run (`preservarium.sandbox.pool.SandboxPool`)."""
+
+    async def run(self, calls: Sequence[Call]) -> list[Outcome]:
+        """The outcome of every call, in their order; Fatal where there is no sandbox."""
+        ...
+
+
+#: A script's fields, or why there are none.
+Ran = list[Decoded] | Reject
+
+
 class Normalizer:
     """The handler of the stage. For one event loop.
 
@@ -73,9 +92,19 @@ class Normalizer:
         catalogue: types, parsers, datatypes.
         clock: for error lines and for how long a configuration is kept.
         live: the settings in force.
+        sandbox: runs parser scripts; None: devices with such a parser are refused.
     """
 
-    def __init__(self, devices: Devices, catalogue: Types, clock: Clock, live: LiveSettings) -> None:
+    def __init__(
+        self,
+        devices: Devices,
+        catalogue: Types,
+        clock: Clock,
+        live: LiveSettings,
+        sandbox: Sandbox | None = None,
+    ) -> None:
+        self._sandbox = sandbox
+        self._sandbox_down: tuple[float, str] | None = None  # until when it is not tried, and why
         self._devices = devices
         self._catalogue = catalogue
         self._clock = clock
@@ -87,7 +116,7 @@ class Normalizer:
         )
         #: for each look-up under way: devices that changed meanwhile, whose answer may be the old one
         self._changed: list[set[str]] = []
-        self._decoders: LRUCache[tuple[str, int, str, bytes], Decoder | Reject] = LRUCache(DECODERS_MAX)
+        self._decoders: LRUCache[tuple[str, int, str, bytes], Decoder | ScriptParser | Reject] = LRUCache(DECODERS_MAX)
 
     def forget(self, device_id: str) -> None:
         """Compile this device anew at its next message: its configuration has changed."""
@@ -120,11 +149,13 @@ class Normalizer:
                 self._refuse(effects, line)
             parsed.append((record, messages, len(messages) + len(errors)))
         compiled = await self._configurations(batch.partition, {m["device"] for _, ms, _ in parsed for m in ms})
+        ran = await self._run_scripts(parsed, compiled)
         handled = readings = 0
         for record, messages, lines in parsed:
             out: dict[str, list[bytes]] = {}
             for raw in messages:
-                readings += self._message(record, raw, lines, compiled.get(raw["device"]), now_us, out, effects)
+                fields = ran.get(id(raw))
+                readings += self._message(record, raw, lines, compiled.get(raw["device"]), fields, now_us, out, effects)
                 handled += 1
                 if handled % MESSAGES_AT_ONCE == 0:
                     await asyncio.sleep(0)
@@ -145,6 +176,7 @@ class Normalizer:
         raw: RawMessage,
         lines: int,
         compiled: CompiledDevice | Reject | None,
+        ran: Ran | None,
         now_us: int,
         out: dict[str, list[bytes]],
         effects: Effects,
@@ -159,7 +191,12 @@ class Normalizer:
                 raise Reject(ReasonCode.UNKNOWN_DEVICE, message)
             if isinstance(compiled, Reject):
                 raise Reject(compiled.code, str(compiled))
-            done = normalize(raw, compiled, now_us, settings.normalize.readings_max)
+            if ran is None:
+                done = normalize(raw, compiled, now_us, settings.normalize.readings_max)
+            elif isinstance(ran, Reject):
+                raise ran
+            else:
+                done = standardize(raw, compiled, ran, settings.normalize.readings_max)
             value = orjson.dumps(done.message)
             if len(value) > settings.kafka.record_bytes_max:
                 text = f"{len(value)} bytes of readings; a record may have {settings.kafka.record_bytes_max}"
@@ -190,6 +227,63 @@ class Normalizer:
     def _refuse(self, effects: Effects, line: ErrorLine) -> None:
         effects.sends.append(error_send(line, record_bytes_max=self._live().kafka.record_bytes_max))
         effects.refused[line["code"]] = effects.refused.get(line["code"], 0) + 1
+
+    # --- scripts ----------------------------------------------------------------------------------------------------
+
+    async def _run_scripts(
+        self,
+        parsed: Sequence[tuple[Record, Sequence[RawMessage], int]],
+        compiled: Mapping[str, CompiledDevice | Reject],
+    ) -> dict[int, Ran]:
+        """What the batch's scripts made of its messages, by `id()` of the message: one round trip for all."""
+        ran: dict[int, Ran] = {}
+        called: list[tuple[RawMessage, ScriptParser]] = []
+        calls: list[Call] = []
+        for _, messages, _ in parsed:
+            for raw in messages:
+                device = compiled.get(raw["device"])
+                if not isinstance(device, CompiledDevice) or not isinstance(device.decoder, ScriptParser):
+                    continue
+                try:
+                    require_enabled(device)
+                    calls.append(script_call(device.decoder, raw))
+                    called.append((raw, device.decoder))
+                except Reject as e:
+                    ran[id(raw)] = e
+        if not calls:
+            return ran
+        try:
+            outcomes = await self._outcomes(calls)
+        except Reject as e:
+            return ran | {id(raw): e for raw, _ in called}
+        for i, ((raw, parser), outcome) in enumerate(zip(called, outcomes, strict=True)):
+            try:
+                ran[id(raw)] = script_fields(parser, outcome)
+            except Reject as e:
+                ran[id(raw)] = e
+            if i % MESSAGES_AT_ONCE == MESSAGES_AT_ONCE - 1:
+                await asyncio.sleep(0)
+        return ran
+
+    async def _outcomes(self, calls: list[Call]) -> list[Outcome]:
+        """Run the calls.
+
+        Raises:
+            Reject: NO_PARSER, there is no sandbox. Other devices go on; the payloads are kept and can be redriven.
+        """
+        if self._sandbox is None:
+            message = "this worker runs no parser scripts"
+            raise Reject(ReasonCode.NO_PARSER, message)
+        if self._sandbox_down is not None and self._clock.monotonic_s() < self._sandbox_down[0]:
+            raise Reject(ReasonCode.NO_PARSER, self._sandbox_down[1])
+        try:
+            outcomes = await self._sandbox.run(calls)
+        except Fatal as e:
+            self._sandbox_down = self._clock.monotonic_s() + SANDBOX_RETRY_S, str(e)
+            log.error("sandbox_does_not_start", error=str(e))
+            raise Reject(ReasonCode.NO_PARSER, str(e)) from None
+        self._sandbox_down = None
+        return outcomes
 
     # --- configurations ---------------------------------------------------------------------------------------------
 
@@ -240,7 +334,7 @@ class Normalizer:
         except Reject as e:
             return e
 
-    def _decoder(self, parser: ParserDoc, variables: dict[str, Any]) -> Decoder:
+    def _decoder(self, parser: ParserDoc, variables: dict[str, Any]) -> Decoder | ScriptParser:
         """The compiled parser.
 
         Raises:
@@ -250,13 +344,36 @@ class Normalizer:
         decoder = self._decoders.get(key)
         if decoder is None:
             try:
-                decoder = compile_parser(parser, variables)
+                decoder = compile_any(parser, variables)
             except Reject as e:
                 decoder = e
             self._decoders[key] = decoder
         if isinstance(decoder, Reject):
             raise decoder
         return decoder
+
+
+def script_call(parser: ScriptParser, raw: RawMessage) -> Call:
+    """The call that decodes a message.
+
+    Raises:
+        Reject: see `ScriptParser.arguments`.
+    """
+    script = Script(parser.script_id, parser.name, parser.kind, parser.source)
+    return Call(script, parser.function, parser.arguments(raw))
+
+
+def script_fields(parser: ScriptParser, outcome: Outcome) -> list[Decoded]:
+    """The fields of a call's outcome.
+
+    Raises:
+        Reject: the script faulted, with its name, version and line; or see `ScriptParser.fields`.
+    """
+    fault = outcome.fault
+    if fault is not None:
+        where = f"{parser.name}, line {fault.line}" if fault.line is not None else parser.name
+        raise Reject(fault.code, f"{where}: {fault.message}")
+    return parser.fields(cast(str, outcome.text))
 
 
 def _line(record: Record, index: int, lines: int) -> bytes:

@@ -115,6 +115,25 @@ class Normalize(_Section):
     )
 
 
+class Sandbox(_Section):
+    """Parser scripts, in processes of their own."""
+
+    cpu_s: float = Field(
+        0.1, gt=0, le=60, description="CPU that one call of a script may use; public codecs take 0.001."
+    )
+    wall_s: float = Field(
+        0.5, gt=0, le=600, description="A sandbox process that makes no progress for so long is killed and replaced."
+    )
+    result_bytes_max: int = Field(1_000_000, ge=1_000, le=64_000_000, description="Characters of one call's result.")
+    hard_faults_max: int = Field(
+        3, ge=1, description="Calls in a row over time or memory that set a script version aside."
+    )
+    soft_faults_max: int = Field(100, ge=1, description="Exceptions in a row that set a script version aside.")
+    suspend_s: float = Field(
+        300.0, gt=0, description="A script version that was set aside is tried with one call after this time."
+    )
+
+
 class Quality(_Section):
     """Quality control of readings (the validate stage)."""
 
@@ -235,7 +254,10 @@ class Mqtt(_Section):
 
     enabled: bool = Field(False, description="Run the connector inside the worker.")
     url: SecretStr = Field(SecretStr("mqtt://localhost:1883"), description="mqtt(s)://[user[:password]@]host[:port].")
-    client_id: str = Field("preservarium", description="Stable, so that the broker keeps the session and redelivers; two connectors must not share one.")
+    client_id: str = Field(
+        "preservarium",
+        description="Stable, so that the broker keeps the session and redelivers; two connectors must not share one.",
+    )
     subscriptions: str = Field(
         "devices/{device}/up",
         description="Topic patterns, separated by commas; {device} marks the address, {mode} the connector mode, {port} the port, + any level.",
@@ -290,6 +312,7 @@ class Settings(BaseSettings):
     clickhouse: ClickHouse = ClickHouse()
     agents: Agents = Agents()
     normalize: Normalize = Normalize()
+    sandbox: Sandbox = Sandbox()
     quality: Quality = Quality()
     sink: Sink = Sink()
     sync: Sync = Sync()

@@ -370,16 +370,18 @@ class Up:
     async def _account(self, settings: Settings, window: "Window") -> "Account":
         from preservarium import accounting
 
-        ledger = accounting.Ledger(
-            window, await accounting.registry_decode(settings), store_failed=settings.quality.store_failed
-        )
-        await accounting.read_topics(
-            ledger,
-            window,
-            settings.kafka.bootstrap_servers,
-            settings.kafka.topic_prefix,
-            payload_bytes_max=settings.normalize.payload_bytes_max,
-        )
+        decode = await accounting.registry_decode(settings)
+        ledger = accounting.Ledger(window, decode, scripts=decode, store_failed=settings.quality.store_failed)
+        try:
+            await accounting.read_topics(
+                ledger,
+                window,
+                settings.kafka.bootstrap_servers,
+                settings.kafka.topic_prefix,
+                payload_bytes_max=settings.normalize.payload_bytes_max,
+            )
+        finally:
+            await decode.close()
         await accounting.read_postgres(ledger, settings.postgres.dsn)
         if settings.clickhouse.enabled:
             await accounting.read_clickhouse(ledger, settings)

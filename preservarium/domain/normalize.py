@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
-from preservarium.domain.decoders import Decoded, Decoder, compile_parser
+from preservarium.domain.decoders import Decoded, Decoder, ScriptParser, compile_any
 from preservarium.domain.decoders.base import message_time
 from preservarium.domain.device import DeviceDoc, DeviceTypeDoc, ParserDoc
 from preservarium.domain.errors import ReasonCode, Reject
@@ -23,7 +23,7 @@ class CompiledDevice:
     device_id: str
     rev: int
     enabled: bool
-    decoder: Decoder
+    decoder: Decoder | ScriptParser  #: a script runs in the sandbox: between `arguments` and `fields`
     parser: str  #: name@version
     mode: str  #: connector mode where the message names none
     experiment_id: str | None
@@ -42,7 +42,7 @@ def compile_device(
     device_type: DeviceTypeDoc,
     parser: ParserDoc,
     datatype: DatatypeLookup,
-    decoder: Decoder | None = None,
+    decoder: Decoder | ScriptParser | None = None,
 ) -> CompiledDevice:
     """Compile a device's configuration.
 
@@ -60,7 +60,7 @@ def compile_device(
         device["device_id"],
         device["rev"],
         device.get("enabled", True),
-        decoder if decoder is not None else compile_parser(parser, device.get("variables")),
+        decoder if decoder is not None else compile_any(parser, device.get("variables")),
         f"{parser['name']}@{parser['version']}",
         device.get("mode") or device_type.get("mode") or UNKNOWN,
         device.get("experiment_id"),
@@ -69,7 +69,7 @@ def compile_device(
 
 
 def normalize(raw: RawMessage, compiled: CompiledDevice, now_us: int, readings_max: int = 10_000) -> Normalized:
-    """Decode and standardize one message.
+    """Decode and standardize one message of a device whose parser is no script.
 
     Args:
         raw: the message.
@@ -80,9 +80,20 @@ def normalize(raw: RawMessage, compiled: CompiledDevice, now_us: int, readings_m
     Raises:
         Reject: the message as a whole cannot be used.
     """
+    require_enabled(compiled)
+    if isinstance(compiled.decoder, ScriptParser):
+        raise Reject(ReasonCode.NO_PARSER, f"{compiled.parser} is a script, and scripts run in the sandbox only")
+    return standardize(raw, compiled, compiled.decoder.decode(raw), readings_max)
+
+
+def require_enabled(compiled: CompiledDevice) -> None:
+    """Refuse what comes from a device that is switched off.
+
+    Raises:
+        Reject: DEVICE_DISABLED.
+    """
     if not compiled.enabled:
         raise Reject(ReasonCode.DEVICE_DISABLED, f"device {compiled.device_id} is switched off")
-    return standardize(raw, compiled, compiled.decoder.decode(raw), readings_max)
 
 
 def standardize(

@@ -21,6 +21,7 @@ import structlog
 
 from preservarium import metrics
 from preservarium.domain.errors import Fatal, ReasonCode
+from preservarium.settings import Settings
 
 T = TypeVar("T")
 
@@ -80,6 +81,11 @@ class Limits:
     hard_faults_max: int = 3  #: time-outs, kills and memory faults in a row that set a version aside
     soft_faults_max: int = 100  #: exceptions in a row that do
     suspend_s: float = 300.0  #: a version set aside is tried with one call after this time
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Limits":
+        """As the settings say."""
+        return cls(**settings.sandbox.model_dump())
 
 
 @dataclass(slots=True)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preservarium import records, topics
-from preservarium.accounting import Bag, Ledger, Window
+from preservarium.accounting import Bag, Ledger, RegistryDecode, Window
+from preservarium.sandbox.pool import SandboxPool
 from preservarium.stage import Batch
 
 NOW_US = 1_760_000_000_000_000
@@ -262,3 +263,32 @@ def test_bags_compare_as_sets_do(mine, theirs, excused):
 def test_an_identity_is_named_by_its_coordinates(partition, offset, index):
     ledger = Ledger(Window(START), None)
     assert ledger.name(ledger._identity(partition, offset, index)) == f"{partition}/{offset}/{index}"
+
+
+async def test_what_scripts_decode_is_accounted_too():
+    pytest.importorskip("quickjs")
+    source = (
+        "function decodeUplink(i) { if (i.bytes[0] > 200) throw new Error('x'); return {data: {t: i.bytes[0], h: 2}}; }"
+    )
+    documents = {
+        "datatype": [],
+        "parser": [{"name": "p", "version": 1, "rev": 1, "kind": "javascript", "status": "active", "source": source, "hash": ""}],
+        "type": [{"name": "k", "rev": 1, "manufacturer": "m", "parser": "p"}],
+        "device": [{"device_id": "d1", "rev": 1, "type": "k", "enabled": True}],
+    }  # fmt: skip
+    decoding = RegistryDecode(documents, SandboxPool(), readings_max=100)
+    try:
+        assert decoding.wants("d1")
+        assert not decoding.wants("other")
+        ledger = Ledger(Window(START), decoding, scripts=decoding)
+        values = [
+            records.raw_line("d1", bytes([n]), received_at=NOW_US + n, connector="http", mode="HTTP")
+            for n in (1, 2, 250)
+        ]
+        batch = Batch(topics.RAW.name, 0, [Rec(100 + i, v) for i, v in enumerate(values)])
+        ledger.add_raw(batch, payload_bytes_max=1000)
+        assert len(ledger.decoded) == 0
+        await ledger.run_scripts()
+        assert len(ledger.decoded) == 4
+    finally:
+        await decoding.close()

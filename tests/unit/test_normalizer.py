@@ -6,9 +6,10 @@ import pytest
 
 from preservarium import topics
 from preservarium.clock import ManualClock
-from preservarium.domain.errors import Retry
+from preservarium.domain.errors import Fatal, Retry
 from preservarium.normalizer import Normalizer
 from preservarium.records import raw_line
+from preservarium.sandbox.pool import Limits, SandboxPool
 from preservarium.settings import LiveSettings, Settings
 from preservarium.stage import Batch
 
@@ -308,3 +309,119 @@ async def test_a_large_batch_lets_others_run(world):
     await normalizer(world)(batch(*[line("j", {"x": i}) for i in range(2000)]))
     task.cancel()
     assert turns >= 8
+
+
+# --- scripts ---
+
+GOOD = "function decodeUplink(input) { return {data: {temperature: {value: input.bytes[0], unit: '°C'}, port: input.fPort}}; }"
+THROWS = "function decodeUplink(input) {\n  throw new Error('no such frame');\n}"
+REGEX_BOMB = "function decodeUplink(i) { return {data: {n: /^(a+)+$/.test('a'.repeat(40) + 'b')}}; }"
+PYTHON = (
+    "def decode(payload, context):\n    return [{'name': 'temperature', 'value': payload['t'] / 10, 'unit': '°C'}]\n"
+)
+
+
+@pytest.fixture
+async def sandbox():
+    pytest.importorskip("quickjs")
+    pytest.importorskip("RestrictedPython")
+    pool = SandboxPool(Limits(cpu_s=0.1, wall_s=0.4))
+    yield pool
+    await pool.close()
+
+
+@pytest.fixture
+def scripts(world):
+    devices, types, clock = world
+    for name, kind, source in (
+        ("good", "javascript", GOOD),
+        ("throws", "javascript", THROWS),
+        ("bomb", "javascript", REGEX_BOMB),
+        ("py", "python", PYTHON),
+        ("blank", "python", " "),
+    ):
+        types.parsers[name] = parser(name, kind, source, version=2)
+        types.types[name] = {"name": name, "rev": 1, "manufacturer": "m", "parser": name, "mode": "LoRaWAN"}
+        devices.known[name] = {"device_id": name, "rev": 4, "type": name, "enabled": True}
+    devices.known["good-off"] = {**devices.known["good"], "device_id": "good-off", "enabled": False}
+    return devices, types, clock
+
+
+class Counted:
+    def __init__(self, pool):
+        self.pool, self.batches = pool, []
+
+    async def run(self, calls):
+        self.batches.append(len(calls))
+        return await self.pool.run(calls)
+
+
+def scripted(world, sandbox):
+    devices, types, clock = world
+    return Normalizer(devices, types, clock, LiveSettings(Settings()), sandbox)
+
+
+async def test_a_batchs_scripts_run_in_one_round_trip_beside_other_parsers(scripts, sandbox):
+    counted = Counted(sandbox)
+    value = b"\n".join(
+        [line("good", b"\x14", port=5), line("j", {"x": 1}), line("py", {"t": 215}), line("good", b"\x15")]
+    )
+    out, errors = split(await scripted(scripts, counted)(batch(value)))
+    assert (counted.batches, errors) == ([3], [])
+    made = {s.key: messages(s) for s in out}
+    assert [[r["value"] for r in m["readings"]] for m in made[b"good"]] == [[293.15, 5], [294.15, 1]]
+    assert made[b"py"][0]["readings"][0]["value"] == 294.65
+    assert (made[b"good"][0]["parser"], made[b"good"][0]["config_rev"]) == ("good@2", 4)
+    assert made[b"j"][0]["readings"][0]["value"] == 1
+
+
+async def test_a_scripts_fault_names_version_line_and_input_and_stops_nobody_else(scripts, sandbox):
+    lines = [
+        line("throws", b"\x01"),
+        line("good", b"\x01"),
+        line("blank", b"\x01"),
+        line("good-off", b"\x01"),
+        line("py", []),
+    ]
+    out, errors = split(await scripted(scripts, sandbox)(batch(*lines)))
+    assert [s.key for s in out] == [b"good"]
+    found = {e["device_id"]: e for e in errors}
+    assert found["throws"]["code"] == "script_fault"
+    assert found["throws"]["message"] == "throws@2, line 2: Error: no such frame"
+    assert found["throws"]["raw"].encode() == lines[0]
+    assert found["throws"]["parser"] == "throws@2"
+    assert {d: e["code"] for d, e in found.items()} == {
+        "throws": "script_fault", "blank": "no_parser", "good-off": "device_disabled", "py": "script_fault",
+    }  # fmt: skip
+
+
+async def test_a_bomb_is_set_aside_and_the_others_of_its_batches_are_decoded(scripts, sandbox):
+    stage = scripted(scripts, sandbox)
+    codes = []
+    for n in range(5):
+        out, errors = split(await stage(batch(line("bomb", bytes([n])), line("good", bytes([n])))))
+        assert [s.key for s in out] == [b"good"]
+        codes += [e["code"] for e in errors]
+    assert codes == ["script_timeout"] * 3 + ["script_suspended"] * 2
+
+
+async def test_without_a_sandbox_script_devices_are_refused_and_kept(scripts):
+    class Missing:
+        tries = 0
+
+        async def run(self, calls):
+            self.tries += 1
+            raise Fatal("pip install 'preservarium[scripts]'")
+
+    missing = Missing()
+    stage = scripted(scripts, missing)
+    for _ in range(2):
+        out, errors = split(await stage(batch(line("good", b"\x01"), line("j", {"x": 1}))))
+        assert [s.key for s in out] == [b"j"]
+        assert [(e["code"], e["message"]) for e in errors] == [("no_parser", "pip install 'preservarium[scripts]'")]
+    assert missing.tries == 1
+    scripts[2].advance(61)
+    await stage(batch(line("good", b"\x01")))
+    assert missing.tries == 2
+    _, errors = split(await scripted(scripts, None)(batch(line("good", b"\x01"))))
+    assert errors[0]["code"] == "no_parser"

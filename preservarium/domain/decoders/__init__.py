@@ -1,7 +1,8 @@
 """Parsers: one payload format a file, one contract, one registry of kinds.
 
-`compile_parser` turns a parser document into a `Decoder`. A kind that runs scripts is not compiled here: scripts run in
-killable processes outside the domain (`preservarium/sandbox/`), and what comes back is a list of `Decoded` all the same.
+`compile_parser` turns a parser document into a `Decoder`. A kind that runs scripts has none: scripts run in killable
+processes outside the domain (`preservarium/sandbox/`). `compile_any` gives a `ScriptParser` for those, whose two pure ends
+make the call and read its result.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,9 +10,10 @@ from typing import Any, Final
 
 from preservarium.domain.decoders import bthome, cayenne_lpp, csv_rows, field_table, influx, json_paths, senml
 from preservarium.domain.decoders.base import Decoded, Decoder, ParserError
+from preservarium.domain.decoders.scripts import FUNCTIONS, ScriptParser, compile_script
 from preservarium.domain.errors import ReasonCode, Reject
 
-__all__ = ["KINDS", "Decoded", "Decoder", "ParserError", "compile_parser"]
+__all__ = ["KINDS", "Decoded", "Decoder", "ParserError", "ScriptParser", "compile_any", "compile_parser"]
 
 #: kind -> compiler of (parser document, the device's variables).
 KINDS: Final[dict[str, Callable[[Mapping[str, Any], Mapping[str, Any] | None], Decoder]]] = {
@@ -42,6 +44,21 @@ def compile_parser(doc: Mapping[str, Any], variables: Mapping[str, Any] | None =
         raise Reject(ReasonCode.NO_PARSER, message)
     try:
         return compiler(doc, variables)
+    except ParserError as e:
+        message = f"parser {doc.get('name')}@{doc.get('version')} cannot be used: {e}"
+        raise Reject(ReasonCode.NO_PARSER, message) from None
+
+
+def compile_any(doc: Mapping[str, Any], variables: Mapping[str, Any] | None = None) -> Decoder | ScriptParser:
+    """Compile one version of a parser of any kind; a script's source is compiled by the sandbox, when it is first called.
+
+    Raises:
+        Reject: NO_PARSER, the kind is not known here, or the parser itself is wrong.
+    """
+    if doc["kind"] not in FUNCTIONS:
+        return compile_parser(doc, variables)
+    try:
+        return compile_script(doc, variables)
     except ParserError as e:
         message = f"parser {doc.get('name')}@{doc.get('version')} cannot be used: {e}"
         raise Reject(ReasonCode.NO_PARSER, message) from None

@@ -44,13 +44,20 @@ class ScriptParser:
         """The call's arguments as JSON text.
 
         A payload of bytes (or hexadecimal or base64 text) is `bytes`, a list of numbers; any other JSON is `payload`.
+
+        Raises:
+            Reject: TIMESTAMP_INVALID, the message's time is none that a calendar has.
         """
         given: dict[str, Any] = {}
         try:
             given["bytes"] = list(payload_bytes(raw["payload"]))
         except Reject:
             given["payload"] = raw["payload"]
-        at = datetime.fromtimestamp(base_time(raw) / 1e6, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        try:
+            at = datetime.fromtimestamp(base_time(raw) // 1_000 / 1e3, UTC).isoformat(timespec="milliseconds")
+        except (ValueError, OverflowError, OSError):
+            raise Reject(ReasonCode.TIMESTAMP_INVALID, f"{base_time(raw)} µs is outside the calendar") from None
+        at = at.replace("+00:00", "Z")
         if self.kind == "javascript":
             given |= {
                 "fPort": raw["port"] if raw["port"] is not None else 1,
@@ -68,7 +75,12 @@ class ScriptParser:
         Raises:
             Reject: DECODE_FAILED, the script reported errors or returned nothing that holds a value; DECODE_LIMIT.
         """
-        result = orjson.loads(text)
+        try:
+            result = orjson.loads(text)
+        except orjson.JSONDecodeError as e:
+            # JavaScript may make what JSON text cannot carry on: half a surrogate pair, a thousand levels.
+            message = f"the result cannot be read: {e.msg}"
+            raise failed(message) from None
         if self.kind == "javascript":
             result = _data(result)
         found = list(_python_fields(result)) if isinstance(result, list) else list(_flat("", result, None, 0))
