@@ -38,7 +38,12 @@ class Kafka(_Section):
     replication: int = Field(1, ge=1, le=9, description="Replicas of every topic; 3 in production.")
     session_timeout_s: float = Field(20.0, gt=1, description="A silent worker is replaced after this time.")
     commit_interval_s: float = Field(1.0, gt=0, description="Acknowledged offsets are committed this often.")
-    linger_ms: int = Field(20, ge=0, le=1000, description="A produce request waits this long for company.")
+    linger_ms: int = Field(
+        20,
+        ge=0,
+        le=1000,
+        description="Single sends (Faust's own) wait this long for company; stages send whole batches and wait for none.",
+    )
     fetch_bytes_max: int = Field(262_144, ge=65_536, description="Most bytes of one partition in one fetch.")
     record_bytes_max: int = Field(1_000_000, ge=10_000, description="Largest record; brokers take 1 MiB by default.")
     compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field("lz4", description="Of what we produce.")
