@@ -26,6 +26,7 @@ if app.live().clickhouse.enabled:
         linger_s=lambda: app.live().sync.linger_s,
         flights=1,
         planned=True,
+        memory=readings,
     )(readings)
 
     app.group_stage(

@@ -34,7 +34,7 @@ import preservarium.transport  # noqa: F401  # makes the batch:// scheme known t
 from preservarium import logs, metrics
 from preservarium.clock import Clock, SystemClock
 from preservarium.domain.errors import Fatal, Retry
-from preservarium.feeds import GroupFeed, OnAssigned
+from preservarium.feeds import GroupFeed, Memory, OnAssigned
 from preservarium.publish import BATCH_BYTES_MAX, SESSION_SHARE, Publisher
 from preservarium.runner import Runner
 from preservarium.settings import LiveSettings, SettingsError, load
@@ -273,6 +273,7 @@ class App(faust.App):
         on_assigned: OnAssigned | None = None,
         kafka_topic: str | None = None,
         planned: bool = False,
+        memory: Memory | None = None,
     ) -> Callable[[GroupHandler], GroupHandler]:
         """Declare a stage with a consumer group of its own, `<kafka.group>-<group>`: it works on several partitions.
 
@@ -288,6 +289,7 @@ class App(faust.App):
             kafka_topic: name in the cluster where it is not the declared one (another system's topic).
             planned: each batch's bounds are committed before the handler sees it, and it comes again with the same
                 bounds after a crash (preservarium/feeds.py); not together with `on_assigned`.
+            memory: of a planned stage, kept beside the offset.
         """
 
         def declare(handler: GroupHandler) -> GroupHandler:
@@ -309,6 +311,7 @@ class App(faust.App):
                 flights=flights,
                 on_assigned=on_assigned,
                 planned=planned,
+                memory=memory,
             )
             self.group_feeds[name] = feed
 

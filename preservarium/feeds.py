@@ -20,7 +20,7 @@ import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
@@ -41,6 +41,19 @@ log = structlog.get_logger(__name__)
 #: out starts where Kafka's commit stands. The answer wins over Kafka's, because the store's transaction made it.
 OnAssigned = Callable[[list[int]], Awaitable[Mapping[int, int]]]
 
+
+class Memory(Protocol):
+    """What a planned stage must still know after a crash, as of the group's offset: a short text beside it."""
+
+    def recall(self, partition: int, text: str) -> None:
+        """Take a partition over; `text` is what `remember` gave for its offset, empty where there is none."""
+        ...
+
+    def remember(self, partition: int) -> str:
+        """What is to be known of everything acknowledged so far; at most 3,900 bytes (brokers take 4 KiB)."""
+        ...
+
+
 #: A poll returns after this time at the latest; flights start, commits and pauses happen at least this often.
 POLL_MS: Final = 50
 #: A fetch request waits this long at the broker (see transport.FETCH_WAIT_MS).
@@ -58,6 +71,8 @@ LEAVE_TIMEOUT_S: Final = 5.0
 RECONNECT_S: Final = 2.0
 #: Metadata of a committed offset that is the start of a planned batch; the batch's end follows.
 PLAN: Final = "planned:"
+#: Before a stage's memory, in the metadata of a committed offset.
+MEMORY: Final = "|"
 #: Topics that do not exist yet are looked for this often.
 METADATA_AGE_MS: Final = 30_000
 
@@ -181,6 +196,7 @@ class GroupFeed:
         flights: int,
         on_assigned: OnAssigned | None,
         planned: bool = False,
+        memory: Memory | None = None,
     ) -> None:
         self.name = name
         self.topic = topic  #: declared name
@@ -198,6 +214,7 @@ class GroupFeed:
         self._flights_max = flights
         self._on_assigned = on_assigned
         self._planned = planned
+        self._memory = memory
         declared = topics.BY_NAME.get(topic)
         self._compacted = declared is not None and declared.compacted
         #: a plan must not be overtaken on its way by the commit before it
@@ -435,7 +452,10 @@ class GroupFeed:
                 raise Retry(message)
             plan = batch.records[0].offset, batch.records[-1].offset + 1
             if lane.planned != plan:
-                offsets[TopicPartition(self.kafka_topic, batch.partition)] = plan[0], f"{PLAN}{plan[1]}"
+                offsets[TopicPartition(self.kafka_topic, batch.partition)] = (
+                    plan[0],
+                    f"{PLAN}{plan[1]}{self._remembered(batch.partition)}",
+                )
                 plans[batch.partition] = plan
         if not offsets:
             return
@@ -452,6 +472,9 @@ class GroupFeed:
                 lane.committed = plan[0]
                 lane.committed_s = monotonic()
 
+    def _remembered(self, partition: int) -> str:
+        return "" if self._memory is None else MEMORY + self._memory.remember(partition)
+
     async def _read_plans(self, lanes: Sequence[GroupLane]) -> dict[int, int]:
         """Where the group stands, and what it had planned there."""
         admin = AIOKafkaAdminClient(bootstrap_servers=self._live().kafka.bootstrap_servers)
@@ -465,9 +488,14 @@ class GroupFeed:
         for lane in lanes:
             committed = found.get(TopicPartition(self.kafka_topic, lane.partition))
             if committed is None or committed.offset < 0:
+                if self._memory is not None:
+                    self._memory.recall(lane.partition, "")
                 continue
             starts[lane.partition] = lane.committed = committed.offset
-            text = committed.metadata.removeprefix(PLAN)
+            text, _, remembered = committed.metadata.partition(MEMORY)
+            if self._memory is not None:
+                self._memory.recall(lane.partition, remembered)
+            text = text.removeprefix(PLAN)
             if text != committed.metadata and text.isdigit() and int(text) > committed.offset:
                 lane.plan = int(text)
                 lane.planned = committed.offset, lane.plan
@@ -598,7 +626,11 @@ class GroupFeed:
         try:
             # Bounded: aiokafka tries for ever while it finds no coordinator.
             async with asyncio.timeout(COMMIT_TIMEOUT_S):
-                await consumer.commit(offsets)
+                await consumer.commit(
+                    offsets
+                    if self._memory is None
+                    else {tp: (offset, self._remembered(tp.partition)) for tp, offset in offsets.items()}
+                )
         except (CommitFailedError, IllegalStateError) as e:
             # A rebalance came first: the next owner reads these again.
             log.info("commit_refused", stage=self.name, error=repr(e))

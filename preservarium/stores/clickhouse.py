@@ -34,6 +34,7 @@ DATA_CODES: Final = frozenset({
     469,  # VIOLATED_CONSTRAINT
 })  # fmt: skip
 
+
 def _without_pandas() -> None:
     # At its first insert the client imports pandas, numpy and pyarrow where they happen to be installed, only to ask whether
     # the data is theirs: seconds in which the event loop stands still, and 100 MiB. Ours are lists.
