@@ -103,7 +103,7 @@ async def test_an_answer_that_was_lost(store, sync, monkeypatch):
 
 async def test_one_batch_over_many_days_is_one_insert(store, sync):
     """More days than the server's default of partitions for an insert, as in a back-fill; repeated, too."""
-    lines = [message("a", 1.0, at=NOW_US - i * DAY_US) for i in range(150)]
+    lines = [message("a", 1.0, at=NOW_US - i * DAY_US, offset=i) for i in range(150)]
     for _ in range(2):
         await sync([batch(T, 0, [record(0, *lines)])])
     assert await count(store) == (150, 150)
@@ -140,7 +140,7 @@ async def test_of_equal_keys_the_later_generation_stays(store, sync):
                 [
                     record(0, message("a", 1.0)),
                     record(1, message("a", 2.0, generation=1)),
-                    record(2, message("a", 3.0)),
+                    record(2, message("a", 3.0, offset=2)),
                 ],
             )
         ]
@@ -155,7 +155,12 @@ async def test_what_is_no_message_goes_to_the_errors_and_the_rest_is_stored(stor
             batch(
                 T,
                 0,
-                [record(0, message("a", 1.0)), FakeRecord(1, b"{torn"), record(2, *bad), record(3, message("b", 1.0))],
+                [
+                    record(0, message("a", 1.0)),
+                    FakeRecord(1, b"{torn"),
+                    record(2, *bad),
+                    record(3, message("b", 1.0, offset=3)),
+                ],
             )
         ]
     )
