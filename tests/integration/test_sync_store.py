@@ -149,7 +149,11 @@ async def test_of_equal_keys_the_later_generation_stays(store, sync):
 
 
 async def test_what_is_no_message_goes_to_the_errors_and_the_rest_is_stored(store, sync):
-    bad = [message("a", "warm"), {"no": "message"}, message("a", {"value": 1.0, "quality": "good"})]
+    bad = [
+        message("a", "warm", offset=2),
+        {"no": "message"},
+        message("a", {"value": 1.0, "quality": "good"}, offset=2, raw_index=2),
+    ]
     effects = await sync(
         [
             batch(
