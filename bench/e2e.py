@@ -1,6 +1,6 @@
 """End to end: raw records in Kafka to rows in both stores, beside two peers on the same input in the same run.
 
-    .venv/bin/python bench/e2e.py [--runs 5] [--messages 40000] [--json]
+    .venv/bin/python bench/e2e.py [--runs 5] [--messages 60000] [--readings 1] [--json]
 
 Each run takes the contestants one after the other (interleaved, so that a slow minute of the machine hits them all), each
 with a fresh topic prefix, fresh databases and its input already in Kafka:
@@ -93,8 +93,8 @@ class Services:
             service.stop()
 
 
-def messages(count: int, devices: int, seed: int):
-    """(device, raw line) with five readings each; every (device, instant) is unique."""
+def messages(count: int, devices: int, seed: int, readings: int):
+    """(device, raw line) with so many readings each; every (device, instant) is unique."""
     rng = random.Random(seed)
     start_us = time.time_ns() // 1000 - count * 2_000
     for i in range(count):
@@ -113,13 +113,15 @@ def messages(count: int, devices: int, seed: int):
             "mode": "MQTT",
             "topic": f"devices/{device}/up",
             "port": None,
-            "payload": payload,
+            "payload": dict(list(payload.items())[:readings]),
             "meta": {},
         }
         yield device, line
 
 
-async def load(services: Services, prefix: str, partitions: int, count: int, devices: int, old: bool) -> int:
+async def load(
+    services: Services, prefix: str, partitions: int, count: int, devices: int, readings: int, old: bool
+) -> int:
     """Fill the contestant's input topic; returns the readings in it."""
     admin = AIOKafkaAdminClient(bootstrap_servers=services.kafka.bootstrap_servers)
     await admin.start()
@@ -140,7 +142,7 @@ async def load(services: Services, prefix: str, partitions: int, count: int, dev
     await producer.start()
     total = 0
     try:
-        for i, (device, line) in enumerate(messages(count, devices, seed=7)):
+        for i, (device, line) in enumerate(messages(count, devices, 7, readings)):
             if old:
                 for field, value in line["payload"].items():
                     body = {
@@ -151,7 +153,7 @@ async def load(services: Services, prefix: str, partitions: int, count: int, dev
                     future = await producer.send(topic, orjson.dumps(body), key=device.encode())
             else:
                 future = await producer.send(topic, orjson.dumps(line), key=device.encode())
-            total += len(FIELDS)
+            total += readings
             if i % 5_000 == 4_999:
                 await future
         await producer.flush()
@@ -332,7 +334,9 @@ async def run_one(services: Services, name: str, number: int, arguments: argpars
             subprocess.run(
                 [PYTHON, "-m", "preservarium", *command], env=environment, cwd=ROOT, check=True, stdout=log, stderr=log
             )
-        total = await load(services, prefix, arguments.partitions, arguments.messages, arguments.devices, old=False)
+        total = await load(
+            services, prefix, arguments.partitions, arguments.messages, arguments.devices, arguments.readings, old=False
+        )
         argv = [str(Path(PYTHON).with_name("faust")), "-A", "preservarium", "worker", "-l", "warn"]
         contestant = Contestant(
             name,
@@ -348,7 +352,9 @@ async def run_one(services: Services, name: str, number: int, arguments: argpars
             "value Float64, unit LowCardinality(String), topic LowCardinality(String)) ENGINE = MergeTree "
             "PARTITION BY toDate(timestamp) ORDER BY (device_id, component_type, timestamp)"
         )
-        total = await load(services, prefix, arguments.partitions, arguments.messages, arguments.devices, old=False)
+        total = await load(
+            services, prefix, arguments.partitions, arguments.messages, arguments.devices, arguments.readings, old=False
+        )
         argv = [PYTHON, str(ROOT / "bench/peers/plain_faust.py"), "worker", "-l", "warn", "--without-web"]
         contestant = Contestant(
             name,
@@ -358,7 +364,9 @@ async def run_one(services: Services, name: str, number: int, arguments: argpars
         )
     else:
         await connection.execute(OLD_SCHEMA.format(table="iot_measurements_old"))
-        total = await load(services, prefix, arguments.partitions, arguments.messages, arguments.devices, old=True)
+        total = await load(
+            services, prefix, arguments.partitions, arguments.messages, arguments.devices, arguments.readings, old=True
+        )
         argv = [PYTHON, str(ROOT / "bench/peers/old_sink.py")]
         contestant = Contestant(
             name,
@@ -378,7 +386,8 @@ async def run_one(services: Services, name: str, number: int, arguments: argpars
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--messages", type=int, default=60_000, help="device messages of five readings each")
+    parser.add_argument("--messages", type=int, default=60_000, help="device messages")
+    parser.add_argument("--readings", type=int, default=1, choices=range(1, 6), help="readings of a message")
     parser.add_argument("--devices", type=int, default=500)
     parser.add_argument("--partitions", type=int, default=12)
     parser.add_argument("--contestants", default="preservarium,plain,old")
