@@ -1,17 +1,34 @@
 """normalize: raw messages to readings (iot_raw_data → iot_standardized_data, iot_errors)."""
 
+import structlog
+
 from agents.registry import catalogue, device_lookup
 from preservarium import topics
+from preservarium.domain.errors import Retry
 from preservarium.engine import app
 from preservarium.normalizer import Normalizer
+from preservarium.proving import check_active
 from preservarium.sandbox.pool import Limits, SandboxPool
 from preservarium.stage import Batch, Effects
+
+_log = structlog.get_logger(__name__)
 
 #: Its processes start with the first call; a worker without script devices has none.
 sandbox = SandboxPool(Limits.of(app.live()), monotonic=app.clock.monotonic_s)
 app.resource(sandbox)
 _normalizer = Normalizer(device_lookup, catalogue, app.clock, app.live, sandbox)
 device_lookup.on_change(_normalizer.forget)
+
+
+@app.task
+async def check_parsers() -> None:
+    """Run the examples of the parsers in force; what fails is logged and counted, and the worker goes on."""
+    try:
+        await catalogue.ready()
+    except Retry as e:
+        _log.warning("parsers_not_checked", error=str(e))
+        return
+    await check_active(list(catalogue.documents()["parser"].values()), app.live())
 
 
 @app.stage(topics.RAW, name="normalize")

@@ -74,7 +74,10 @@ class _Group(click.Group):
 def cli() -> None:
     """Preservarium: the stream engine for IoT readings."""
     # Standard output is for what the command prints, so that `--json` can be piped.
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    structlog.configure(
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+    )
     # What a library says before it raises is said again by our one line. Commands that run services set up logging anew.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
 

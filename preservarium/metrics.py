@@ -93,6 +93,12 @@ STORE_ROWS = _counter("store_rows_total", "Rows by outcome: stored, duplicate, r
 STORE_SECONDS = _histogram("store_seconds", "Time of one write, begin to commit.", "store")
 STORAGE_JOBS_FAILING = _gauge("storage_jobs_failing", "Background jobs of the storage whose last run failed.")
 
+# --- windows ---
+WINDOWS = _counter("windows_total", "Records of windows by cause: watermark, silence, late.", "cause")
+AGGREGATE_LATE = _counter(
+    "aggregate_late_total", "Late readings by outcome: corrected, dropped beyond the horizon.", "outcome"
+)
+
 # --- alarms and notices ---
 ALARM_LATE = _counter("alarm_late_total", "Readings no younger than the last one of their alarm: not evaluated.")
 ALARM_TRANSITIONS = _counter("alarm_transitions_total", "Alarm transitions.", "transition", "severity")
@@ -100,4 +106,5 @@ NOTICES = _counter("notices_total", "Notices by outcome: sent, retried, refused,
 
 # --- parser scripts ---
 SCRIPT_FAULTS = _counter("script_faults_total", "Calls of parser scripts without a result.", "code")
+PARSER_EXAMPLES_FAILING = _gauge("parser_examples_failing", "Examples of active parsers that fail; checked at start.")
 SANDBOX_KILLS = _counter("sandbox_kills_total", "Sandbox processes killed for a script that did not end.", "lane")

@@ -12,6 +12,7 @@ import asyncpg
 from aiokafka.errors import KafkaError
 
 from preservarium.clock import Clock, SystemClock
+from preservarium.proving import check_scripts
 from preservarium.registry_file import RegistryFile, read
 from preservarium.registry_relay import Relay
 from preservarium.settings import Settings
@@ -72,6 +73,8 @@ async def apply(
     """
     # The parser of YAML is slow and pure Python; nobody else waits for this event loop but the caller's worker may.
     file = await asyncio.to_thread(read, path)
+    file.raise_for_errors()
+    await check_scripts(file, settings)
     file.raise_for_errors()
     connection = await connect(settings, wait_s=wait_s)
     try:

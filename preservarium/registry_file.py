@@ -631,7 +631,9 @@ def _load_source(document: Document, registry: Path, problem: _At) -> bool:
             problem(("file",), "leads out of the registry file's folder")
             return False
         try:
-            if document["kind"] not in SCRIPT_KINDS and path.suffix in {".yaml", ".yml", ".json"}:
+            if document["kind"] in SCRIPT_KINDS:
+                _load_script(document, path)
+            elif path.suffix in {".yaml", ".yml", ".json"}:
                 content = _plain(_load_tree(path))
                 if isinstance(content, dict) and "source" in content and content.get("kind") == document["kind"]:
                     # A parser file: its source with its examples, as `preservarium decoders test` runs them.
@@ -656,6 +658,32 @@ def _load_source(document: Document, registry: Path, problem: _At) -> bool:
     document.setdefault("source", {})
     document["hash"] = source_hash(document["kind"], document["source"])
     return True
+
+
+def _load_script(document: Document, path: Path) -> None:
+    """Put the source and, where the document has none of its own, the published examples in.
+
+    Raises:
+        RegistryFileError: the file cannot be read, or is no script of this kind.
+    """
+    from preservarium import codecs
+
+    if path.suffix.lower() not in codecs.DATA_SUFFIXES | codecs.SCRIPT_SUFFIXES.keys():
+        document["source"] = path.read_text(encoding="utf-8")
+        return
+    content = plain_file(path) if path.suffix.lower() in codecs.DATA_SUFFIXES else None
+    if isinstance(content, dict) and isinstance(content.get("source"), str) and content.get("kind") == document["kind"]:
+        document["source"] = content["source"]
+        found = content.get("examples")
+    else:
+        bundle = codecs.load(path, examples="examples" not in document)
+        if bundle.kind != document["kind"]:
+            message = f"{path}: is {bundle.kind}, not {document['kind']}"
+            raise RegistryFileError(message)
+        document["source"] = bundle.source
+        found = bundle.examples
+    if found:
+        document.setdefault("examples", found)
 
 
 def source_hash(kind: str, source: Any) -> str:

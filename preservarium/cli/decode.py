@@ -1,25 +1,45 @@
-"""`preservarium decode` and `preservarium decoders`: try a parser on a payload, run parsers' examples."""
+"""`preservarium decode` and `preservarium decoders`: try a parser on a payload, run parsers' examples.
 
+Scripts run in the sandbox, as in the stream.
+"""
+
+import asyncio
 import binascii
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import click
 import orjson
 
+from preservarium import codecs
 from preservarium.cli.output import print_json
-from preservarium.domain.decoders import KINDS, Decoded, Decoder, ParserError, compile_parser, examples
+from preservarium.domain.decoders import KINDS, Decoded, Decoder, ParserError, ScriptParser, compile_any, examples
+from preservarium.domain.decoders.scripts import FUNCTIONS
 from preservarium.domain.device import DeviceDoc, DeviceTypeDoc, ParserDoc
 from preservarium.domain.errors import Reject
 from preservarium.domain.instant import instant_us
-from preservarium.domain.normalize import compile_device, standardize
+from preservarium.domain.normalize import Normalized, compile_device, standardize
 from preservarium.domain.reading import RawMessage
+from preservarium.normalizer import script_call, script_fields
+from preservarium.proving import prove
 from preservarium.registry_file import RegistryFileError, plain_file, read, source_hash
+from preservarium.sandbox.pool import Limits, Outcome, SandboxPool
+from preservarium.settings import load
 
 #: Compiled codecs kept in a batch run, which goes through thousands of examples of some hundreds of files.
 CODECS_MAX: Final = 1_000
+#: Lines of a batch whose scripts run in one round trip: their contexts are in the sandbox's memory together.
+LINES_AT_ONCE: Final = 500
+#: A person waits, not a stream: a script may take so many times the stream's limits.
+PATIENCE: Final = 10
+
+#: Names of the field for what a JavaScript codec is written to; their signatures are told apart by themselves.
+DIALECTS: Final = ("ttn", "chirpstack", "thingpark")
+FORMATS: Final = ("auto", *DIALECTS, *sorted({*KINDS, *FUNCTIONS}))
 
 
 class _Refused(click.ClickException):
@@ -28,14 +48,24 @@ class _Refused(click.ClickException):
     exit_code = 2
 
 
-def parser_file(path: Path, kind: str = "auto") -> ParserDoc:
-    """A parser document from a file: a parser file (`kind`, `source`, `examples`), or a bare source of `kind`.
+def parser_file(path: Path, kind: str = "auto", *, with_examples: bool = True) -> ParserDoc:
+    """A parser document from a file: a parser file (`kind`, `source`, `examples`), a script or a codec bundle
+    (`preservarium.codecs`), or a bare source of `kind`.
+
+    Args:
+        path: the file.
+        kind: what it must be; auto: as it says.
+        with_examples: also look for a codec's examples in files beside it.
 
     Raises:
         click.ClickException: it cannot be read, or is of no known kind.
     """
     try:
+        if path.suffix.lower() in codecs.SCRIPT_SUFFIXES:
+            return _bundle(codecs.load(path, examples=with_examples), kind)
         content = plain_file(path)
+        if codecs.is_bundle(content):
+            return _bundle(codecs.load(path), kind)
     except RegistryFileError as e:
         raise _Refused(str(e)) from None
     if isinstance(content, dict) and "kind" in content:
@@ -48,9 +78,16 @@ def parser_file(path: Path, kind: str = "auto") -> ParserDoc:
     else:
         message = f"{path}: a parser is a mapping"
         raise _Refused(message)
-    if not isinstance(doc["kind"], str) or doc["kind"] not in KINDS:
-        message = f"{path}: kind {doc['kind']!r} is not one of {', '.join(sorted(KINDS))}"
+    if not isinstance(doc["kind"], str) or doc["kind"] not in {*KINDS, *FUNCTIONS}:
+        message = f"{path}: kind {doc['kind']!r} is not one of {', '.join(sorted({*KINDS, *FUNCTIONS}))}"
         raise _Refused(message)
+    if doc["kind"] in FUNCTIONS and isinstance(doc.get("file"), str):
+        try:
+            named = codecs.load(path.parent / doc["file"], examples="examples" not in doc and with_examples)
+        except RegistryFileError as e:
+            raise _Refused(str(e)) from None
+        doc["source"] = named.source
+        doc.setdefault("examples", named.examples)
     doc.setdefault("source", {})
     return {
         "name": str(doc.get("name", path.stem)),
@@ -62,6 +99,16 @@ def parser_file(path: Path, kind: str = "auto") -> ParserDoc:
         "hash": source_hash(doc["kind"], doc["source"]),
         "examples": doc.get("examples") or [],
     }
+
+
+def _bundle(bundle: codecs.Bundle, kind: str) -> ParserDoc:
+    if kind not in {"auto", bundle.kind} and not (kind in DIALECTS and bundle.kind == "javascript"):
+        message = f"{bundle.path}: is {bundle.kind}, not {kind}"
+        raise _Refused(message)
+    return {
+        "name": bundle.path.stem, "version": 1, "rev": 0, "kind": bundle.kind, "status": "draft",
+        "source": bundle.source, "hash": source_hash(bundle.kind, bundle.source), "examples": bundle.examples,
+    }  # fmt: skip
 
 
 def _guessed(source: dict[str, Any]) -> str:
@@ -80,8 +127,8 @@ def parser_of(codec: str, kind: str) -> ParserDoc:
         click.ClickException: see `parser_file`.
     """
     if codec:
-        return parser_file(Path(codec), kind)
-    if kind == "auto":
+        return parser_file(Path(codec), kind, with_examples=False)
+    if kind == "auto" or kind in DIALECTS or kind in FUNCTIONS:
         message = (
             "give --codec FILE, or --format of a format that needs none (senml, json, cayenne_lpp, bthome, influx, …)"
         )
@@ -105,37 +152,123 @@ def as_data(decoded: list[Decoded]) -> dict[str, Any]:
     return data
 
 
-def decode_one(decoder: Decoder, doc: ParserDoc, raw: RawMessage, *, readings: bool) -> dict[str, Any]:
-    """What `decode` prints for one payload."""
-    result: dict[str, Any] = {"data": {}, "warnings": [], "errors": []}
-    try:
-        decoded = decoder.decode(raw)
-        result["data"] = as_data(decoded)
-        if readings:
-            device: DeviceDoc = {"device_id": raw["device"], "rev": 0, "type": doc["name"], "enabled": True}
-            kind: DeviceTypeDoc = {"name": doc["name"], "rev": 0, "manufacturer": "", "parser": doc["name"]}
-            compiled = compile_device(device, kind, doc, lambda name: None, decoder)
-            done = standardize(raw, compiled, decoded)
-            result["readings"] = done.message["readings"]
-            result["warnings"] += [str(r) for r in done.refused]
-    except Reject as e:
-        result["errors"].append(f"{e.code}: {e}")
-        if readings:
-            result["readings"] = []
-    return result
+@dataclass(slots=True)
+class _Task:
+    """A payload to decode, with the parser to do it; or why it cannot be."""
+
+    doc: ParserDoc | None
+    parser: Decoder | ScriptParser | None
+    raw: RawMessage | None
+    refused: str = ""
 
 
-def _compiled(doc: ParserDoc, variables: dict[str, Any] | None) -> Decoder:
+def _tasks_done(tasks: Sequence[_Task], outcomes: Sequence[Outcome], *, readings: bool) -> Iterator[bytes]:
+    """What is printed for each task: JSON. A script's result is printed as it returned it, but for `--readings`."""
+    ran = iter(outcomes)
+    for task in tasks:
+        if task.parser is None or task.doc is None or task.raw is None:
+            yield orjson.dumps({"data": {}, "warnings": [], "errors": [task.refused]})
+            continue
+        result: Any = {"data": {}, "warnings": [], "errors": []}
+        try:
+            if isinstance(task.parser, ScriptParser):
+                outcome = next(ran)
+                if outcome.text is not None:
+                    if not readings:
+                        yield outcome.text.encode()
+                        continue
+                    shown = orjson.loads(outcome.text)
+                    result = shown if isinstance(shown, dict) else {"data": shown}
+                decoded = script_fields(task.parser, outcome)
+            else:
+                decoded = task.parser.decode(task.raw)
+                result["data"] = as_data(decoded)
+            if readings:
+                done = _readings(task.doc, task.parser, task.raw, decoded)
+                result["readings"] = done.message["readings"]
+                if done.refused:
+                    result["warnings"] = [*(result.get("warnings") or ()), *map(str, done.refused)]
+        except (Reject, orjson.JSONDecodeError) as e:
+            # What the script itself reports stands in its result already.
+            if not result.get("errors"):
+                result["errors"] = [f"{e.code}: {e}" if isinstance(e, Reject) else str(e)]
+            if readings:
+                result["readings"] = []
+        yield orjson.dumps(result, option=orjson.OPT_NON_STR_KEYS)
+
+
+def _readings(doc: ParserDoc, parser: Decoder | ScriptParser, raw: RawMessage, decoded: list[Decoded]) -> Normalized:
+    device: DeviceDoc = {"device_id": raw["device"], "rev": 0, "type": doc["name"], "enabled": True}
+    kind: DeviceTypeDoc = {"name": doc["name"], "rev": 0, "manufacturer": "", "parser": doc["name"]}
+    return standardize(raw, compile_device(device, kind, doc, lambda name: None, parser), decoded)
+
+
+class _Runner:
+    """Decodes tasks, scripts among them in one round trip."""
+
+    def __init__(self) -> None:
+        limits = Limits.of(load())
+        # Each payload stands for itself here: the sandbox sets no version aside before many of them were tried.
+        self._limits = replace(
+            limits,
+            cpu_s=limits.cpu_s * PATIENCE,
+            wall_s=limits.wall_s * PATIENCE,
+            hard_faults_max=limits.hard_faults_max * PATIENCE,
+            soft_faults_max=1 << 62,
+        )
+        self._pool: SandboxPool | None = None
+
+    async def run(self, tasks: Sequence[_Task], *, readings: bool) -> list[bytes]:
+        """What is printed for each task.
+
+        Raises:
+            Fatal: there are scripts among them, and the sandbox does not start.
+        """
+        calls = []
+        for task in tasks:
+            if isinstance(task.parser, ScriptParser) and task.raw is not None:
+                try:
+                    calls.append(script_call(task.parser, task.raw))
+                except Reject as e:
+                    task.parser, task.refused = None, f"{e.code}: {e}"
+        outcomes: list[Outcome] = []
+        if calls:
+            self._pool = self._pool or SandboxPool(self._limits)
+            outcomes = await self._pool.run(calls)
+        return list(_tasks_done(tasks, outcomes, readings=readings))
+
+    async def close(self) -> None:
+        """End the sandbox."""
+        if self._pool is not None:
+            await self._pool.close()
+
+
+async def _run_one(task: _Task, *, readings: bool) -> bytes:
+    runner = _Runner()
     try:
-        return compile_parser(doc, variables)
+        (line,) = await runner.run([task], readings=readings)
+        return line
+    finally:
+        await runner.close()
+
+
+def _compiled(doc: ParserDoc, variables: dict[str, Any] | None) -> Decoder | ScriptParser:
+    try:
+        return compile_any(doc, variables)
     except (Reject, ParserError) as e:
         raise _Refused(str(e)) from None
 
 
+def _failed(line: bytes) -> bool:
+    """Whether a printed result says that the payload was refused."""
+    result = orjson.loads(line) if b'"errors"' in line else None
+    return isinstance(result, dict) and bool(result.get("errors"))
+
+
 @click.command("decode")
-@click.option("--codec", "-c", default="", help="Parser file (YAML or JSON).")
+@click.option("--codec", "-c", default="", help="Parser file (YAML or JSON), script (.js, .py) or codec bundle.")
 @click.option(
-    "--format", "kind", default="auto", show_default=True, type=click.Choice(["auto", *sorted(KINDS)]),
+    "--format", "kind", default="auto", show_default=True, type=click.Choice(FORMATS),
     help="Kind of the parser; auto: as the file says.",
 )  # fmt: skip
 @click.option("--port", "-p", type=click.IntRange(0, 255), help="LoRaWAN fPort.")
@@ -161,12 +294,12 @@ def decode(
     variables: tuple[str, ...],
     readings: bool,
 ) -> None:
-    """Decode a payload: {"data": …, "warnings": …, "errors": …}.
+    """Decode a payload: {"data": …, "warnings": …, "errors": …}; of a script, exactly what it returns.
 
     Exit code 1 where the payload is refused, 2 where the parser or the arguments cannot be used.
     """
     if batch is not None:
-        sys.exit(_batch(batch, codec, kind, readings=readings))
+        sys.exit(asyncio.run(_batch(batch, codec, kind, readings=readings)))
     given = [x for x in (hex_text, json_file, text_file) if x is not None]
     if len(given) != 1:
         message = "give one of --hex, --json, --text, --batch"
@@ -193,10 +326,14 @@ def decode(
         message = f"--time: {time_text!r} is no instant"
         raise click.UsageError(message)
     doc = parser_of(codec, kind)
-    decoder = _compiled(doc, _variables(variables))
-    result = decode_one(decoder, doc, examples.raw_message(payload, port=port, received_at=at), readings=readings)
-    print_json(result)
-    sys.exit(1 if result["errors"] else 0)
+    raw = examples.raw_message(payload, port=port, received_at=at)
+    task = _Task(doc, _compiled(doc, _variables(variables)), raw)
+    line = asyncio.run(_run_one(task, readings=readings))
+    if isinstance(task.parser, ScriptParser) and not readings:
+        click.echo(line)
+    else:
+        print_json(orjson.loads(line))
+    sys.exit(1 if _failed(line) else 0)
 
 
 def _variables(given: tuple[str, ...]) -> dict[str, Any]:
@@ -213,50 +350,54 @@ def _variables(given: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def _batch(path: str, codec: str, kind: str, *, readings: bool) -> int:
+async def _batch(path: str, codec: str, kind: str, *, readings: bool) -> int:
     """Decode every line; 1 where any is refused. A line that cannot be used gives an error, and the run goes on."""
-    docs: dict[str, ParserDoc | str] = {}
-    decoders: dict[str, Decoder] = {}
+    compiled: dict[bytes, tuple[ParserDoc, Decoder | ScriptParser]] = {}
+    docs: dict[str, ParserDoc] = {}
     worst = 0
-    with click.open_file(path, "rb") as lines:
-        for line in lines:
-            if not line.strip():
-                continue
-            result = _batch_line(line, codec, kind, docs, decoders, readings=readings)
-            worst |= bool(result["errors"])
-            click.echo(orjson.dumps(result, option=orjson.OPT_NON_STR_KEYS))
+    runner = _Runner()
+    try:
+        with click.open_file(path, "rb") as lines:
+            filled = (line for line in lines if line.strip())
+            while part := list(itertools.islice(filled, LINES_AT_ONCE)):
+                tasks = [_task(line, codec, kind, docs, compiled) for line in part]
+                results = await runner.run(tasks, readings=readings)
+                worst |= any(map(_failed, results))
+                click.echo(b"\n".join(results))
+    finally:
+        await runner.close()
     return worst
 
 
-def _batch_line(
+def _task(
     line: bytes,
     codec: str,
     kind: str,
-    docs: dict[str, ParserDoc | str],
-    decoders: dict[str, Decoder],
-    *,
-    readings: bool,
-) -> dict[str, Any]:
+    docs: dict[str, ParserDoc],
+    compiled: dict[bytes, tuple[ParserDoc, Decoder | ScriptParser]],
+) -> _Task:
     try:
         item = orjson.loads(line)
-        path = str(item.get("codec") or codec)
-        if "hex" in item:
-            payload: Any = bytes.fromhex(item["hex"])
-        else:
-            payload = item["json"]
-        if path not in decoders:
-            if len(decoders) >= CODECS_MAX:
-                decoders.clear()
-            doc = parser_of(path, kind)
-            docs[path] = doc
-            decoders[path] = _compiled(doc, item.get("variables"))
+        path, variables = str(item.get("codec") or codec), item.get("variables")
+        payload = bytes.fromhex(item["hex"]) if "hex" in item else item["json"]
+        given = item.get("time", item.get("recvTime"))
+        at = examples.RECEIVED_AT_US if given is None else instant_us(given)
+        if at is None:
+            message = f"{given!r} is no instant"
+            raise ValueError(message)
+        key = orjson.dumps([path, item.get("format"), variables])
+        if key not in compiled:
+            if len(compiled) >= CODECS_MAX:
+                compiled.clear()
+                docs.clear()
+            if path not in docs:
+                docs[path] = parser_of(path, item.get("format") or kind)
+            compiled[key] = docs[path], _compiled(docs[path], variables)
     except (ValueError, KeyError, TypeError, AttributeError, binascii.Error, click.ClickException) as e:
         text = e.message if isinstance(e, click.ClickException) else f"{type(e).__name__}: {e}"
-        return {"data": {}, "warnings": [], "errors": [text]}
-    known = docs[path]
-    assert not isinstance(known, str)
-    raw = examples.raw_message(payload, port=item.get("port"))
-    return decode_one(decoders[path], known, raw, readings=readings)
+        return _Task(None, None, None, text)
+    doc, parser = compiled[key]
+    return _Task(doc, parser, examples.raw_message(payload, port=item.get("port", item.get("fPort")), received_at=at))
 
 
 @click.group("decoders")
@@ -270,13 +411,15 @@ def decoders_group() -> None:
               help="Registry file in which a NAME is looked up.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def test(target: str, registry: str, as_json: bool) -> None:
-    """Run the examples of parsers: of a file, of all parser files in a folder, or of the parser NAME.
+    """Run the examples of parsers: of a file, of all parser files and codec bundles in a folder, or of the parser NAME.
+
+    Scripts run in the sandbox with the stream's limits.
 
     Exit code 1 where an example does not hold, 2 where a parser cannot be used.
     """
     report: list[dict[str, Any]] = []
-    for doc, place in _targets(target, registry):
-        outcomes = examples.run(doc)
+    targets = list(_targets(target, registry))
+    for (doc, place), outcomes in zip(targets, asyncio.run(_proven([d for d, _ in targets])), strict=True):
         report.append(
             {
                 "parser": f"{doc['name']}@{doc['version']}",
@@ -301,6 +444,15 @@ def test(target: str, registry: str, as_json: bool) -> None:
     sys.exit(1 if failed else 0)
 
 
+async def _proven(docs: Sequence[ParserDoc]) -> list[list[examples.Outcome]]:
+    # A failing example is a finding, not a reason to set its script aside.
+    sandbox = SandboxPool(replace(Limits.of(load()), hard_faults_max=1_000, soft_faults_max=1 << 62))
+    try:
+        return await prove(docs, sandbox)
+    finally:
+        await sandbox.close()
+
+
 def _targets(target: str, registry: str) -> Iterator[tuple[ParserDoc, str]]:
     path = Path(target)
     if path.is_file():
@@ -311,7 +463,9 @@ def _targets(target: str, registry: str) -> Iterator[tuple[ParserDoc, str]]:
         for file in sorted(path.rglob("*.yaml")):
             content = plain_file(file)
             # A registry file in the folder is a mapping of sections, not a parser.
-            if isinstance(content, dict) and "kind" in content and "source" in content:
+            if codecs.is_bundle(content) or (
+                isinstance(content, dict) and "kind" in content and ("source" in content or "file" in content)
+            ):
                 found = True
                 yield parser_file(file), str(file)
         if not found:

@@ -130,10 +130,13 @@ def apply(file: Path, dry_run: bool, prune: bool, actor: str | None, wait_s: flo
 @_json
 def check(file: Path, with_registry: bool, as_json: bool) -> None:
     """Say everything that is wrong with FILE; exit 1 where something is."""
+    from preservarium.proving import check_scripts
     from preservarium.registry_file import read
     from preservarium.stores import registry as store
 
     found = read(file)
+    if not found.errors:
+        asyncio.run(check_scripts(found, load()))
     if with_registry:
         asyncio.run(_plan_only(found))
     else:

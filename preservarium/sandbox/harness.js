@@ -174,11 +174,9 @@
   global.Buffer = Buffer;
 
   // The codec may define plain functions, or hang them on exports / module.exports.
+  var defined = {};
   function find(name) {
-    if (typeof global[name] === 'function') return global[name];
-    var lexical;
-    try { lexical = (0, eval)('typeof ' + name + " === 'function' ? " + name + ' : undefined'); } catch (e) { lexical = undefined; }
-    if (typeof lexical === 'function') return lexical;
+    if (typeof defined[name] === 'function') return defined[name];
     var exported = global.module && global.module.exports;
     if (exported && typeof exported[name] === 'function') return exported[name].bind(exported);
     if (name !== 'default' && exported && exported.default && typeof exported.default[name] === 'function') return exported.default[name];
@@ -199,13 +197,21 @@
     else if (old) f.encodeDownlink = function (input) { return { bytes: old(input.fPort, input.data, input.variables), fPort: input.fPort }; };
     return f;
   }
-  var functions;
+  // Network servers run a codec from its first line for each payload, and some codecs count on it (a read position in a
+  // global variable): so the codec is the body of a function, compiled once and run for each call.
+  var codec;
+  function run() {
+    global.module = { exports: {} };
+    global.exports = global.module.exports;
+    defined = codec.call(global);
+    return resolve();
+  }
   var parse = JSON.parse, stringify = JSON.stringify;
-  global.__functions = function () { functions = resolve(); return stringify(Object.keys(functions)); };
+  global.__setup = function (body) { codec = body; return stringify(Object.keys(run())); };
   global.__call = function (name, text) {
     var input = parse(text);
     if (typeof input.recvTime === 'string') input.recvTime = new Date(input.recvTime);
-    var f = functions[name];
+    var f = run()[name];
     if (!f) throw new Error('the codec has no ' + name);
     var result = f(input);
     if (result && typeof result.then === 'function') throw new Error('the codec returned a promise');

@@ -18,6 +18,14 @@ _EXPORT: Final = re.compile(r"^\s*export\s+(?:default\s+)?(?=function|class|cons
 _LINE: Final = re.compile(r"<input>:(\d+)")
 #: QuickJS names every source "<input>"; a codec's lines are told from the harness's by starting further down.
 _LINES_BEFORE: Final = 10_000
+#: Functions that a codec may define; see `resolve` in the harness.
+_NAMES: Final = (
+    "decodeUplink", "decodeDownlink", "encodeDownlink", "Decoder", "Decode", "Encoder", "Encode",
+)  # fmt: skip
+_BEFORE: Final = "\n" * _LINES_BEFORE + "__setup(function () {"
+_AFTER: Final = (
+    "\n;return {" + ", ".join(f"{n}: typeof {n} === 'function' ? {n} : undefined" for n in _NAMES) + "};\n})"
+)
 
 
 class ScriptError(Exception):
@@ -44,16 +52,15 @@ class JavaScript:
         self._context.eval(HARNESS)
         # Compiling a large codec may take longer than a call; ten calls' worth is still bounded.
         self._context.set_time_limit(cpu_s * 10)
-        before = "\n" * _LINES_BEFORE
         try:
             try:
-                self._context.eval(before + source)
+                functions = self._context.eval(_BEFORE + source + _AFTER)
             except quickjs.JSException as e:
                 if "SyntaxError" not in str(e) or not _EXPORT.search(source):
                     raise
                 # A codec published as a module: the same functions, without the keyword.
-                self._context.eval(before + _EXPORT.sub("", source))
-            self.functions: list[str] = orjson.loads(self._context.eval("__functions()"))
+                functions = self._context.eval(_BEFORE + _EXPORT.sub("", source) + _AFTER)
+            self.functions: list[str] = orjson.loads(functions)
             self._call = self._context.eval("__call")
         except quickjs.JSException as e:
             raise self._error(e) from None

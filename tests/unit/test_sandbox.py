@@ -220,3 +220,14 @@ async def test_the_process_can_open_no_file_and_no_socket():
     if "no filter" in done.stdout:
         pytest.skip("this platform has no seccomp filter: the sandbox relies on the languages and the resource limits")
     assert done.stdout.split() == ["refused"] * 4, done.stderr
+
+
+async def test_a_codec_starts_from_its_first_line_for_each_payload(pool):
+    source = (
+        "var position = 0; let seen = []; const table = {a: 1};\n"
+        "function take(bytes) { return bytes[position++]; }\n"
+        "function decodeUplink(input) { seen.push(1); table.a += 1; return {data: [take(input.bytes), seen.length, table.a]}; }"
+        " // the end"
+    )
+    for _ in range(3):
+        assert await result(pool, call(source, b"\x07\x08")) == {"data": [7, 1, 2]}

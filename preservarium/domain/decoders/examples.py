@@ -12,18 +12,22 @@ examples:
         - {value: 22.0, pin: "2", time: "2024-06-01T12:00:00Z"}
   - hex: "ff"
     reject: true                 # must be refused
+  - hex: "0210"                  # a script: what it returns, as codec repositories publish it
+    output: {data: {battery: 3.2}}
 ```
 
 Every decoded field must be expected, and every expected field decoded. Numbers agree within a relative 1e-9.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from preservarium.domain.decoders import compile_parser
-from preservarium.domain.decoders.base import Decoded
+import orjson
+
+from preservarium.domain.decoders import ScriptParser, compile_any, compile_parser
+from preservarium.domain.decoders.base import Decoded, failed
 from preservarium.domain.errors import Reject
 from preservarium.domain.instant import instant_us
 from preservarium.domain.reading import RawMessage
@@ -34,6 +38,8 @@ RELATIVE_TOLERANCE: Final = 1e-9
 RECEIVED_AT_US: Final = 1_717_243_200_000_000
 
 _INPUTS: Final = ("hex", "json", "text")
+#: Lines that say how a script's result differs: more help nobody.
+DIFFERENCES_MAX: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,3 +186,93 @@ def _run(
     if expect is None:
         return [f"expected to be refused, decoded {len(decoded)} fields"]
     return compare(decoded, expect)
+
+
+# --- scripts -------------------------------------------------------------------------------------------------------
+#
+# They run elsewhere and many at once, so an example has two ends here: the call that it asks for, and the verdict on
+# what came back.
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The call of a script that an example asks for."""
+
+    index: int
+    parser: ScriptParser
+    arguments: str  #: JSON text
+
+
+def ask(doc: Mapping[str, Any]) -> tuple[list[Asked], list[Outcome]]:
+    """The calls of a script's examples, and the outcomes of those that cannot be called."""
+    asked: list[Asked] = []
+    outcomes: list[Outcome] = []
+    for index, example in enumerate(doc.get("examples") or []):
+        if not isinstance(example, dict) or sum(key in example for key in ("expect", "output", "reject")) != 1:
+            text = "an example of a script is a mapping with one of `expect`, `output` and `reject: true`"
+            outcomes.append(Outcome(index, (text,)))
+            continue
+        try:
+            parser = compile_any({"version": 1, **doc}, example.get("variables"))
+            assert isinstance(parser, ScriptParser)
+            asked.append(Asked(index, parser, parser.arguments(example_input(example))))
+        except (Reject, ValueError) as e:
+            outcomes.append(Outcome(index, (str(e),)))
+    return asked, outcomes
+
+
+def judge(asked: Asked, example: Mapping[str, Any], text: str | None, fault: str) -> Outcome:
+    """Whether an example holds.
+
+    Args:
+        asked: its call.
+        example: it.
+        text: what the script returned, JSON text; None: it gave no result.
+        fault: why not.
+    """
+    if "output" in example and text is not None:
+        return Outcome(asked.index, tuple(_output_differences(_loads(text), example["output"])))
+    try:
+        if text is None:
+            raise failed(fault)
+        decoded = asked.parser.fields(text)
+    except Reject as e:
+        return Outcome(asked.index, () if example.get("reject") else (f"refused: {e}",))
+    if example.get("reject"):
+        return Outcome(asked.index, (f"expected to be refused, decoded {len(decoded)} fields",))
+    if not isinstance(example.get("expect"), dict):
+        return Outcome(asked.index, ("`expect` is a mapping",))
+    return Outcome(asked.index, tuple(compare(decoded, example["expect"])))
+
+
+def _loads(text: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as e:
+        return f"(cannot be read: {e.msg})"
+
+
+def _output_differences(found: Any, wanted: Any) -> list[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        # An empty list of warnings or errors says what an absent one says.
+        optional = ("warnings", "errors")
+        found = {k: v for k, v in found.items() if v or k not in optional}
+        wanted = {k: v for k, v in wanted.items() if v or k not in optional}
+    return list(_json_differences("", found, wanted))[:DIFFERENCES_MAX]
+
+
+def _json_differences(path: str, found: Any, wanted: Any) -> Iterator[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in wanted.keys() - found.keys():
+            yield f"{path}.{key}".lstrip(".") + f": expected {wanted[key]!r}, not returned"
+        for key, value in found.items():
+            name = f"{path}.{key}".lstrip(".")
+            if key not in wanted:
+                yield f"{name}: not expected, returned {value!r}"
+            else:
+                yield from _json_differences(name, value, wanted[key])
+    elif isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        for i, (one, other) in enumerate(zip(found, wanted, strict=True)):
+            yield from _json_differences(f"{path}[{i}]", one, other)
+    elif not _equal(found, wanted):
+        yield f"{path or 'the result'}: expected {wanted!r}, returned {found!r}"
