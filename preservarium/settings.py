@@ -151,6 +151,28 @@ class Quality(_Section):
     series_per_device_max: int = Field(500, ge=1, description="Series of one device that keep state.")
 
 
+class Aggregate(_Section):
+    """Windows of each series (the aggregate stage)."""
+
+    windows: str = Field(
+        "1h,24h",
+        description="Sizes, separated by commas; with a hop as `24h/1h`. Units s, m, h, d. Empty: none are made.",
+    )
+    lateness_s: float = Field(
+        60.0, ge=0, description="A window stays open so long after its end, by the device's time, for what is late."
+    )
+    horizon_s: float = Field(
+        21_600.0, ge=0, description="A closed window takes corrections for so long, by the device's time."
+    )
+    silence_s: float = Field(
+        300.0, gt=0, description="A device that is silent for so long has its windows closed by the clock."
+    )
+    series_per_device_max: int = Field(500, ge=1, description="Series of one device that have windows.")
+    panes_per_series_max: int = Field(
+        200, ge=1, description="Parts of windows, one for each hop, that a series keeps; some 70 bytes each."
+    )
+
+
 class Sink(_Section):
     """Writing to PostgreSQL/TimescaleDB."""
 
@@ -319,6 +341,7 @@ class Settings(BaseSettings):
     normalize: Normalize = Normalize()
     sandbox: Sandbox = Sandbox()
     quality: Quality = Quality()
+    aggregate: Aggregate = Aggregate()
     sink: Sink = Sink()
     sync: Sync = Sync()
     fuse: Fuse = Fuse()

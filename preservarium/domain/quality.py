@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from math import inf, isfinite
 from typing import Any, Final, Literal, NamedTuple
 
+from preservarium.domain.counter import Counter, counter_of
 from preservarium.domain.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc
 from preservarium.domain.errors import ReasonCode
 from preservarium.domain.lineage import applied, generation_state, is_applied
@@ -101,6 +102,7 @@ class SeriesCheck:
     spike: Spike | None = None
     #: quality of a value that no test objects to; not evaluated where there is no value test
     passed: int = NOT_EVALUATED
+    counter: Counter | None = None  #: where it counts up: how
     problems: tuple[str, ...] = ()  #: what of the configuration cannot be used, for people
 
     @property
@@ -208,6 +210,12 @@ def _compile(name: str, doc: Mapping[str, Any]) -> SeriesCheck:
     suspect_min, suspect_max, has_suspect = _span(name, "suspect_span", doc, problems)
     if -inf < suspect_min < fail_min or fail_max < suspect_max < inf:
         problems.append(f"{name}: suspect_span reaches beyond fail_span")
+    counter: Counter | None = None
+    if doc.get("counter") is not None:
+        try:
+            counter = counter_of(doc["counter"])
+        except (ValueError, AttributeError) as e:
+            problems.append(f"{name}: counter: {e}")
     tests = doc.get("tests") or {}
     rate: RateOfChange | None = None
     flat: FlatLine | None = None
@@ -250,6 +258,7 @@ def _compile(name: str, doc: Mapping[str, Any]) -> SeriesCheck:
         flat=flat,
         spike=spike,
         passed=GOOD if evaluated else NOT_EVALUATED,
+        counter=counter,
         problems=tuple(problems),
     )
 
