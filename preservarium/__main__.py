@@ -24,6 +24,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "connect",
     "simulate",
     "decode",
+    "dlq",
     "doctor",
 )
 

@@ -53,6 +53,9 @@ GENERATION_MAX: Final = 2**31 - 1
 
 GENERATION_HEADER: Final = "generation"
 TRACE_HEADER: Final = "trace"
+#: On a raw record that was redriven: 2 for the first time.
+ATTEMPT_HEADER: Final = "attempt"
+ATTEMPT_MAX: Final = 1_000_000
 #: Connector of a record that somebody else wrote into the raw topic.
 FOREIGN_CONNECTOR: Final = "kafka"
 
@@ -175,7 +178,7 @@ def error_line(
     raw_partition: int | None = None,
     raw_offset: int | None = None,
     raw_index: int | None = None,
-    attempt: int = 1,
+    attempt: int | None = None,
     parser: str | None = None,
     config_rev: int | None = None,
     generation: int | None = None,
@@ -198,7 +201,7 @@ def error_line(
         raw_partition: coordinates in `iot_raw_data`; taken from the input where that is the raw topic.
         raw_offset: see raw_partition.
         raw_index: see raw_partition.
-        attempt: 1 for the first time; a redrive adds one.
+        attempt: 1 for the first time; a redrive adds one. Taken from the record where it is not given.
         parser: `name@version`.
         config_rev: revision of the device's configuration.
         generation: 0 live.
@@ -220,7 +223,7 @@ def error_line(
         "partition": partition,
         "offset": offset,
         "index": index,
-        "attempt": attempt,
+        "attempt": attempt if attempt is not None else 1 if record is None else attempt_of(record),
         "generation": generation or 0,
         "first_seen": now_us if first_seen is None else first_seen,
         "last_seen": now_us,
@@ -284,6 +287,14 @@ def generation_of(record: Record) -> int:
             number = int(value) if value.isdigit() and len(value) <= 10 else 0
             return number if number <= GENERATION_MAX else 0
     return 0
+
+
+def attempt_of(record: Record) -> int:
+    """Which try of its input a record is: 1, or more where it was redriven."""
+    for name, value in record.headers or ():
+        if name == ATTEMPT_HEADER and value is not None and value.isdigit() and len(value) <= 7:
+            return min(max(1, int(value)), ATTEMPT_MAX)
+    return 1
 
 
 def parse_trusted(

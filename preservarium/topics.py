@@ -32,6 +32,8 @@ RAW = Topic("iot_raw_data", "device address", "raw message, one a line", 24 * HO
 STANDARDIZED = Topic("iot_standardized_data", "device address", "standardized message, one a line", 24 * HOUR_MS)
 VALIDATED = Topic("iot_validated_data", "device address", "validated message, one a line", 7 * DAY_MS)
 ERRORS = Topic("iot_errors", "device address", "error line", 14 * DAY_MS)
+#: As long as what it tells about: iot_errors.
+REDRIVEN = Topic("iot_redriven", "raw coordinates", "marker of an input that was redriven", 14 * DAY_MS)
 ALERTS = Topic("iot_alerts", "device address", "alarm transition", 14 * DAY_MS)
 ANOMALIES = Topic("anomaly_alerts", "device address", "anomaly", 14 * DAY_MS)
 AGGREGATES = Topic("iot_aggregates", "device address", "closed window of one series", 7 * DAY_MS)
@@ -46,7 +48,7 @@ TASK_EVENTS = Topic("task_events", "file id", "task event", 7 * DAY_MS)
 DECODED = Topic("decoded_iot_data", "any", "old service's message", 24 * HOUR_MS)
 
 TOPICS: Final[tuple[Topic, ...]] = (
-    RAW, STANDARDIZED, VALIDATED, ERRORS, ALERTS, ANOMALIES, AGGREGATES, COMMANDS,
+    RAW, STANDARDIZED, VALIDATED, ERRORS, REDRIVEN, ALERTS, ANOMALIES, AGGREGATES, COMMANDS,
     DEVICE_REGISTRY, TYPE_REGISTRY, ALARM_ACTIONS, TASK_EVENTS, DECODED,
 )  # fmt: skip
 
