@@ -71,6 +71,10 @@ class _Connection:
         self.producer = producer
         self.waiting: set[asyncio.Future[Any]] = set()
         self.partitions: dict[str, int] = {}
+        #: (topic, partition) -> whose turn it is to wait for room there. aiokafka lets all that wait run after one batch
+        #: and takes the whole time since the beginning off their limit at each turn: eight callers at one partition
+        #: were timed out within half a second.
+        self.turns: dict[tuple[str, int], asyncio.Lock] = {}
         self.closed = False
         #: a call was cancelled while batches of it were under way: they may go out at any time
         self.orphans = False
@@ -296,7 +300,8 @@ class Publisher(Service):
                         builder = producer.create_batch()
                         position[index], count = _fill(builder, records, position[index])
                         builder.close()  # closed: it does not linger, and no `send` adds to it
-                        future = await producer.send_batch(builder, topic, partition=partition)
+                        async with connection.turns.setdefault((topic, partition), asyncio.Lock()):
+                            future = await producer.send_batch(builder, topic, partition=partition)
                         futures[future] = (index, count)
                         connection.waiting.add(future)
                     # wait, and not gather: a failure must not leave its siblings running unseen
