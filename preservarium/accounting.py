@@ -243,7 +243,8 @@ class Ledger:
             for reading in line["readings"]:
                 if reading.get("revised"):
                     continue  # a later verdict on a reading that stands before: no reading of its own
-                self.validated.add(self._reading(identity, line, reading), identity)
+                if not reading.get("derived"):  # made by validate: nothing before it is like it
+                    self.validated.add(self._reading(identity, line, reading), identity)
                 if reading.get("quality") == Quality.FAIL and not self._store_failed:
                     continue
                 if reading.get("value") is None and reading.get("value_text") is None:

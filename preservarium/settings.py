@@ -169,7 +169,7 @@ class Aggregate(_Section):
     )
     series_per_device_max: int = Field(500, ge=1, description="Series of one device that have windows.")
     panes_per_series_max: int = Field(
-        200, ge=1, description="Parts of windows, one for each hop, that a series keeps; some 70 bytes each."
+        400, ge=1, description="Parts of windows, one for each hop, that a series keeps; some 70 bytes each."
     )
 
 

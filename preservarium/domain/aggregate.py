@@ -30,6 +30,7 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 from preservarium.domain.counter import Counter, step
+from preservarium.domain.counter import State as CounterState
 from preservarium.domain.lineage import applied, generation_state, identity, is_applied
 from preservarium.domain.reading import Quality
 
@@ -613,8 +614,9 @@ def _record(
 def _consumption(panes: list[Pane], counter: Counter) -> float:
     """What a counter counted from the first to the last reading of the panes."""
     steps = []
-    before = panes[0][_FIRST]
+    before = CounterState(panes[0][_FIRST_AT], panes[0][_FIRST])
     for pane in panes:
-        steps += [step(before, pane[_FIRST], counter).consumption, step(pane[_FIRST], pane[_LAST], counter).consumption]
-        before = pane[_LAST]
+        first, last = CounterState(pane[_FIRST_AT], pane[_FIRST]), CounterState(pane[_LAST_AT], pane[_LAST])
+        steps += [step(before, first, counter).consumption, step(first, last, counter).consumption]
+        before = last
     return fsum(steps)

@@ -29,7 +29,7 @@ class DatatypeDoc(TypedDict):
     suspect_span: NotRequired[Span]  #: outside is suspect
     #: Further QARTOD tests and their parameters by name: spike, rate_of_change, flat_line, climatology, …
     tests: NotRequired[dict[str, dict[str, Any]]]
-    counter: NotRequired[dict[str, Any]]  #: width (rollover modulus), … for meters
+    counter: NotRequired[dict[str, Any]]  #: width (rollover modulus), swaps; for meters
     stale_after_s: NotRequired[float]
 
 

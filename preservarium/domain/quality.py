@@ -23,6 +23,11 @@ in the later message: same series, the earlier timestamp, `revised`: it updates 
 A value that fails (range, rate of change, time) never enters the reference of the next one. A reading that is not
 younger than the last one of its series gets no test that needs its neighbours: history is not rewritten.
 
+A counter (`counter` of its datatype: `width`, `swaps`; domain/counter.py) brings a reading of its own with each of its
+readings: `<name>_consumption`, `derived`, what was consumed since the one before. Where a part of it is unknown it is suspect:
+`counter_reset`, `counter_swap`. A counter's reading that comes late brings none: the interval that it lies in has been
+told as a whole, so that the sum of a series' consumption is what the meter counted, in whatever order its readings came.
+
 Nothing here waits or reads a clock. Functions change the messages and state documents they are given, in place.
 """
 
@@ -31,7 +36,8 @@ from dataclasses import dataclass, field
 from math import inf, isfinite
 from typing import Any, Final, Literal, NamedTuple
 
-from preservarium.domain.counter import Counter, counter_of
+from preservarium.domain.counter import CONSUMPTION_SUFFIX, Counter, counter_of, step
+from preservarium.domain.counter import State as CounterState
 from preservarium.domain.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc
 from preservarium.domain.errors import ReasonCode
 from preservarium.domain.lineage import applied, generation_state, is_applied
@@ -59,6 +65,9 @@ COMPILED_MAX: Final = 1_000
 PROBLEMS_MAX: Final = 100
 
 _SECOND_US: Final = 1_000_000
+
+#: What of a counter's step leaves a part of its consumption unknown -> flag.
+_UNKNOWN_PARTS: Final = {"reset": "counter_reset", "swap_unread": "counter_swap"}
 
 
 # --- what is checked -------------------------------------------------------------------------------------------------
@@ -299,7 +308,8 @@ def _positive(parameters: Mapping[str, Any], key: str, default: float | None) ->
 
 # --- the state of one device -----------------------------------------------------------------------------------------
 #
-# {"v": 1, "g": {generation: {"m": marks, "s": {"mode\tcomponent\tpin": series}}}, "limited": 1 once reported}
+# {"v": 1, "g": {generation: {"m": marks, "s": {"mode\tcomponent\tpin": series}, "c": {the same: counter's last [instant,
+#   value]} where there are counters}}, "limited": 1 once reported}
 # A series is a list, because there are many of them and they are written for every batch:
 
 _AT, _VALUE, _QUALITY, _FLAGS, _AT_BEFORE, _VALUE_BEFORE, _FLAT_SINCE, _FLAT_MAX, _FLAT_MIN = range(9)
@@ -431,6 +441,16 @@ def validate(message: dict[str, Any], checks: DeviceChecks, state: State, limits
             if flags:
                 reading["flags"] = flags
             kept.append(reading)
+            if check.counter is not None and comparable:
+                key = f"{mode}\t{component_type}\t{reading['pin_position']}"
+                last_states = generation.setdefault("c", {})
+                if key in last_states or len(last_states) < limits.series_max:
+                    derived = _consumed(last_states, key, reading, at, value, check.counter)
+                    if derived is not None:
+                        revisions.append(derived)
+                elif "limited" not in state:
+                    state["limited"] = 1
+                    outcome.limited = True
             continue
         test, code, text = failure
         reading["quality"] = FAIL
@@ -541,6 +561,35 @@ def _against_series(
         series[_QUALITY], series[_FLAGS] = (quality, flags) if failure is None else (FAIL, [*(flags or ()), failure[0]])
     series[_AT], series[_VALUE] = at, value
     return quality, flags, failure
+
+
+def _consumed(
+    last_states: dict[str, list[Any]], key: str, reading: Mapping[str, Any], at: int, value: float, counter: Counter
+) -> dict[str, Any] | None:
+    """The reading of what a counter consumed since its last state, and that state moved on."""
+    last = last_states.get(key)
+    if last is not None and at <= last[0]:
+        return None
+    last_states[key] = [at, value]
+    if last is None:
+        return None
+    consumption, event = step(CounterState(*last), CounterState(at, value), counter)
+    derived = {
+        "component_type": reading["component_type"] + CONSUMPTION_SUFFIX,
+        "pin_position": reading["pin_position"],
+        "value": consumption,
+        "unit": reading["unit"],
+        "timestamp": at,
+        "quality": reading["quality"],
+        "derived": True,
+    }
+    flags = list(reading.get("flags") or ())
+    if event in _UNKNOWN_PARTS:
+        flags.append(_UNKNOWN_PARTS[event])
+        derived["quality"] = SUSPECT
+    if flags:
+        derived["flags"] = flags
+    return derived
 
 
 def _spike(before: float, value: float, after: float, spike: Spike) -> tuple[int, float]:

@@ -37,6 +37,7 @@ class Reading(TypedDict):
     timestamp: NotRequired[int]  #: µs, where it differs from the message's
     quality: NotRequired[int]  #: QARTOD flag, after validate
     flags: NotRequired[list[str]]  #: names of the tests that did not say good
+    derived: NotRequired[bool]  #: made by validate of other readings of the series, e.g. a counter's consumption
     revised: NotRequired[bool]  #: an earlier reading once more, with a verdict that only this message could bring
 
 

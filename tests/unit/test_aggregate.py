@@ -21,7 +21,7 @@ from preservarium.domain.aggregate import (
     parse_specs,
     silence,
 )
-from preservarium.domain.counter import Counter, counter_of, step
+from preservarium.domain.counter import Counter
 
 #: A whole day, so that windows of any size begin here.
 T = 1_699_920_000 * S
@@ -328,29 +328,6 @@ def test_any_order_within_the_horizon_gives_the_same_windows_by_corrections(hist
 
 
 # --- counters --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "width", "consumption", "event"),
-    [
-        (10, 12.5, None, 2.5, None),
-        (10, 10, 100, 0, None),
-        (99_990, 10, 100_000, 20, "rollover"),
-        (50_001, 2, 100_000, 2, "reset"),  # rolling over would mean half the width and more
-        (50_003, 2, 100_000, 49_999, "rollover"),
-        (99_990, 10, None, 10, "reset"),
-        (150_000, 10, 100_000, 10, "reset"),  # never within its width
-        (10, -3, 100, 0, "reset"),
-    ],
-)
-def test_consumption_is_never_negative(before, after, width, consumption, event):
-    assert step(before, after, Counter(width)) == (consumption, event)
-
-
-@pytest.mark.parametrize("width", [0, -1, "x", [], float("inf"), float("nan")])
-def test_a_width_that_cannot_be(width):
-    with pytest.raises(ValueError, match="width must be a number over 0"):
-        counter_of({"width": width})
 
 
 def test_windows_of_a_counter_say_what_was_consumed():
