@@ -18,6 +18,7 @@ import orjson
 from preservarium import codecs
 from preservarium.cli.output import print_json
 from preservarium.domain.decoders import KINDS, Decoded, Decoder, ParserError, ScriptParser, compile_any, examples
+from preservarium.domain.decoders.mbus import MbusDecoder
 from preservarium.domain.decoders.scripts import FUNCTIONS
 from preservarium.domain.device import DeviceDoc, DeviceTypeDoc, ParserDoc
 from preservarium.domain.errors import Reject
@@ -182,7 +183,10 @@ def _tasks_done(tasks: Sequence[_Task], outcomes: Sequence[Outcome], *, readings
                 decoded = script_fields(task.parser, outcome)
             else:
                 decoded = task.parser.decode(task.raw)
-                result["data"] = as_data(decoded)
+                # A frame's records say more than its fields.
+                result["data"] = (
+                    task.parser.records(task.raw) if isinstance(task.parser, MbusDecoder) else as_data(decoded)
+                )
             if readings:
                 done = _readings(task.doc, task.parser, task.raw, decoded)
                 result["readings"] = done.message["readings"]

@@ -8,7 +8,18 @@ make the call and read its result.
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from preservarium.domain.decoders import bthome, cayenne_lpp, csv_rows, field_table, influx, json_paths, senml
+from preservarium.domain.decoders import (
+    bthome,
+    cayenne_lpp,
+    csv_rows,
+    dsmr,
+    field_table,
+    influx,
+    json_paths,
+    mbus,
+    senml,
+    sparkplug,
+)
 from preservarium.domain.decoders.base import Decoded, Decoder, ParserError
 from preservarium.domain.decoders.scripts import FUNCTIONS, ScriptParser, compile_script
 from preservarium.domain.errors import ReasonCode, Reject
@@ -25,6 +36,9 @@ KINDS: Final[dict[str, Callable[[Mapping[str, Any], Mapping[str, Any] | None], D
     "csv": csv_rows.compile_parser,
     "bthome": bthome.compile_parser,
     "influx": influx.compile_parser,
+    "mbus": mbus.compile_parser,
+    "sparkplug_b": sparkplug.compile_parser,
+    "dsmr": dsmr.compile_parser,
 }
 
 
