@@ -145,6 +145,12 @@ class Quality(_Section):
     future_skew_s: float = Field(
         300.0, ge=0, json_schema_extra=RELOAD, description="A device's clock may be this far ahead."
     )
+    skew_noted_s: float = Field(
+        60.0,
+        gt=0,
+        json_schema_extra=RELOAD,
+        description="A device's clock that is further off has its messages say so (`clock_skew`).",
+    )
     store_failed: bool = Field(
         False, json_schema_extra=RELOAD, description="Store values flagged fail too, besides `iot_errors`."
     )

@@ -101,6 +101,7 @@ class Validation:
             future_skew_us=round(settings.quality.future_skew_s * 1e6),
             store_failed=settings.quality.store_failed,
             series_max=settings.quality.series_per_device_max,
+            skew_noted_us=settings.quality.skew_noted_s * 1e6,
         )
         parsed, errors = parse_trusted(batch, stage=STAGE)
         effects = Effects()

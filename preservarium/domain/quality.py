@@ -12,8 +12,13 @@ every test said good, there is no `flags`.
 | `unit_unknown` | the datatype's unit | suspect: no conversion is known, so no other value test is made |
 | `timestamp_invalid`, `timestamp_future`, `timestamp_before_birth` | bounds, allowed skew, birth | fail |
 | `gross_range` | `fail_span`, `suspect_span` | outside: fail, suspect |
+| `climatology` | `members` (domain/climatology.py) | outside what the season and the hour allow: fail, suspect |
+| `stale` | the datatype's `stale_after_s` | suspect: older than this when it was received |
+| `gap` | `threshold` in seconds | suspect: the first after a longer time without a reading |
 | `rate_of_change` | `threshold`, `fail_threshold`, units per second | over: suspect, fail |
 | `flat_line` | `suspect_threshold`, `fail_threshold` in seconds, `tolerance` | range < tolerance for so long: suspect, fail |
+| `location` | the device's `meta.location`: `latitude`, `longitude`, `range_m` | suspect: the device is elsewhere |
+| `attenuated_signal` | `suspect_threshold`, `fail_threshold`, `test_period` in seconds, `check_type` std or range | varied less: suspect, fail |
 | `spike` | `suspect_threshold`, `fail_threshold`, `method` | the reading BEFORE this one: suspect, fail |
 
 The future is judged against `received_at`, never against the clock of the worker: a re-run and a replay say the same.
@@ -33,9 +38,10 @@ Nothing here waits or reads a clock. Functions change the messages and state doc
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import inf, isfinite
+from math import asin, cos, inf, isfinite, radians, sin
 from typing import Any, Final, Literal, NamedTuple
 
+from preservarium.domain.climatology import Climatology, climatology_of
 from preservarium.domain.counter import CONSUMPTION_SUFFIX, Counter, counter_of, step
 from preservarium.domain.counter import State as CounterState
 from preservarium.domain.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc
@@ -57,6 +63,9 @@ STATE_VERSION: Final = 1
 #: instants; a flat signal needs one or two, and only a slow drift inside the tolerance needs many.
 FLAT_EXTREMES_MAX: Final = 16
 
+#: Parts of an attenuated signal's period: some 60 bytes each.
+ATTENUATED_BUCKETS: Final = 8
+
 #: Compiled checks that one device keeps. Field names come from devices, so their number must have a limit; beyond it
 #: a check is compiled for each reading anew.
 COMPILED_MAX: Final = 1_000
@@ -65,6 +74,9 @@ COMPILED_MAX: Final = 1_000
 PROBLEMS_MAX: Final = 100
 
 _SECOND_US: Final = 1_000_000
+_HOUR_US: Final = 3_600 * _SECOND_US
+#: Mean radius of the Earth (IUGG).
+_EARTH_RADIUS_M: Final = 6_371_008.8
 
 #: What of a counter's step leaves a part of its consumption unknown -> flag.
 _UNKNOWN_PARTS: Final = {"reset": "counter_reset", "swap_unread": "counter_swap"}
@@ -96,6 +108,15 @@ class FlatLine(NamedTuple):
     tolerance: float
 
 
+class Attenuated(NamedTuple):
+    """QARTOD test 9: how little the values may vary over a period."""
+
+    suspect: float
+    fail: float
+    bucket_us: int  #: an eighth of the period
+    by_range: bool  #: the range is judged, else the standard deviation
+
+
 @dataclass(frozen=True, slots=True)
 class SeriesCheck:
     """The compiled checks of one component type of one device."""
@@ -109,6 +130,10 @@ class SeriesCheck:
     rate: RateOfChange | None = None
     flat: FlatLine | None = None
     spike: Spike | None = None
+    attenuated: Attenuated | None = None
+    gap_us: float | None = None
+    stale_us: float | None = None
+    climatology: Climatology | None = None
     #: quality of a value that no test objects to; not evaluated where there is no value test
     passed: int = NOT_EVALUATED
     counter: Counter | None = None  #: where it counts up: how
@@ -117,7 +142,7 @@ class SeriesCheck:
     @property
     def stateful(self) -> bool:
         """Whether a test needs the readings before."""
-        return self.rate is not None or self.flat is not None or self.spike is not None
+        return any(x is not None for x in (self.rate, self.flat, self.spike, self.attenuated, self.gap_us))
 
 
 #: For a component type that the catalogue does not have.
@@ -166,10 +191,32 @@ class CheckCompiler:
         return check
 
 
+class Location(NamedTuple):
+    """Where a device was put: its `meta.location` with `latitude`, `longitude` (degrees) and `range_m`."""
+
+    latitude: float
+    longitude: float
+    range_m: float
+
+    def distance_m(self, latitude: float, longitude: float) -> float:
+        """The great-circle distance (haversine; a sphere of the mean radius, so half a percent is not known)."""
+        a, b = radians(self.latitude), radians(latitude)
+        half = sin((b - a) / 2) ** 2 + cos(a) * cos(b) * sin(radians(longitude - self.longitude) / 2) ** 2
+        return 2 * _EARTH_RADIUS_M * asin(min(1.0, half**0.5))
+
+
+def _location_of(device: DeviceDoc | None) -> Location | None:
+    given = ((device.get("meta") if device else None) or {}).get("location")
+    try:
+        return Location(float(given["latitude"]), float(given["longitude"]), float(given["range_m"])) if given else None
+    except (KeyError, TypeError, ValueError):
+        return None  # without a range it is a note for people
+
+
 class DeviceChecks:
     """The checks of one device, compiled as its component types turn up."""
 
-    __slots__ = ("_by_type", "_compiler", "_overrides", "birth_us")
+    __slots__ = ("_by_type", "_compiler", "_overrides", "birth_us", "location")
 
     def __init__(
         self, compiler: CheckCompiler, device: DeviceDoc | None, device_type: DeviceTypeDoc | None = None
@@ -180,6 +227,7 @@ class DeviceChecks:
             (device.get("datatypes") or {}) if device else {},
         )
         self.birth_us: int = (device.get("birth") if device else None) or TIMESTAMP_MIN_US
+        self.location = _location_of(device)
         self._by_type: dict[str, SeriesCheck] = {}
 
     def series(self, component_type: str) -> SeriesCheck:
@@ -229,6 +277,9 @@ def _compile(name: str, doc: Mapping[str, Any]) -> SeriesCheck:
     rate: RateOfChange | None = None
     flat: FlatLine | None = None
     spike: Spike | None = None
+    attenuated: Attenuated | None = None
+    gap_us: float | None = None
+    climatology: Climatology | None = None
     for test, parameters in tests.items():
         try:
             if test == "rate_of_change":
@@ -251,11 +302,31 @@ def _compile(name: str, doc: Mapping[str, Any]) -> SeriesCheck:
                     _positive(parameters, "fail_threshold", inf),
                     method == "differential",
                 )
+            elif test == "climatology":
+                climatology = climatology_of(parameters)
+            elif test == "gap":
+                gap_us = _positive(parameters, "threshold", None) * _SECOND_US
+            elif test == "attenuated_signal":
+                check_type = parameters.get("check_type", "std")
+                if check_type not in ("std", "range"):
+                    problems.append(f"{name}: attenuated_signal: check_type {check_type!r} is not std or range")
+                    continue
+                attenuated = Attenuated(
+                    _positive(parameters, "suspect_threshold", 0.0),
+                    _positive(parameters, "fail_threshold", 0.0),
+                    max(1, round(_positive(parameters, "test_period", None) * _SECOND_US / ATTENUATED_BUCKETS)),
+                    check_type == "range",
+                )
             else:
                 problems.append(f"{name}: there is no test {test!r}")
         except (TypeError, ValueError, AttributeError) as e:
             problems.append(f"{name}: {test}: {e}")
-    evaluated = has_fail or has_suspect or rate is not None or flat is not None or spike is not None
+    stale_us: float | None = None
+    try:
+        stale_us = _positive(doc, "stale_after_s", inf) * _SECOND_US if doc.get("stale_after_s") is not None else None
+    except (TypeError, ValueError) as e:
+        problems.append(f"{name}: {e}")
+    evaluated = has_fail or has_suspect or any(x is not None for x in (rate, flat, spike, attenuated))
     return SeriesCheck(
         "number",
         unit=None if doc.get("unit") is None else canonical(doc["unit"])[0],
@@ -266,6 +337,10 @@ def _compile(name: str, doc: Mapping[str, Any]) -> SeriesCheck:
         rate=rate,
         flat=flat,
         spike=spike,
+        attenuated=attenuated,
+        gap_us=gap_us,
+        stale_us=stale_us,
+        climatology=climatology,
         passed=GOOD if evaluated else NOT_EVALUATED,
         counter=counter,
         problems=tuple(problems),
@@ -309,10 +384,11 @@ def _positive(parameters: Mapping[str, Any], key: str, default: float | None) ->
 # --- the state of one device -----------------------------------------------------------------------------------------
 #
 # {"v": 1, "g": {generation: {"m": marks, "s": {"mode\tcomponent\tpin": series}, "c": {the same: counter's last [instant,
-#   value]} where there are counters}}, "limited": 1 once reported}
+#   value]} where there are counters, "k": [hour, least delay in it, in the hour before] of a device's clock}}, "limited": 1
+#   once reported}
 # A series is a list, because there are many of them and they are written for every batch:
 
-_AT, _VALUE, _QUALITY, _FLAGS, _AT_BEFORE, _VALUE_BEFORE, _FLAT_SINCE, _FLAT_MAX, _FLAT_MIN = range(9)
+_AT, _VALUE, _QUALITY, _FLAGS, _AT_BEFORE, _VALUE_BEFORE, _FLAT_SINCE, _FLAT_MAX, _FLAT_MIN, _BUCKETS = range(10)
 
 State = dict[str, Any]
 
@@ -336,6 +412,7 @@ class Limits:
     future_skew_us: int  #: a device's clock may be this far ahead of `received_at`
     store_failed: bool  #: readings that fail stay in the message, flagged
     series_max: int  #: series of one device that keep state
+    skew_noted_us: float = inf  #: a device's clock that is further off has its messages say so
 
 
 class Failure(NamedTuple):
@@ -383,6 +460,10 @@ def validate(message: dict[str, Any], checks: DeviceChecks, state: State, limits
     message_at = message["timestamp"]
     latest = message["received_at"] + limits.future_skew_us
     time_failure = _time_failure(message_at, latest, checks.birth_us)
+    if message.get("clock") == "device" and time_failure is None:
+        skew_us = _clock_skew(generation, message["received_at"], message_at)
+        if abs(skew_us) > limits.skew_noted_us:
+            message["clock_skew"] = skew_us
     by_type = checks._by_type
     kept: list[dict[str, Any]] = []
     revisions: list[dict[str, Any]] = []
@@ -415,12 +496,20 @@ def validate(message: dict[str, Any], checks: DeviceChecks, state: State, limits
                         failure = _range_failure(value, check)
                     elif value < check.suspect_min or value > check.suspect_max:
                         quality, flags = SUSPECT, ["gross_range"]
+                    if check.climatology is not None and failure is None:
+                        quality, flags, failure = _climatology(check.climatology, at, value, quality, flags)
+                    if check.stale_us is not None and message["received_at"] - at > check.stale_us:
+                        quality, flags = SUSPECT, [*(flags or ()), "stale"]
             elif value is None and reading.get("value_text") is None:
                 quality, flags = MISSING, ["missing"]
             else:
                 failure = _syntax_failure(reading, check)
 
-        if comparable and failure is None and (check.rate or check.flat or check.spike):
+        if (
+            comparable
+            and failure is None
+            and (check.rate or check.flat or check.spike or check.attenuated or check.gap_us)
+        ):
             key = f"{mode}\t{component_type}\t{reading['pin_position']}"
             series = series_states.get(key)
             if series is None:
@@ -428,6 +517,8 @@ def validate(message: dict[str, Any], checks: DeviceChecks, state: State, limits
                     series = series_states[key] = [at, value, quality, flags, None, None, None, None, None]
                     if check.flat is not None:
                         _flat(series, at, value, check.flat)
+                    if check.attenuated is not None:
+                        _varied(series, at, value, check.attenuated)
                 elif "limited" not in state:
                     state["limited"] = 1
                     outcome.limited = True
@@ -460,9 +551,45 @@ def validate(message: dict[str, Any], checks: DeviceChecks, state: State, limits
         if limits.store_failed and test != "timestamp_invalid":
             kept.append(reading)
 
+    if checks.location is not None:
+        _located(kept, checks.location)
     outcome.passed = len(kept)
     message["readings"] = kept + revisions if revisions else kept
     return outcome
+
+
+def _clock_skew(generation: dict[str, Any], received_at: int, at: int) -> int:
+    """How far the device's clock is ahead (behind: negative), µs, by its quickest message of this and the last hour.
+
+    A message takes its time, and what was kept back takes longer; the quickest one is the best that is known. So what is
+    behind by seconds may be the network, and what is ahead is the clock.
+    """
+    hour, delay = received_at // _HOUR_US, received_at - at
+    kept = generation.get("k")
+    if kept is None or not kept[0] <= hour <= kept[0] + 1:
+        kept = generation["k"] = [hour, delay, delay]
+    elif hour > kept[0]:
+        kept[:] = [hour, delay, kept[1]]
+    elif delay < kept[1]:
+        kept[1] = delay
+    return -int(min(kept[1], kept[2]))
+
+
+def _located(readings: list[dict[str, Any]], location: Location) -> None:
+    """QARTOD test 3: whether the device is where it was put; its pairs of latitude and longitude that are not are suspect."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for reading in readings:
+        if reading["component_type"] in ("latitude", "longitude") and type(reading.get("value")) in (int, float):
+            found.setdefault(reading["pin_position"], {})[reading["component_type"]] = reading
+    for pair in found.values():
+        if (
+            len(pair) == 2
+            and location.distance_m(pair["latitude"]["value"], pair["longitude"]["value"]) > location.range_m
+        ):
+            for reading in pair.values():
+                if reading["quality"] != FAIL:
+                    reading["quality"] = SUSPECT
+                    reading["flags"] = [*reading.get("flags", ()), "location"]
 
 
 #: (name of the test, reason, text for people)
@@ -539,6 +666,16 @@ def _against_series(
         if rate > check.rate.suspect:
             quality = SUSPECT
             flags = [*flags, "rate_of_change"] if flags else ["rate_of_change"]
+    if check.gap_us is not None and at - series[_AT] > check.gap_us:
+        quality, flags = SUSPECT, [*(flags or ()), "gap"]
+    if check.attenuated is not None:
+        varied = _varied(series, at, value, check.attenuated)
+        if varied is not None and varied < check.attenuated.fail:
+            # As with a flat line, the value stays: so the signal is seen to stay weak.
+            text = f"varied by {varied:g}, under {check.attenuated.fail:g}"
+            failure = ("attenuated_signal", ReasonCode.QUALITY_FAIL, text)
+        elif varied is not None and varied < check.attenuated.suspect:
+            quality, flags = SUSPECT, [*(flags or ()), "attenuated_signal"]
     if check.flat is not None:
         flat_us = _flat(series, at, value, check.flat)
         if flat_us >= check.flat.fail_us:
@@ -561,6 +698,56 @@ def _against_series(
         series[_QUALITY], series[_FLAGS] = (quality, flags) if failure is None else (FAIL, [*(flags or ()), failure[0]])
     series[_AT], series[_VALUE] = at, value
     return quality, flags, failure
+
+
+def _climatology(
+    climatology: Climatology, at: int, value: float, quality: int, flags: list[str] | None
+) -> tuple[int, list[str] | None, _Failed | None]:
+    member = climatology.at(at)
+    if member is None:
+        return quality, flags, None
+    if value < member.fail_min or value > member.fail_max:
+        text = f"{value} is outside {member.fail_min:g} … {member.fail_max:g}, the climatology at its time"
+        return quality, flags, ("climatology", ReasonCode.QUALITY_FAIL, text)
+    if value < member.suspect_min or value > member.suspect_max:
+        return SUSPECT, [*(flags or ()), "climatology"], None
+    return GOOD if quality == NOT_EVALUATED else quality, flags, None
+
+
+def _varied(series: list[Any], at: int, value: float, attenuated: Attenuated) -> float | None:
+    """How much the values of the period up to `at` varied; takes `value` in. None: it is not a period yet.
+
+    The period is kept as eighths: [begin, count, mean, sum of squared differences from it, min, max]. So the period
+    judged is the last one rounded to an eighth, where ioos-qc `attenuated_signal_test` keeps every value.
+    """
+    if len(series) == _BUCKETS:
+        series.append([at, []])
+    began, buckets = series[_BUCKETS]
+    begin = at // attenuated.bucket_us * attenuated.bucket_us
+    if buckets and buckets[-1][0] == begin:
+        bucket = buckets[-1]
+        bucket[1] += 1
+        change = value - bucket[2]
+        bucket[2] += change / bucket[1]
+        bucket[3] += change * (value - bucket[2])
+        bucket[4] = min(bucket[4], value)
+        bucket[5] = max(bucket[5], value)
+    else:
+        buckets.append([begin, 1, value, 0.0, value, value])
+    oldest = begin - (ATTENUATED_BUCKETS - 1) * attenuated.bucket_us
+    while buckets[0][0] < oldest:
+        buckets.pop(0)
+    if at - began < ATTENUATED_BUCKETS * attenuated.bucket_us:
+        return None
+    count = sum(bucket[1] for bucket in buckets)
+    if count < 2:
+        return None
+    if attenuated.by_range:
+        varied: float = max(bucket[5] for bucket in buckets) - min(bucket[4] for bucket in buckets)
+        return varied
+    mean = sum(bucket[1] * bucket[2] for bucket in buckets) / count
+    squares = sum(bucket[3] + bucket[1] * (bucket[2] - mean) ** 2 for bucket in buckets)
+    return float((squares / count) ** 0.5)
 
 
 def _consumed(

@@ -57,6 +57,7 @@ class Message(TypedDict):
     generation: int  #: 0 live; a deliberate replay opens a new one
     experiment_id: NotRequired[str | None]  #: laboratory experiment
     clock: NotRequired[Literal["device", "received"]]  #: "received" where the device has no clock of its own
+    clock_skew: NotRequired[int]  #: µs that the device's clock is ahead, estimated; where that is more than is allowed
     readings: list[Reading]
 
 

@@ -397,3 +397,78 @@ def test_batches_crashes_and_reruns_make_no_difference(steps: Any, cuts: list[in
         start += len(batch)
     assert told == expected
     assert stored == orjson.dumps(whole)
+
+
+def run_clock(delays_s: list[tuple[float, float]], **fields: Any) -> list[Any]:
+    checks = compile_checks(None, lambda _: None)
+    state, found = new_state(), []
+    for i, (received_s, delay_s) in enumerate(delays_s):
+        one = {
+            "device_id": "d", "connector_mode": "M", "timestamp": T + round((received_s - delay_s) * S),
+            "received_at": T + round(received_s * S), "raw_partition": 0, "raw_offset": i, "raw_index": 0, "generation": 0,
+            "clock": "device", "readings": [{"component_type": "x", "pin_position": "-1", "value": 1, "unit": ""}], **fields,
+        }  # fmt: skip
+        validate(one, checks, state, Limits(300 * S, False, 10, skew_noted_us=60 * S))
+        found.append(one.get("clock_skew"))
+    return found
+
+
+def test_a_clock_that_is_off_is_told_by_its_quickest_message():
+    assert run_clock([(0, -100), (10, 500), (20, -120)]) == [100 * S, 100 * S, 120 * S]
+    assert run_clock([(0, 5_000), (10, 2)]) == [-5_000 * S, None]  # kept back, then in time
+    assert run_clock([(0, 2), (10, 5_000)]) == [None, None]
+    # What an hour before last showed is forgotten: the clock may have been set.
+    assert run_clock([(0, 0), (3_600, 90), (7_200, 90), (100_000, 70)]) == [None, None, -90 * S, -70 * S]
+    assert run_clock([(0, 5_000)], clock="received") == [None]
+
+
+@pytest.mark.parametrize(
+    ("latitude", "longitude", "quality"), [(52.0, 13.0, 2), (52.004, 13.0, 2), (52.005, 13.0, 3), (-52.0, 13.0, 3)]
+)
+def test_a_device_that_is_elsewhere(latitude, longitude, quality):
+    location = {"latitude": 52.0, "longitude": 13.0, "range_m": 500}
+    device: Any = {"device_id": "d", "rev": 1, "type": "t", "enabled": True, "meta": {"location": location}}
+    checks = compile_checks(device, lambda _: None)
+    one = {
+        "device_id": "d", "connector_mode": "M", "timestamp": T, "received_at": T, "raw_partition": 0, "raw_offset": 1,
+        "raw_index": 0, "generation": 0, "readings": [
+            {"component_type": name, "pin_position": "-1", "value": value, "unit": "°"}
+            for name, value in (("latitude", latitude), ("longitude", longitude), ("other", 1.0))
+        ],
+    }  # fmt: skip
+    validate(one, checks, new_state(), LIMITS)
+    assert [r["quality"] for r in one["readings"]] == [quality, quality, 2]  # type: ignore[union-attr]
+    assert one["readings"][0].get("flags") == (["location"] if quality == 3 else None)  # type: ignore[index]
+    assert compile_checks({**device, "meta": {"location": {"latitude": 1}}}, lambda _: None).location is None
+
+
+def test_gaps_and_old_news():
+    datatype: Any = {
+        "name": "x", "rev": 1, "kind": "number", "unit": "m", "stale_after_s": 60, "tests": {"gap": {"threshold": 100}},
+    }  # fmt: skip
+    checks, state, found = compile_checks(None, lambda _: datatype), new_state(), []
+    for i, (at, delay) in enumerate([(0, 0), (100, 60), (201, 0), (210, 61)]):
+        one = {
+            "device_id": "d", "connector_mode": "M", "timestamp": T + at * S, "received_at": T + (at + delay) * S,
+            "raw_partition": 0, "raw_offset": i, "raw_index": 0, "generation": 0,
+            "readings": [{"component_type": "x", "pin_position": "-1", "value": 1, "unit": "m"}],
+        }  # fmt: skip
+        validate(one, checks, state, LIMITS)
+        found.append(one["readings"][0].get("flags"))  # type: ignore[index]
+    assert found == [None, None, ["gap"], ["stale"]]
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        {"climatology": {}}, {"climatology": {"members": [1]}}, {"climatology": {"members": [{"tspan": [1, 2]}]}},
+        {"climatology": {"members": [{"tspan": [1, 2], "vspan": [0, 1], "period": "moon"}]}},
+        {"climatology": {"members": [{"tspan": [1, 2], "vspan": [0, 1], "zspan": [0, 1]}]}},
+        {"climatology": {"members": [{"tspan": ["x", 2], "vspan": [0, 1]}]}}, {"gap": {}},
+        {"attenuated_signal": {"suspect_threshold": 1}},
+        {"attenuated_signal": {"suspect_threshold": 1, "test_period": 1, "check_type": "x"}},
+    ],
+)  # fmt: skip
+def test_tests_that_cannot_be_are_named(tests):
+    datatype: Any = {"name": "x", "rev": 1, "kind": "number", "unit": "m", "tests": tests}
+    assert len(compile_checks(None, lambda _: datatype).series("x").problems) == 1

@@ -96,3 +96,90 @@ def test_flat_line():
         parameters = {"suspect_threshold": suspect, "fail_threshold": fail, "tolerance": tolerance}
         expected = qartod.flat_line_test(values, instants(times), suspect, fail, tolerance).tolist()
         assert flags({"tests": {"flat_line": parameters}}, values, times, "flat_line") == expected, seed
+
+
+PERIODS = {
+    "month": (1, 12),
+    "hour": (0, 23),
+    "dayofweek": (0, 6),
+    "dayofyear": (1, 366),
+    "quarter": (1, 4),
+    "week": (1, 53),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # ioos-qc asks pandas for periods by names that pandas is about to rename
+def test_climatology():
+    for seed in range(SERIES):
+        rng, values, times = walks(seed, regular=False)
+        # Spread over a year, so that seasons differ.
+        times = [T + (at - T) * rng.choice([1, 60, 1_000, 6_000]) for at in times]
+        times = sorted(set(times))
+        values = values[: len(times)]
+        members = []
+        for _ in range(rng.randint(1, 4)):
+            period = rng.choice([None, *PERIODS])
+            if period is None:
+                first = rng.choice(times)
+                tspan: Any = [first, first + rng.randint(0, 10_000_000)]
+            else:
+                tspan = sorted(rng.randint(*PERIODS[period]) for _ in range(2))
+            vspan = sorted(round(rng.uniform(-60, 60)) for _ in range(2))
+            member = {"tspan": tspan, "vspan": vspan, "period": period}
+            if rng.random() < 0.5:
+                member["fspan"] = [vspan[0] - 10, vspan[1] + 10]
+            members.append(member)
+        expected = qartod.climatology_test(
+            [
+                {
+                    **m,
+                    "tspan": [str(numpy.datetime64(t, "s")) for t in m["tspan"]] if m["period"] is None else m["tspan"],
+                }
+                for m in members
+            ],
+            values,
+            instants(times),
+            [numpy.nan] * len(values),
+        )
+        checks = compile_checks(
+            None,
+            lambda _, members=members: {  # type: ignore[misc, return-value]
+                "name": "x", "rev": 1, "kind": "number", "unit": "m", "tests": {"climatology": {"members": members}},
+            },
+        )  # fmt: skip
+        found = []
+        for i, (value, at) in enumerate(zip(values, times, strict=True)):
+            message = {
+                "device_id": "d", "connector_mode": "M", "timestamp": at * S, "received_at": at * S, "raw_partition": 0,
+                "raw_offset": i, "raw_index": 0, "generation": 0,
+                "readings": [{"component_type": "x", "pin_position": "-1", "value": value, "unit": "m"}],
+            }  # fmt: skip
+            validate(message, checks, new_state(), LIMITS)
+            found.append(message["readings"][0]["quality"])  # type: ignore[index]
+        assert found == expected.tolist(), seed
+
+
+@pytest.mark.parametrize("check_type", ["std", "range"])
+def test_attenuated_signal(check_type: str):
+    compared = 0
+    for seed in range(SERIES):
+        rng, values, _ = walks(seed, regular=True)
+        step = rng.choice([1, 5, 10])
+        period = step * 8 * rng.randint(1, 4)
+        start = T // period * period
+        times = [start + i * step for i in range(len(values))]
+        suspect = rng.choice([0.3, 1.1, 5.3])
+        fail = suspect / 3
+        expected = qartod.attenuated_signal_test(
+            values, instants(times), suspect, fail, test_period=period, check_type=check_type
+        ).tolist()
+        parameters = {
+            "suspect_threshold": suspect, "fail_threshold": fail, "test_period": period, "check_type": check_type,
+        }  # fmt: skip
+        found = flags({"tests": {"attenuated_signal": parameters}}, values, times, "attenuated_signal")
+        for i, at in enumerate(times):
+            # Where an eighth ends, both look at the same readings; before a period is over, only ioos-qc judges.
+            if at - start >= period and (at + step) % (period // 8) == 0:
+                assert found[i] == expected[i], (seed, i)
+                compared += 1
+    assert compared > SERIES
