@@ -9,13 +9,14 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 import orjson
 
-from preservarium import codecs
+from preservarium import codecs, topics
 from preservarium.cli.output import print_json
 from preservarium.domain.decoders import KINDS, Decoded, Decoder, ParserError, ScriptParser, compile_any, examples
 from preservarium.domain.decoders.mbus import MbusDecoder
@@ -27,9 +28,13 @@ from preservarium.domain.normalize import Normalized, compile_device, standardiz
 from preservarium.domain.reading import RawMessage
 from preservarium.normalizer import script_call, script_fields
 from preservarium.proving import prove
+from preservarium.records import parse_raw
 from preservarium.registry_file import RegistryFileError, plain_file, read, source_hash
 from preservarium.sandbox.pool import Limits, Outcome, SandboxPool
 from preservarium.settings import load
+
+if TYPE_CHECKING:
+    from preservarium.dlq import Letter
 
 #: Compiled codecs kept in a batch run, which goes through thousands of examples of some hundreds of files.
 CODECS_MAX: Final = 1_000
@@ -446,6 +451,110 @@ def test(target: str, registry: str, as_json: bool) -> None:
                 click.echo(f"{entry['parser']} ({entry['file']}): has no examples")
         click.echo(f"{len(report)} parsers, {total} examples, {failed} do not hold")
     sys.exit(1 if failed else 0)
+
+
+@decoders_group.command("add-example")
+@click.option(
+    "--from-error", "identity", required=True, metavar="ID", help="Error line, as `preservarium dlq list` names it."
+)
+@click.option("--codec", "-c", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Parser file, script or codec bundle that shall decode it.")  # fmt: skip
+def add_example(identity: str, codec: Path) -> None:
+    """Turn a payload that was refused into an example of the parser CODEC.
+
+    What the parser makes of it now is what the example expects: look at it. A parser file (YAML with `kind`) gets it at the
+    end of its `examples`; elsewhere it is printed.
+    """
+    from preservarium.dlq import letter
+
+    found = asyncio.run(letter(load(), identity))
+    raw = _captured(found)
+    doc = parser_file(codec, with_examples=False)
+    task = _Task(doc, _compiled(doc, None), raw)
+    example = asyncio.run(_example(task))
+    example["description"] = f"{found.line['code']}: {found.line['message']}"[:200]
+    if codec.suffix.lower() in {".yaml", ".yml"} and not codecs.is_bundle(plain_file(codec)):
+        _append_example(codec, example)
+        click.echo(f"{codec}: example {len(doc.get('examples') or [])} added.")
+    else:
+        print_json(example)
+
+
+def _captured(found: "Letter") -> RawMessage:
+    """The message of an error line.
+
+    Raises:
+        click.ClickException: its input is not kept, or is no message.
+    """
+    data = found.input
+    if data is None:
+        message = f"error {found.id} carries no payload of a device: it is of another stage, or was too large"
+        raise _Refused(message)
+    key = str(found.line["device_id"]).encode()
+    record = _Kept(0, int(found.line.get("first_seen", 0)) // 1_000, key, data, ())
+    messages, _ = parse_raw(record, topics.RAW.name, 0, payload_bytes_max=len(data))
+    if len(messages) != 1:
+        message = f"error {found.id}: its input is no message: {found.line.get('message')}"
+        raise _Refused(message)
+    return messages[0]
+
+
+class _Kept(NamedTuple):
+    """A record, as far as its input is kept."""
+
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes], ...]
+
+
+async def _example(task: _Task) -> dict[str, Any]:
+    """The example that expects what the parser makes of the task's payload now."""
+    assert task.raw is not None
+    raw, payload = task.raw, task.raw["payload"]
+    at = datetime.fromtimestamp(raw["received_at"] // 1_000 / 1e3, UTC).isoformat(timespec="milliseconds")
+    example: dict[str, Any] = {"hex": payload.hex()} if isinstance(payload, bytes) else {"json": payload}
+    example["time"] = at.replace("+00:00", "Z")
+    if raw["port"] is not None:
+        example["port"] = raw["port"]
+    if isinstance(task.parser, ScriptParser):
+        result = orjson.loads(await _run_one(task, readings=False))
+        broken = isinstance(result, dict) and any(str(e).startswith("script_") for e in result.get("errors") or ())
+        return {**example, "reject": True} if broken else {**example, "output": result}
+    try:
+        decoded = task.parser.decode(raw) if task.parser is not None else []
+    except Reject:
+        return {**example, "reject": True}
+    expect: dict[str, Any] = {}
+    for field in decoded:
+        entry: dict[str, Any] = {"value": field.value}
+        if field.unit:
+            entry["unit"] = field.unit
+        if field.pin is not None:
+            entry["pin"] = field.pin
+        expect.setdefault(field.name, []).append(entry)
+    return {**example, "expect": {n: entries[0] if len(entries) == 1 else entries for n, entries in expect.items()}}
+
+
+def _append_example(path: Path, example: dict[str, Any]) -> None:
+    """Put an example at the end of a parser file's, and leave the rest of the file as it is written."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.width = 160
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    tree = yaml.load(path.read_text(encoding="utf-8"))
+    if not isinstance(tree, dict) or "kind" not in tree:
+        message = f"{path}: a bare source has no place for examples; give it `kind` and `source`"
+        raise _Refused(message)
+    if tree.get("examples") is None:
+        tree["examples"] = []
+    tree["examples"].append(example)
+    beside = path.with_name(path.name + ".new")
+    with beside.open("w", encoding="utf-8") as out:
+        yaml.dump(tree, out)
+    beside.replace(path)
 
 
 async def _proven(docs: Sequence[ParserDoc]) -> list[list[examples.Outcome]]:

@@ -13,6 +13,7 @@ from preservarium.clock import ManualClock
 from preservarium.normalizer import Normalizer
 from preservarium.publish import Publisher
 from preservarium.records import raw_line
+from preservarium.registry_file import plain_file
 from preservarium.settings import Kafka, LiveSettings, Settings
 from preservarium.stage import Batch, Send
 
@@ -145,3 +146,40 @@ async def test_what_carries_no_input_is_counted_and_not_sent(kafka, topic_prefix
     assert await command("redrive") == {"matched": 4, "sent": 1, "already": 1, "unusable": 2, "dry_run": False}
     (record,) = await read_all(kafka, topics.RAW.full(topic_prefix), PARTITIONS)
     assert (record.key, record.value, record.headers) == (b"d", b"\x00\x01", (("attempt", b"2"),))
+
+
+async def test_a_refused_payload_becomes_an_example(kafka, topic_prefix, live, tmp_path):
+    from preservarium.cli.decode import commands as decode_commands
+
+    await make_topics(kafka, topic_prefix, PARTITIONS, [topics.RAW, topics.ERRORS])
+    line = raw_line("d", b"\x02\x15", received_at=NOW, connector="test", mode="LAN", port=5).decode()
+    error = {"stage": "normalize", "code": "decode_failed", "message": "too short", "device_id": "d", "topic": "iot_raw_data",
+             "partition": 0, "offset": 1, "index": 0, "raw_partition": 0, "raw_offset": 1, "raw_index": 0, "attempt": 1,
+             "generation": 0, "first_seen": NOW, "raw": line}  # fmt: skip
+    publisher = Publisher(live)
+    try:
+        await publisher.publish([Send(topics.ERRORS, b"d", orjson.dumps(error))])
+    finally:
+        await publisher.on_stop()
+    (listed,) = await command("list")
+    path = tmp_path / "p.yaml"
+    path.write_text("# ours\nname: p\nkind: table\nsource:\n  fields: [{name: a, type: u16, unit: V}]  # big-endian\n")
+    group = next(c for c in decode_commands if c.name == "decoders")
+
+    def run(*args):
+        return CliRunner().invoke(group, [str(a) for a in args])
+
+    import asyncio
+
+    added = await asyncio.to_thread(run, "add-example", "--from-error", listed["id"], "--codec", path)
+    assert added.exit_code == 0, added.output
+    text = path.read_text()
+    assert text.startswith("# ours\n")
+    assert "# big-endian" in text
+    (example,) = plain_file(path)["examples"]
+    assert example == {
+        "hex": "0215", "time": "2025-10-09T08:53:20.000Z", "port": 5, "expect": {"a": {"value": 533, "unit": "V"}},
+        "description": "decode_failed: too short",
+    }  # fmt: skip
+    tested = await asyncio.to_thread(run, "test", path)
+    assert "1 examples, 0 do not hold" in tested.output

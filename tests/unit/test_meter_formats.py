@@ -57,11 +57,11 @@ RECORDS = bytes.fromhex(
 def test_an_mbus_frames_values():
     fields = {(f.name, f.pin): (f.value, f.unit) for f in decode("mbus", mbus(RECORDS))}
     assert fields["energy", None] == (100_000_000, "Wh")
-    assert fields["flow_temperature", None] == (20.4, "C")
-    assert fields["volume", "1"] == (12345.678, "m^3")
-    assert fields["volume", "2"] == (0.005, "m^3")
-    assert fields["volume.maximum", None] == (0.1, "m^3")
-    assert fields["volume.tariff1", None] == (0.011, "m^3")
+    assert fields["flow_temperature", None] == (20.4, "°C")
+    assert fields["volume", "1"] == (12345.678, "m³")
+    assert fields["volume", "2"] == (0.005, "m³")
+    assert fields["volume.maximum", None] == (0.1, "m³")
+    assert fields["volume.tariff1", None] == (0.011, "m³")
     assert len(fields) == 7
 
 

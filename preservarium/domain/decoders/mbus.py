@@ -25,6 +25,11 @@ FRAME_BYTES_MAX: Final = 261
 _ENCRYPTED: Final = frozenset({2, 3, 5, 7, 13})
 #: What a VIF's name says besides the quantity.
 _SUFFIXES: Final = ("_wh", "_j", "_w", "_j_h", "_kg", "_general")
+#: The library's units that mean something else elsewhere (C: coulomb), or no unit.
+_UNITS: Final = {
+    "C": "°C", "m^3": "m³", "m^3/h": "m³/h", "m^3/min": "m³/min", "m^3/s": "m³/s", "seconds": "s", "minutes": "min", "hours": "h",
+    "days": "d", "none": None, "None": None, "": None, "date": None, "time": None, "date time": None, "date time to second": None,
+}  # fmt: skip
 _FUNCTIONS: Final = {
     "INSTANTANEOUS_VALUE": "", "MAXIMUM_VALUE": "maximum", "MINIMUM_VALUE": "minimum", "ERROR_STATE_VALUE": "error",
 }  # fmt: skip
@@ -135,7 +140,7 @@ def _record(record: Any) -> dict[str, Any]:
     return {
         "quantity": quantity,
         "value": _date_time(parts) if len(parts) == 6 and quantity == "date_time" else _value(told["value"]),
-        "unit": None if unit in (None, "", "none", "None") else str(unit),
+        "unit": _UNITS.get(str(unit), str(unit)),
         "function": str(told["function"]).rpartition(".")[2],
         "storage_number": told["storage_number"],
         "tariff": told.get("tariff"),
