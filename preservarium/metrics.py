@@ -99,6 +99,9 @@ AGGREGATE_LATE = _counter(
     "aggregate_late_total", "Late readings by outcome: corrected, dropped beyond the horizon.", "outcome"
 )
 
+# --- anomalies ---
+ANOMALIES = _counter("anomalies_total", "Anomalies that began.")
+
 # --- alarms and notices ---
 ALARM_LATE = _counter("alarm_late_total", "Readings no younger than the last one of their alarm: not evaluated.")
 ALARM_TRANSITIONS = _counter("alarm_transitions_total", "Alarm transitions.", "transition", "severity")

@@ -179,6 +179,13 @@ class Aggregate(_Section):
     )
 
 
+class Anomaly(_Section):
+    """Anomalies of the series whose datatype has a test `anomaly` (the anomaly stage)."""
+
+    enabled: bool = Field(False, description="Run the stage; it reads every validated message.")
+    series_per_device_max: int = Field(200, ge=1, description="Series of one device that are judged.")
+
+
 class Sink(_Section):
     """Writing to PostgreSQL/TimescaleDB."""
 
@@ -348,6 +355,7 @@ class Settings(BaseSettings):
     sandbox: Sandbox = Sandbox()
     quality: Quality = Quality()
     aggregate: Aggregate = Aggregate()
+    anomaly: Anomaly = Anomaly()
     sink: Sink = Sink()
     sync: Sync = Sync()
     fuse: Fuse = Fuse()

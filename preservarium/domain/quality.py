@@ -41,6 +41,7 @@ from dataclasses import dataclass, field
 from math import asin, cos, inf, isfinite, radians, sin
 from typing import Any, Final, Literal, NamedTuple
 
+from preservarium.domain.anomaly import Detector, detector_of
 from preservarium.domain.climatology import Climatology, climatology_of
 from preservarium.domain.counter import CONSUMPTION_SUFFIX, Counter, counter_of, step
 from preservarium.domain.counter import State as CounterState
@@ -134,6 +135,7 @@ class SeriesCheck:
     gap_us: float | None = None
     stale_us: float | None = None
     climatology: Climatology | None = None
+    anomaly: Detector | None = None  #: judged by a stage of its own; says nothing here
     #: quality of a value that no test objects to; not evaluated where there is no value test
     passed: int = NOT_EVALUATED
     counter: Counter | None = None  #: where it counts up: how
@@ -280,6 +282,7 @@ def _compile(name: str, doc: Mapping[str, Any]) -> SeriesCheck:
     attenuated: Attenuated | None = None
     gap_us: float | None = None
     climatology: Climatology | None = None
+    anomaly: Detector | None = None
     for test, parameters in tests.items():
         try:
             if test == "rate_of_change":
@@ -304,6 +307,8 @@ def _compile(name: str, doc: Mapping[str, Any]) -> SeriesCheck:
                 )
             elif test == "climatology":
                 climatology = climatology_of(parameters)
+            elif test == "anomaly":
+                anomaly = detector_of(parameters)
             elif test == "gap":
                 gap_us = _positive(parameters, "threshold", None) * _SECOND_US
             elif test == "attenuated_signal":
@@ -341,6 +346,7 @@ def _compile(name: str, doc: Mapping[str, Any]) -> SeriesCheck:
         gap_us=gap_us,
         stale_us=stale_us,
         climatology=climatology,
+        anomaly=anomaly,
         passed=GOOD if evaluated else NOT_EVALUATED,
         counter=counter,
         problems=tuple(problems),

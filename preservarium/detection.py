@@ -1,0 +1,224 @@
+"""The anomaly stage: validated messages in, the beginnings and ends of anomalies out.
+
+How a series is judged is in domain/anomaly.py; which ones are, the registry says (`tests: {anomaly: …}` of a datatype). Each
+device's state is read once and put once a batch; a device none of whose series is judged has none.
+"""
+
+import asyncio
+from typing import Any, Final
+
+import orjson
+
+from preservarium import metrics, topics
+from preservarium.clock import Clock
+from preservarium.compiled import CompiledDevices, Documents, Known
+from preservarium.domain.anomaly import Judgement, judge, new_series
+from preservarium.domain.device import DeviceDoc
+from preservarium.domain.errors import ReasonCode
+from preservarium.domain.lineage import applied, generation_state, identity, is_applied
+from preservarium.domain.quality import FAIL, CheckCompiler, DeviceChecks
+from preservarium.domain.reading import ErrorLine
+from preservarium.records import error_line, error_send, pack, parse_trusted
+from preservarium.settings import LiveSettings
+from preservarium.stage import Batch, Effects, Record, Send
+from preservarium.validation import RECORDS_A_TURN, StateOf, load_state, passed_headers
+
+STAGE: Final = "anomaly"
+
+#: Version of the state document: {"v": 1, "g": {generation: {"m": marks, "s": {"mode\tcomponent\tpin": series}}}}.
+STATE_VERSION: Final = 1
+
+
+def _new_generation() -> dict[str, Any]:
+    return {"m": {}, "s": {}}
+
+
+class Detection:
+    """The stage's handler.
+
+    Args:
+        state_of: (partition, key) -> state document as bytes.
+        table: name of the state table.
+        known: the device's document.
+        documents: the catalogue.
+        live: settings.
+        clock: for error lines and caches.
+    """
+
+    def __init__(
+        self, state_of: StateOf, table: str, known: Known, documents: Documents, live: LiveSettings, clock: Clock
+    ) -> None:
+        self._state_of = state_of
+        self._table = table
+        self._documents = documents
+        self._live = live
+        self._clock = clock
+        self._compiler = CheckCompiler(documents.datatype)
+        self._compiler_rev = documents.rev
+        self.checks: CompiledDevices[DeviceChecks] = CompiledDevices(
+            "detectors", self._compile, known, documents, live, clock
+        )
+
+    def _compile(self, device: DeviceDoc | None) -> DeviceChecks:
+        if self._documents.rev != self._compiler_rev:
+            self._compiler = CheckCompiler(self._documents.datatype)
+            self._compiler_rev = self._documents.rev
+        return self._compiler.device(device, self._documents.type(device["type"]) if device else None)
+
+    async def __call__(self, batch: Batch) -> Effects:
+        """Judge a batch.
+
+        Raises:
+            Retry: the catalogue has not been read yet.
+            Fatal: the state is of another release.
+        """
+        await self._documents.ready()
+        parsed, errors = parse_trusted(batch, stage=STAGE)
+        work = _Work(self, batch, errors)
+        for number, (record, lines) in enumerate(zip(batch.records, parsed, strict=True), 1):
+            work.record(record, lines)
+            if number % RECORDS_A_TURN == 0:
+                await asyncio.sleep(0)
+        return work.finish()
+
+
+class _Work:
+    """One batch."""
+
+    def __init__(self, stage: Detection, batch: Batch, errors: list[ErrorLine]) -> None:
+        self._stage = stage
+        self._batch = batch
+        self._errors = errors
+        self._effects = Effects()
+        self._checks: dict[str, DeviceChecks] = {}
+        self._states: dict[str, dict[str, Any]] = {}
+        self._judged = self._began = self._duplicates = 0
+        self._series_max = stage._live().anomaly.series_per_device_max
+
+    def record(self, record: Record, lines: list[dict[str, Any]]) -> None:
+        """One record of validated messages."""
+        alerts: list[dict[str, Any]] = []
+        for index, message in enumerate(lines):
+            device_id = message["device_id"]
+            checks = self._checks.get(device_id)
+            if checks is None:
+                checks = self._checks[device_id] = self._stage.checks.get(self._batch.partition, device_id)
+            judged = [r for r in message["readings"] if checks.series(r["component_type"]).anomaly is not None]
+            if judged:
+                self._message(record, index, message, checks, judged, alerts)
+        if alerts:
+            self._effects.sends.append(
+                Send(topics.ANOMALIES, record.key, pack(alerts), self._batch.partition, passed_headers(record))
+            )
+
+    def _message(
+        self,
+        record: Record,
+        index: int,
+        message: dict[str, Any],
+        checks: DeviceChecks,
+        readings: list[dict[str, Any]],
+        alerts: list[dict[str, Any]],
+    ) -> None:
+        device_id = message["device_id"]
+        state = self._states.get(device_id)
+        if state is None:
+            value = self._stage._state_of(self._batch.partition, device_id.encode())
+            state = self._states[device_id] = load_state(value, STATE_VERSION) or {"v": STATE_VERSION, "g": {}}
+        generation = generation_state(state["g"], message["generation"], _new_generation)
+        source = str(message["raw_partition"])
+        if is_applied(generation["m"], source, message["raw_offset"], message["raw_index"]):
+            self._duplicates += 1
+            return
+        applied(generation["m"], source, message["raw_offset"], message["raw_index"])
+        for reading in readings:
+            value = reading.get("value")
+            if (
+                value is None
+                or type(value) not in (int, float)
+                or reading.get("quality", 0) >= FAIL
+                or reading.get("revised")
+            ):
+                continue
+            detector = checks.series(reading["component_type"]).anomaly
+            assert detector is not None
+            key = f"{message['connector_mode']}\t{reading['component_type']}\t{reading['pin_position']}"
+            series = generation["s"].get(key)
+            if series is None:
+                if len(generation["s"]) >= self._series_max:
+                    if "limited" not in state:
+                        state["limited"] = 1
+                        self._limited(record, index, message)
+                    continue
+                series = generation["s"][key] = new_series()
+            at = reading.get("timestamp", message["timestamp"])
+            judgement = judge(series, at, value, detector)
+            self._judged += 1
+            if judgement is not None:
+                self._began += judgement.begins
+                alerts.append(_alert(message, reading, at, judgement, detector.threshold))
+
+    def _limited(self, record: Record, index: int, message: dict[str, Any]) -> None:
+        self._errors.append(
+            error_line(
+                STAGE,
+                ReasonCode.STATE_LIMIT,
+                f"more than {self._series_max} series: the others are not judged",
+                topic=self._batch.topic,
+                partition=self._batch.partition,
+                offset=record.offset,
+                index=index,
+                raw=None,
+                device_id=message["device_id"],
+                raw_partition=message["raw_partition"],
+                raw_offset=message["raw_offset"],
+                raw_index=message["raw_index"],
+                parser=message.get("parser"),
+                config_rev=message.get("config_rev"),
+                generation=message["generation"],
+                now_us=self._stage._clock.now_us(),
+            )
+        )
+
+    def finish(self) -> Effects:
+        """State, errors and metrics of the whole batch."""
+        effects = self._effects
+        for device_id, state in self._states.items():
+            effects.put(self._stage._table, device_id.encode(), orjson.dumps(state))
+        for line in self._errors:
+            effects.sends.append(error_send(line))
+            effects.refused[line["code"]] = effects.refused.get(line["code"], 0) + 1
+        effects.after.append(self._count)
+        return effects
+
+    def _count(self) -> None:
+        metrics.READINGS.labels(STAGE).inc(self._judged)
+        metrics.ANOMALIES.inc(self._began)
+        if self._duplicates:
+            metrics.DUPLICATES.labels(STAGE).inc(self._duplicates)
+
+
+def _alert(
+    message: dict[str, Any], reading: dict[str, Any], at: int, judgement: Judgement, threshold: float
+) -> dict[str, Any]:
+    """A line of `anomaly_alerts`; its id is the same for the same reading in the same generation."""
+    device_id, generation = message["device_id"], message["generation"]
+    series = (device_id, message["connector_mode"], reading["component_type"], reading["pin_position"])
+    return {
+        "anomaly_id": identity("anomaly", *series, at, judgement.begins, generation),
+        "device_id": device_id,
+        "connector_mode": message["connector_mode"],
+        "component_type": reading["component_type"],
+        "pin_position": reading["pin_position"],
+        "state": "begins" if judgement.begins else "ends",
+        "timestamp": at,
+        "value": reading["value"],
+        "unit": reading["unit"],
+        "expected": judgement.expected,
+        "score": judgement.score,
+        "threshold": threshold,
+        "raw_partition": message["raw_partition"],
+        "raw_offset": message["raw_offset"],
+        "raw_index": message["raw_index"],
+        "generation": generation,
+    }

@@ -1,0 +1,166 @@
+"""Anomalies: readings that are unlike the recent past of their series, by robust streaming statistics.
+
+A score is how many robust standard deviations a reading stands off what was expected of it, or, if that is less, how many
+thirds of the deviation that 99 of 100 readings keep under: what a series does once in a while is not news. Expected is the median of the
+last readings; their spread is the median absolute deviation (times 1.4826, its ratio to the standard deviation of a normal
+distribution). Where the series is seasonal, what is judged is the rest after the profile of the hour (an exponentially
+weighted mean of each hour of the day, UTC, which an outlier moves by a few deviations at most). Single readings are noise: the
+score that is judged is an exponentially weighted mean of the single scores, each cut off at four thresholds.
+
+An anomaly begins where the score is over the threshold and ends where it is under half of it. There is no judgement before
+the warm-up. Only readings younger than the last one of their series count, so a history is judged the same however its
+messages are cut into batches. Nothing here waits or reads a clock; the state is changed in place.
+"""
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any, Final, NamedTuple
+
+#: Readings whose median and deviation are looked at; as numbers of four digits, half of what a series' state may have.
+WINDOW_MAX: Final = 96
+
+#: Median and deviation are computed anew after so many readings: it is what costs time, and they move slowly.
+RENEW_EVERY: Final = 4
+
+#: Standard deviations of a normal distribution in one median absolute deviation.
+_MAD_SIGMA: Final = 1.4826
+
+#: A deviation is never less than this part of the typical size of the values, or a steady series would alarm at each step.
+_SPREAD_MIN: Final = 1e-3
+
+#: Share of a new day in the profile of an hour is one in so many readings of that hour, once there are so many.
+_PROFILE_READINGS: Final = 60
+
+#: Outliers move a profile by so many deviations at most.
+_PROFILE_CUT: Final = 3.0
+
+#: The deviation that this share of the readings keeps under is followed, in steps of this part of itself. What a series does
+#: once in a while, it may do: so many robust deviations of it are no anomaly.
+_TAIL_SHARE: Final = 0.99
+_TAIL_STEP: Final = 0.03
+_TAIL_SIGMA: Final = 3.0
+
+_HOUR_US: Final = 3_600_000_000
+
+
+class Detector(NamedTuple):
+    """How a series is judged."""
+
+    threshold: float = 2.5
+    window: int = 64
+    warm_up: int = 288  #: readings before the first judgement
+    smoothing: float = 0.2  #: weight of the newest score, 1: no smoothing
+    seasonal: bool = True
+
+
+def detector_of(document: Mapping[str, Any]) -> Detector:
+    """The detector that a datatype's test `anomaly` declares.
+
+    Raises:
+        ValueError: a parameter is unknown, no number, or outside its bounds.
+    """
+    unknown = set(document) - set(Detector._fields)
+    if unknown:
+        text = f"there is no parameter {', '.join(sorted(unknown))}"
+        raise ValueError(text)
+    numbers = {name: float(value) for name, value in document.items() if name != "seasonal"}
+    if not all(map(isfinite, numbers.values())):
+        text = "every parameter must be a finite number"
+        raise ValueError(text)
+    default = Detector()
+    detector = Detector(
+        threshold=numbers.get("threshold", default.threshold),
+        window=int(numbers.get("window", default.window)),
+        warm_up=int(numbers.get("warm_up", default.warm_up)),
+        smoothing=numbers.get("smoothing", default.smoothing),
+        seasonal=bool(document.get("seasonal", default.seasonal)),
+    )
+    if not (detector.threshold > 0 and 0 < detector.smoothing <= 1):
+        text = "threshold must be over 0, smoothing over 0 and at most 1"
+        raise ValueError(text)
+    if not (8 <= detector.window <= WINDOW_MAX and detector.warm_up >= detector.window):
+        text = f"window must be 8 to {WINDOW_MAX}, warm_up at least as much"
+        raise ValueError(text)
+    return detector
+
+
+# A series' state is a list: there are many, and they are written for every batch.
+_AT, _SEEN, _SCORE, _ACTIVE, _MEDIAN, _SPREAD, _RECENT, _PROFILE, _TAIL = range(9)
+
+Series = list[Any]
+
+
+def _short(value: float) -> float:
+    """Seven digits: more than statistics can tell, and half the state."""
+    return float(f"{value:.7g}")
+
+
+class Judgement(NamedTuple):
+    """Where an anomaly begins or ends."""
+
+    begins: bool
+    score: float
+    expected: float
+
+
+def new_series() -> Series:
+    """The state of a series that nothing is known of."""
+    return [0, 0, 0.0, 0, 0.0, 0.0, [], [], 0.0]
+
+
+def judge(series: Series, at: int, value: float, detector: Detector) -> Judgement | None:
+    """Take a reading in; what it changes, or None. `at` in µs since the epoch, UTC."""
+    if at <= series[_AT]:
+        return None
+    series[_AT] = at
+    seen = series[_SEEN]
+    base = 0.0
+    slot: list[Any] | None = None
+    if detector.seasonal:
+        profile = series[_PROFILE]
+        if not profile:
+            profile.extend([0, 0.0] for _ in range(24))
+        slot = profile[at // _HOUR_US % 24]
+        base = slot[1] if slot[0] else value
+    rest = value - base
+    judgement = None
+    if seen >= detector.warm_up:
+        off = abs(rest - series[_MEDIAN])
+        spread = max(series[_SPREAD], series[_TAIL] / _TAIL_SIGMA)
+        single = min(off / spread, 4 * detector.threshold)
+        score = series[_SCORE] + detector.smoothing * (single - series[_SCORE])
+        series[_SCORE] = round(score, 3)
+        if not series[_ACTIVE] and score > detector.threshold:
+            series[_ACTIVE] = 1
+            judgement = Judgement(True, round(score, 3), base + series[_MEDIAN])
+        elif series[_ACTIVE] and score < detector.threshold / 2:
+            series[_ACTIVE] = 0
+            judgement = Judgement(False, round(score, 3), base + series[_MEDIAN])
+        # A quantile by small steps: up where it is exceeded, down, much less, where not.
+        step = _TAIL_STEP * (_TAIL_SHARE if off > series[_TAIL] else _TAIL_SHARE - 1)
+        series[_TAIL] = _short(max(series[_TAIL], series[_SPREAD]) * (1 + step))
+    recent = series[_RECENT]
+    recent.append(_short(rest))
+    if len(recent) > detector.window:
+        del recent[0]
+    if slot is not None:
+        slot[0] = min(slot[0] + 1, _PROFILE_READINGS)
+        cut = _PROFILE_CUT * series[_SPREAD] if seen >= detector.warm_up else abs(rest)
+        slot[1] = _short(base + max(-cut, min(cut, rest)) / slot[0])
+    seen += 1
+    series[_SEEN] = seen
+    if seen >= detector.warm_up and (seen % RENEW_EVERY == 0 or seen == detector.warm_up):
+        middle = len(recent) // 2
+        median = sorted(recent)[middle]
+        size = max(abs(base + median), abs(value))
+        spread = sorted([abs(one - median) for one in recent])[middle] * _MAD_SIGMA
+        series[_MEDIAN] = median
+        # The spread follows slowly, so that a quiet hour does not make the next change an anomaly.
+        before = series[_SPREAD]
+        spread = max(spread, before + (spread - before) * _SPREAD_SHARE) if before else spread
+        series[_SPREAD] = _short(max(spread, size * _SPREAD_MIN, 1e-9))
+    return judgement
+
+
+#: Share of the present spread in the one that is used where it falls.
+_SPREAD_SHARE: Final = 0.02
