@@ -386,3 +386,27 @@ async def test_one_query_brings_a_device_with_everything(settings: Settings, fil
 async def test_a_database_without_registry_is_named(pg_dsn: str, file: Any) -> None:
     with pytest.raises(store.RegistryError, match="run `preservarium migrate`"):
         await apply(load(postgres={"url": pg_dsn}), file())
+
+
+async def test_a_script_whose_examples_fail_is_refused_with_the_difference(
+    settings: Settings, connection: Any, file: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("quickjs")
+    codec = tmp_path / "acme.js"
+    codec.write_text("function decodeUplink(input) { return {data: {t: input.bytes[0]}}; }")
+    bundle = tmp_path / "acme-codec.yaml"
+    text = "uplinkDecoder: {fileName: acme.js, examples: [{input: {fPort: 1, bytes: [7]}, output: {data: {t: 8}}}]}\n"
+    bundle.write_text(text)
+    table = (
+        '- {name: acme, kind: table, source: {fields: [{name: t, type: u8}]}, examples: [{hex: "00", expect: {t: 0}}]}'
+    )
+    path = file(REGISTRY, (table, "- {name: acme, kind: javascript, file: acme-codec.yaml}"))
+    with pytest.raises(RegistryFileError, match=r"examples\[0\]: data\.t: expected 8, returned 7"):
+        await apply(settings, path)
+    assert await connection.fetchval("SELECT count(*) FROM event_store") == 0
+    bundle.write_text(text.replace("t: 8", "t: 7"))
+    assert (await apply(settings, path)).plan.counts()["create"] > 0
+    stored = await store.load(connection, ("parser",))
+    (parser,) = stored["parser"].values()
+    assert parser.document["source"] == codec.read_text()
+    assert parser.document["examples"] == [{"hex": "07", "output": {"data": {"t": 7}}, "port": 1}]
