@@ -12,6 +12,33 @@
     throw new Error('require(' + JSON.stringify(name) + '): a parser script can import nothing');
   };
 
+  // What newer codecs use and QuickJS has not. Hidden from `for … in`, which many codecs walk arrays with.
+  function offer(target, name, value) {
+    if (!(name in target)) Object.defineProperty(target, name, { value: value, writable: true, configurable: true });
+  }
+  function at(n) {
+    n = Math.trunc(n) || 0;
+    return this[n < 0 ? this.length + n : n];
+  }
+  [Array.prototype, String.prototype, Object.getPrototypeOf(Uint8Array.prototype)].forEach(function (p) { offer(p, 'at', at); });
+  offer(Object, 'hasOwn', function (object, key) { return Object.prototype.hasOwnProperty.call(object, key); });
+  offer(Array.prototype, 'findLastIndex', function (test, self) {
+    for (var i = this.length - 1; i >= 0; i--) if (test.call(self, this[i], i, this)) return i;
+    return -1;
+  });
+  offer(Array.prototype, 'findLast', function (test, self) { return this[this.findLastIndex(test, self)]; });
+  offer(Array.prototype, 'toSorted', function (compare) { return this.slice().sort(compare); });
+  offer(Array.prototype, 'toReversed', function () { return this.slice().reverse(); });
+  offer(global, 'structuredClone', function (value) {
+    if (value === null || typeof value !== 'object') return value;
+    if (value instanceof Date) return new Date(value.getTime());
+    if (ArrayBuffer.isView(value)) return value.slice();
+    if (Array.isArray(value)) return value.map(global.structuredClone);
+    var copy = {};
+    Object.keys(value).forEach(function (key) { copy[key] = global.structuredClone(value[key]); });
+    return copy;
+  });
+
   var ALPHABET = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/';
   function fromBase64(text) {
     var out = [], bits = 0, value = 0;

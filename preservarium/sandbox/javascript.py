@@ -14,7 +14,10 @@ HARNESS: Final = Path(__file__).with_name("harness.js").read_text(encoding="utf-
 CONTEXT_BYTES_MAX: Final = 32 << 20
 #: Deep enough for any recursive decoder, shallow enough that QuickJS notices before the C stack ends.
 STACK_BYTES_MAX: Final = 512 << 10
-_EXPORT: Final = re.compile(r"^\s*export\s+(?:default\s+)?(?=function|class|const|let|var|async)", re.MULTILINE)
+_EXPORT: Final = re.compile(
+    r"^[ \t]*export\s+(?:(?:default\s+)?(?=function|class|const|let|var|async)|\{[^{}]*\}[ \t]*;?|(?P<object>default)(?=\s+\{))",
+    re.MULTILINE,
+)
 _LINE: Final = re.compile(r"<input>:(\d+)")
 #: QuickJS names every source "<input>"; a codec's lines are told from the harness's by starting further down.
 _LINES_BEFORE: Final = 10_000
@@ -26,6 +29,11 @@ _BEFORE: Final = "\n" * _LINES_BEFORE + "__setup(function () {"
 _AFTER: Final = (
     "\n;return {" + ", ".join(f"{n}: typeof {n} === 'function' ? {n} : undefined" for n in _NAMES) + "};\n})"
 )
+
+
+def _plain(found: re.Match[str]) -> str:
+    """What stands for `export`: nothing, or for a default object what CommonJS would say; on as many lines."""
+    return "module.exports =" if found["object"] else "\n" * found[0].count("\n")
 
 
 class ScriptError(Exception):
@@ -59,7 +67,7 @@ class JavaScript:
                 if "SyntaxError" not in str(e) or not _EXPORT.search(source):
                     raise
                 # A codec published as a module: the same functions, without the keyword.
-                functions = self._context.eval(_BEFORE + _EXPORT.sub("", source) + _AFTER)
+                functions = self._context.eval(_BEFORE + _EXPORT.sub(_plain, source) + _AFTER)
             self.functions: list[str] = orjson.loads(functions)
             self._call = self._context.eval("__call")
         except quickjs.JSException as e:

@@ -55,6 +55,12 @@ async def result(pool: SandboxPool, c: Call):
         ("exports.decodeUplink = function (input) { return {data: input.bytes}; }", {"data": [1, 44]}),
         ("module.exports = { decodeUplink: function (input) { return {data: 1}; } };", {"data": 1}),
         ("export function decodeUplink(input) { return {data: 2}; }", {"data": 2}),
+        ("function decodeUplink(input) { return {data: 3}; }\nexport {\n  decodeUplink,\n};", {"data": 3}),
+        ("export default { decodeUplink(input) { return {data: 4}; } };", {"data": 4}),
+        ("export default function decodeUplink(input) { return {data: 5}; }", {"data": 5}),
+        ("function decodeUplink(i) { let n = 0; for (const k in i.bytes) n++; return {data: [n, i.bytes.at(-1), 'ab'.at(-1),"
+         " new Uint8Array([7, 8]).at(-2), Object.hasOwn({a: 1}, 'a'), [1, 2, 3].findLast(x => x < 3), [2, 1].toSorted(),"
+         " structuredClone({a: [1]}).a[0]]}; }", {"data": [2, 44, "b", 7, True, 2, [1, 2], 1]}),
         ("function decodeUplink(i) { return {data: i.recvTime.getUTCFullYear()}; }", {"data": 2026}),
         ("function decodeUplink(i) { const b = Buffer.from(i.bytes); return {data: [b.readUInt16BE(0), b.readInt16LE(0), b.toString('hex'),"
          " Buffer.from('AQI=', 'base64').length, b.slice(1).readUInt8(0), Buffer.from('0000803f', 'hex').readFloatLE(0)]}; }",
