@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 WINDOW_MAX: Final = 96
 
 #: Median and deviation are computed anew after so many readings: it is what costs time, and they move slowly.
-RENEW_EVERY: Final = 4
+RENEW_EVERY: Final = 8
 
 #: Standard deviations of a normal distribution in one median absolute deviation.
 _MAD_SIGMA: Final = 1.4826
@@ -129,7 +129,7 @@ def judge(series: Series, at: int, value: float, detector: Detector) -> Judgemen
         spread = max(series[_SPREAD], series[_TAIL] / _TAIL_SIGMA)
         single = min(off / spread, 4 * detector.threshold)
         score = series[_SCORE] + detector.smoothing * (single - series[_SCORE])
-        series[_SCORE] = round(score, 3)
+        series[_SCORE] = score
         if not series[_ACTIVE] and score > detector.threshold:
             series[_ACTIVE] = 1
             judgement = Judgement(True, round(score, 3), base + series[_MEDIAN])
@@ -138,7 +138,7 @@ def judge(series: Series, at: int, value: float, detector: Detector) -> Judgemen
             judgement = Judgement(False, round(score, 3), base + series[_MEDIAN])
         # A quantile by small steps: up where it is exceeded, down, much less, where not.
         step = _TAIL_STEP * (_TAIL_SHARE if off > series[_TAIL] else _TAIL_SHARE - 1)
-        series[_TAIL] = _short(max(series[_TAIL], series[_SPREAD]) * (1 + step))
+        series[_TAIL] = max(series[_TAIL], series[_SPREAD]) * (1 + step)
     recent = series[_RECENT]
     recent.append(_short(rest))
     if len(recent) > detector.window:
