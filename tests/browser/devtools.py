@@ -68,7 +68,7 @@ class Page:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    async def until(self, expression, timeout_s=15.0):
+    async def until(self, expression, timeout_s=60.0):
         deadline = time.monotonic() + timeout_s
         while not (value := await self.js(expression)):
             assert time.monotonic() < deadline, f"not within {timeout_s} s: {expression}"
