@@ -270,7 +270,10 @@ def _compiled(doc: ParserDoc, variables: dict[str, Any] | None) -> Decoder | Scr
 
 def _failed(line: bytes) -> bool:
     """Whether a printed result says that the payload was refused."""
-    result = orjson.loads(line) if b'"errors"' in line else None
+    try:
+        result = orjson.loads(line) if b'"errors"' in line else None
+    except orjson.JSONDecodeError:
+        return True  # half a surrogate pair, or nesting without end: no stage could read it either
     return isinstance(result, dict) and bool(result.get("errors"))
 
 

@@ -195,3 +195,16 @@ async def test_a_worker_says_at_start_which_active_parsers_fail():
         assert await check_active(docs, Settings()) == 2
     assert [e["parser"] for e in logs if e["event"] == "parser_example_fails"] == ["bad@2", "t@1"]
     assert metrics.PARSER_EXAMPLES_FAILING._value.get() == 2
+
+
+def test_a_result_that_json_cannot_carry_on_is_a_refusal(vendor):
+    odd = vendor / "odd.js"
+    odd.write_text("function decodeUplink(i) { return {data: {t: '\\ud800'}, errors: []}; }")
+    plain = run("decode", "-c", odd, "--hex", "00")
+    assert plain.exit_code == 1
+    assert "\\ud800" in plain.stdout
+    shown = json.loads(run("decode", "-c", odd, "--hex", "00", "--readings").stdout)
+    assert shown["readings"] == []
+    assert shown["errors"]
+    batch = run("decode", "--batch", "-", stdin=json.dumps({"codec": str(odd), "hex": "00"}))
+    assert (batch.exit_code, batch.stdout.count("\n")) == (1, 1)
