@@ -3,6 +3,7 @@
 import json
 import struct
 
+import orjson
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
@@ -82,6 +83,11 @@ def test_a_date_and_time_with_seconds_and_a_code_nobody_knows():
     records = bytes.fromhex("066d 1e2d 0a df 2c 00") + bytes.fromhex("027b 2e01")
     fields = decode("mbus", mbus(records))
     assert [(f.name, f.value) for f in fields] == [("date_time", "2022-12-31T10:45:30"), ("vif_7b", 302)]
+
+
+def test_a_number_of_more_than_64_bits_is_a_float():
+    (field_,) = decode("mbus", mbus(bytes.fromhex("0707 ffffffffffffff7f")))
+    assert field_.value == float((2**63 - 1) * 10_000)
 
 
 def test_mbus_frames_that_carry_nothing_say_why():
@@ -169,6 +175,7 @@ def test_torn_sparkplug_payloads_are_refused():
     assert "torn" in refused("sparkplug_b", whole[:-12])
     assert "field number 0" in refused("sparkplug_b", b"\x00\x00")
     assert "no metric" in refused("sparkplug_b", field(1, 5))
+    assert "a timestamp of" in refused("sparkplug_b", payload(METRICS[0], at_ms=2**63))
     assert "neither name nor alias" in refused("sparkplug_b", payload(field(13, 1.0)))
 
 
@@ -260,6 +267,8 @@ def never_raises(kind, given):
     else:
         assert found
         assert all(isinstance(f.value, int | float | str | bool) for f in found)
+        assert all(f.timestamp is None or abs(f.timestamp) < 2**63 for f in found)
+        orjson.dumps([f.value for f in found])  # no number beyond 64 bits
 
 
 @given(kind=st.sampled_from(sorted(WHOLE)), data=st.data())

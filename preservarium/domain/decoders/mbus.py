@@ -176,6 +176,8 @@ def _date_time(parts: list[int]) -> str:
 
 
 def _value(given: Any) -> Value:
+    if isinstance(given, int) and abs(given) >= 2**63:
+        return float(given)  # eight bytes times a power of ten: more than JSON's readers take for a whole number
     if given is None or isinstance(given, bool | str | int):
         return given
     try:

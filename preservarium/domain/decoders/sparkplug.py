@@ -39,6 +39,8 @@ _TYPES: Final = {
 _SIGNED: Final = {1: 8, 2: 16, 3: 32, 4: 64}
 _UNITS: Final = frozenset({"engUnit", "engineeringUnits", "Engineering Units", "unit", "units"})
 _BOOLEAN: Final = 11
+#: The year 9999, where calendars end.
+_MS_MAX: Final = 253_402_300_799_999
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
@@ -96,6 +98,15 @@ def _number(value: int | bytes) -> int:
     return value
 
 
+def _instant(value: int | bytes) -> int | None:
+    """µs of a timestamp in milliseconds; a number of 64 bits may be more than any instant."""
+    ms = _number(value)
+    if ms > _MS_MAX:
+        message = f"a timestamp of {ms} ms"
+        raise failed(message)
+    return instant_us(ms, "ms")
+
+
 def _message(value: int | bytes) -> bytes:
     if isinstance(value, int):
         message = "a number where a message is needed"
@@ -131,7 +142,7 @@ class SparkplugDecoder:
         metrics: list[bytes] = []
         for number, value in _fields(data):
             if number == 1:
-                at = instant_us(_number(value), "ms")
+                at = _instant(value)
             elif number == 2:
                 metrics.append(_message(value))
         if len(metrics) > DECODED_MAX:
@@ -154,7 +165,7 @@ class SparkplugDecoder:
             elif number == 2:
                 alias = _number(value)
             elif number == 3:
-                at = instant_us(_number(value), "ms")
+                at = _instant(value)
             elif number == 4:
                 datatype = _number(value)
             elif number == 7:
