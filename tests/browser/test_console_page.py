@@ -175,7 +175,8 @@ async def test_a_phone_shows_everything_without_scrolling_sideways(page, site):
     await page.size(390, 844, mobile=True)
     await page.go(site.url)
     await page.until("document.querySelectorAll('#device-rows tr').length === 25")
-    await page.until("document.querySelectorAll('.stage').length === 9")
+    # At least those of this site: metrics are the process's, and stages that other tests ran are drawn too.
+    await page.until("document.querySelectorAll('.stage').length >= 9")
     assert await page.js("document.documentElement.scrollWidth <= 390")
     await shot(page, "phone.png")
     assert page.logged == []
