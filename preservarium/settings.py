@@ -13,13 +13,16 @@ from typing import Any, Literal
 from urllib.parse import quote, unquote, urlsplit
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "PRESERVARIUM_"
 
 RELOAD: dict[str, Any] = {"reload": True}
+
+#: Shortest secret of signed links: 16 random characters are beyond guessing.
+LINK_SECRET_CHARS_MIN = 16
 
 
 class _Section(BaseModel):
@@ -328,6 +331,27 @@ class Web(_Section):
         SecretStr(""),
         description="Token for operator actions and table inspection; empty: those are served to loopback only.",
     )
+    public_url: str = Field(
+        "",
+        description="https://host under which people reach this web port, for links in notices; empty: no links.",
+        pattern=r"^(https?://[^\s?#]+)?$",
+    )
+    link_secret: SecretStr = Field(
+        SecretStr(""),
+        description="Signs the acknowledge links in notices, the same in every worker, 16 characters or more; empty: no links.",
+    )
+    link_ttl_s: float = Field(
+        259_200.0, gt=0, json_schema_extra=RELOAD, description="An acknowledge link works for so long."
+    )
+
+    @field_validator("link_secret")
+    @classmethod
+    def _long_enough(cls, secret: SecretStr) -> SecretStr:
+        # A signature is as strong as its secret, and a mail gives an attacker all the time there is to guess it.
+        if 0 < len(secret.get_secret_value()) < LINK_SECRET_CHARS_MIN:
+            message = f"must have at least {LINK_SECRET_CHARS_MIN} characters"
+            raise ValueError(message)
+        return secret
 
 
 class Settings(BaseSettings):
@@ -475,7 +499,7 @@ def load(**overrides: Any) -> Settings:
         what = "no such setting" if first["type"] == "extra_forbidden" else first["msg"]
         given = (
             ""
-            if "password" in name.lower() or "url" in name.lower() or "token" in name.lower()
+            if any(word in name.lower() for word in ("password", "url", "token", "secret"))
             else f" (given: {first.get('input')!r})"
         )
         more = f"; {len(e.errors()) - 1} more are wrong" if len(e.errors()) > 1 else ""
