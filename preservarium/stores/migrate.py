@@ -319,7 +319,7 @@ def _setting(settings: Settings, name: str, where: str) -> str:
 
 _IDEMPOTENT: Final = re.compile(
     r"(?is)^(create\s+or\s+replace\b|.*\bif\s+(not\s+)?exists\b|insert\s+into\b.*\bon\s+conflict\b|grant\b|comment\s+on\b"
-    r"|alter\s+table\s+.*\b(modify|reset)\s+(ttl|setting|comment)\b|alter\s+.*\bset\s*\(|select\b|call\b|do\b|analyze\b)"
+    r"|alter\s+table\s+.*\b(modify|reset|materialize)\s+(ttl|setting|comment|column)\b|alter\s+.*\bset\s*\(|select\b|call\b|do\b|analyze\b)"
 )
 
 
