@@ -1,8 +1,7 @@
 -- Readings and alarms as the dashboards read them. Every statement can be run again.
 --
 -- Batches arrive exactly once by their tokens (docs/decisions/0004-clickhouse-exactly-once.md), which the engine only
--- heeds where the table has a window for them. It counts blocks: 10,000 are an hour of twelve partitions' inserts at the
--- rate of a busy worker, and a token is only ever repeated for the last batch of a partition.
+-- heeds where the table has a window for them (its size and why: DEDUP_BLOCKS in preservarium/stores/migrate.py).
 -- ReplacingMergeTree is the second net: of equal keys the newest generation stays, in it what was received first.
 
 CREATE TABLE IF NOT EXISTS measurements {{clickhouse.on_cluster}} (
@@ -30,7 +29,7 @@ CREATE TABLE IF NOT EXISTS measurements {{clickhouse.on_cluster}} (
 PARTITION BY toYYYYMMDD(timestamp)
 ORDER BY (device_id, component_type, pin_position, connector_mode, timestamp)
 TTL toDateTime(timestamp) + INTERVAL {{sync.retention_days}} DAY
-SETTINGS non_replicated_deduplication_window = 10000, ttl_only_drop_parts = 1;
+SETTINGS {{clickhouse.dedup_window}}, ttl_only_drop_parts = 1;
 
 CREATE TABLE IF NOT EXISTS alarm_events {{clickhouse.on_cluster}} (
   transition_id  String,
@@ -58,4 +57,4 @@ CREATE TABLE IF NOT EXISTS alarm_events {{clickhouse.on_cluster}} (
 PARTITION BY toYYYYMM(occurred_at)
 ORDER BY (device_id, rule, occurred_at, transition_id)
 TTL toDateTime(occurred_at) + INTERVAL {{sync.retention_days}} DAY
-SETTINGS non_replicated_deduplication_window = 10000;
+SETTINGS {{clickhouse.dedup_window}};

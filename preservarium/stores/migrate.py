@@ -272,11 +272,23 @@ def _skip_quoted(text: str, i: int, *, escapes: bool) -> int:
     raise _unclosed(text, begin, quote)
 
 
+#: Tokens that a table remembers, in blocks: an hour of twelve partitions' inserts at the rate of a busy worker, and a token
+#: is only ever repeated for the last batch of a partition. A replicated table also forgets by time; a day is longer than any
+#: batch waits for its worker.
+DEDUP_BLOCKS: Final = 10_000
+_DEDUP_PLAIN: Final = f"non_replicated_deduplication_window = {DEDUP_BLOCKS}"
+_DEDUP_REPLICATED: Final = (
+    f"replicated_deduplication_window = {DEDUP_BLOCKS}, replicated_deduplication_window_seconds = 86400"
+)
+
+
 def substitute(sql: str, settings: Settings, where: str) -> str:
     """Put settings in the place of {{section.field}}.
 
-    Besides the settings there are two derived names for clusters: {{clickhouse.on_cluster}} (`ON CLUSTER 'name'` or
-    nothing) and {{clickhouse.replicated}} (`Replicated` or nothing, to stand before an engine's name).
+    Besides the settings there are three derived names for clusters: {{clickhouse.on_cluster}} (`ON CLUSTER 'name'` or
+    nothing), {{clickhouse.replicated}} (`Replicated` or nothing, to stand before an engine's name; path and replica are
+    the server's `default_replica_path` and `default_replica_name`), and {{clickhouse.dedup_window}} (the settings that make
+    the engine remember the tokens of inserts: replicated tables have other names for them).
 
     Raises:
         MigrationError: no such setting, a secret, or a value with characters that are not allowed in SQL files.
@@ -289,6 +301,8 @@ def substitute(sql: str, settings: Settings, where: str) -> str:
             text = cluster
         elif name == "clickhouse.replicated":
             return "Replicated" if cluster else ""
+        elif name == "clickhouse.dedup_window":
+            return _DEDUP_REPLICATED if cluster else _DEDUP_PLAIN
         else:
             text = _setting(settings, name, where)
         if not _PLACEHOLDER_VALUE.fullmatch(text):
@@ -342,9 +356,16 @@ def lint(migration: Migration, settings: Settings) -> list[str]:
             faults.append(f"{where}: the runner opens and closes the transaction")
         if re.search(r"(?i)\bconcurrently\b", s.sql) and migration.transactional:
             faults.append(f"{where}: CONCURRENTLY needs `-- no-transaction`")
+        if migration.store == "clickhouse" and re.search(r"(?i)replicated_deduplication_window", _raw(migration, s)):
+            faults.append(f"{where}: a cluster has other names for it: {{{{clickhouse.dedup_window}}}}")
         if repeatable and not _IDEMPOTENT.match(s.sql):
             faults.append(f"{where}: a step without transaction may run twice: IF [NOT] EXISTS or OR REPLACE")
     return faults
+
+
+def _raw(migration: Migration, statement: Statement) -> str:
+    """A statement as it stands in its file, without settings."""
+    return split(migration.text, backslash_escapes=migration.store == "clickhouse")[statement.number - 1].sql
 
 
 # --- PostgreSQL ----------------------------------------------------------------------------------------------------

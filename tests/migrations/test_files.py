@@ -139,6 +139,8 @@ def test_settings_are_put_in(settings: Settings) -> None:
         == "ON CLUSTER 'c1' ReplicatedM"
     )
     assert substitute("{{clickhouse.on_cluster}}{{clickhouse.replicated}}M", load(), "x") == "M"
+    assert substitute("{{clickhouse.dedup_window}}", settings, "x").startswith("replicated_deduplication_window = ")
+    assert substitute("{{clickhouse.dedup_window}}", load(), "x").startswith("non_replicated_deduplication_window = ")
 
 
 @pytest.mark.parametrize(
@@ -168,6 +170,11 @@ def test_other_placeholders_are_refused(settings: Settings, name: str, reason: s
         ("postgres", "-- nothing", "has no statement"),
         ("clickhouse", "CREATE TABLE t (a Int8) ENGINE = Memory", "may run twice"),
         ("clickhouse", "INSERT INTO t VALUES (1)", "may run twice"),
+        (
+            "clickhouse",
+            "ALTER TABLE t MODIFY SETTING non_replicated_deduplication_window = 9, x = 1;",
+            "a cluster has other names",
+        ),
         ("clickhouse", "-- requires: plain\nCREATE TABLE IF NOT EXISTS t (a Int8) ENGINE = Memory", "for PostgreSQL"),
     ],
 )
