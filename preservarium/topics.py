@@ -44,12 +44,13 @@ TYPE_REGISTRY = Topic(
 )
 ALARM_ACTIONS = Topic("alarm_actions", "device address", "operator action", 7 * DAY_MS)
 TASK_EVENTS = Topic("task_events", "file id", "task event", 7 * DAY_MS)
+EMPLOYEES = Topic("employees", "employee code", "employee", None, compacted=True)
 #: Input of the sink service that this replaces; its name is a setting, its partitions are whatever its owner made.
 DECODED = Topic("decoded_iot_data", "any", "old service's message", 24 * HOUR_MS)
 
 TOPICS: Final[tuple[Topic, ...]] = (
     RAW, STANDARDIZED, VALIDATED, ERRORS, REDRIVEN, ALERTS, ANOMALIES, AGGREGATES, COMMANDS,
-    DEVICE_REGISTRY, TYPE_REGISTRY, ALARM_ACTIONS, TASK_EVENTS, DECODED,
+    DEVICE_REGISTRY, TYPE_REGISTRY, ALARM_ACTIONS, TASK_EVENTS, EMPLOYEES, DECODED,
 )  # fmt: skip
 
 BY_NAME: Final = {t.name: t for t in TOPICS}
