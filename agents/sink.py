@@ -1,7 +1,7 @@
-"""sink: validated readings, alarms and the old service's messages into PostgreSQL, exactly once.
+"""sink: validated readings, the old service's messages and every declared topic of events into PostgreSQL, exactly once.
 
-Three stages with a consumer group each, so that none holds up another, and a timer for the storage's upkeep. The
-database's offsets say where each partition starts; a database that is down pauses these stages and nothing else.
+Stages with a consumer group each, so that none holds up another, and a timer for the storage's upkeep. The database's
+offsets say where each partition starts; a database that is down pauses these stages and nothing else.
 """
 
 import structlog
@@ -9,16 +9,19 @@ import structlog
 from preservarium import metrics, topics
 from preservarium.domain.errors import Retry
 from preservarium.engine import app
-from preservarium.sink import AlarmSink, LegacySink, ReadingSink
+from preservarium.sink import EventSink, LegacySink, ReadingSink
 from preservarium.stores.breaker import Breaker
-from preservarium.stores.timescale import PostgresPool, TimescaleStore
+from preservarium.stores.event_tables import EventStore, EventTable
+from preservarium.stores.postgres import PostgresPool
+from preservarium.stores.tables import EVENT_TABLES
+from preservarium.stores.timescale import PREPARE, TimescaleStore
 
 _log = structlog.get_logger(__name__)
 
 #: Partitions, retention, roll-ups and the late lane are looked at this often.
 UPKEEP_S = 30.0
 
-_pool = app.resource(PostgresPool(app.live))
+_pool = app.resource(PostgresPool(app.live, prepare=PREPARE))
 _breaker = Breaker("postgres", lambda: app.live().breaker, clock=app.clock)
 
 
@@ -28,9 +31,6 @@ def _store(sink: str) -> TimescaleStore:
 
 store = _store("sink")
 _readings = ReadingSink("sink", topics.VALIDATED.name, store, app.publisher.publish, app.live, clock=app.clock)
-_alarms = AlarmSink(
-    "sink-alarms", topics.ALERTS.name, _store("sink-alarms"), app.publisher.publish, app.live, clock=app.clock
-)
 _decoded = LegacySink(
     "sink-decoded", topics.DECODED.name, _store("sink-decoded"), app.publisher.publish, app.live, clock=app.clock
 )
@@ -45,15 +45,25 @@ app.group_stage(
     on_assigned=_readings.on_assigned,
 )(_readings)
 
-app.group_stage(
-    topics.ALERTS,
-    name="sink-alarms",
-    group="sink-alarms",
-    records_max=lambda: app.live().sink.rows_max,
-    # An alarm is to be seen at once, and they are few.
-    linger_s=lambda: 0.0,
-    on_assigned=_alarms.on_assigned,
-)(_alarms)
+
+def _event_stage(suffix: str, declared: EventTable) -> EventStore:
+    """A stage and a consumer group of its own for one topic of events."""
+    name = f"sink-{suffix}"
+    events = EventStore(declared, app.live, sink=name, pool=_pool, clock=app.clock, breaker=_breaker)
+    stage = EventSink(name, declared.topic.name, events, app.publisher.publish, app.live, clock=app.clock)
+    app.group_stage(
+        declared.topic,
+        name=name,
+        group=name,
+        records_max=lambda: app.live().sink.rows_max,
+        # An event is to be seen at once, and they are few.
+        linger_s=lambda: 0.0,
+        on_assigned=stage.on_assigned,
+    )(stage)
+    return events
+
+
+event_stores = [_event_stage(suffix, declared) for suffix, declared in EVENT_TABLES.items()]
 
 if app.live().normalize.decoded_topic:
     app.group_stage(
@@ -69,9 +79,11 @@ if app.live().normalize.decoded_topic:
 
 @app.timer(interval=UPKEEP_S)
 async def sink_upkeep() -> None:
-    """Make partitions ahead, drop old ones, refresh roll-ups, merge late rows, and see that background jobs work."""
+    """Partitions ahead, retention, roll-ups, late rows; and see that background jobs work."""
     try:
         await store.maintain()
+        for events in event_stores:
+            await events.prune()
         failing = await store.failing_jobs()
     except Retry as e:
         _log.warning("storage upkeep put off", error=str(e))

@@ -210,6 +210,12 @@ class Sink(_Section):
     retention_days: int = Field(
         90, ge=8, description="Measurements older than this are dropped; must exceed the roll-ups' windows."
     )
+    aggregates_retention_days: int = Field(
+        1095, ge=1, json_schema_extra=RELOAD, description="Windows (`aggregates`) that ended earlier are deleted."
+    )
+    events_retention_days: int = Field(
+        365, ge=1, json_schema_extra=RELOAD, description="Other stored events that are not alarms are deleted then."
+    )
     generation: int = Field(
         0, ge=0, description="Offsets are kept for each; raise it to write what the topics hold once more."
     )

@@ -324,28 +324,28 @@ class LegacySink(ReadingSink):
         return parsed, errors
 
 
-class AlarmStore(Protocol):
-    """Keeps alarms and their transitions, each transition exactly once by its id."""
+class EventStoring(Protocol):
+    """Keeps the events of one topic, each exactly once by its key."""
 
     async def offsets(self, topic: str, partitions: Sequence[int]) -> dict[int, int | None]:
         """As `Store.offsets`."""
         ...
 
-    async def write_alarms(
+    async def write(
         self,
-        events: Sequence[Mapping[str, Any]],
+        lines: Sequence[Mapping[str, Any]],
         moves: Moves,
         *,
         before_commit: Callable[[Sequence[Rejected]], Awaitable[None]] | None = None,
     ) -> WriteResult:
-        """As `Store.write`; an event is a transition."""
+        """As `Store.write`; a line is an event."""
         ...
 
 
-class AlarmSink(_Stage):
-    """Alarm transitions into the store."""
+class EventSink(_Stage):
+    """Events into their table (preservarium/stores/tables.py)."""
 
-    store: AlarmStore
+    store: EventStoring
 
     def _rows(self, line: Any) -> int:
         if type(line) is not dict:
@@ -354,4 +354,4 @@ class AlarmSink(_Stage):
         return 1
 
     async def _store(self, lines: list[Any], moves: Moves, tell: Callable[[Sequence[Rejected]], Any]) -> WriteResult:
-        return await self.store.write_alarms(lines, moves, before_commit=tell)
+        return await self.store.write(lines, moves, before_commit=tell)

@@ -15,28 +15,22 @@ UPDATE into compressed chunks decompresses them. Rows older than the compression
 `measurements_late` and merged by `maintain`, chunk by chunk.
 """
 
-import asyncio
 import struct
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import asyncpg
-import orjson
-import structlog
 
-from preservarium import metrics
-from preservarium.clock import Clock, SystemClock
-from preservarium.domain.errors import PreservariumError, ReasonCode, Retry
+from preservarium.clock import Clock
+from preservarium.domain.errors import ReasonCode
 from preservarium.domain.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, Message
 from preservarium.settings import Settings
 from preservarium.stores.base import (
     DAY_US,
     FUTURE_MAX_US,
     NAME_CHARS_MAX,
-    TEXT_CHARS_MAX,
     TOPIC_CHARS_MAX,
     BeforeCommit,
     Moved,
@@ -50,37 +44,13 @@ from preservarium.stores.base import (
     value_fault,
 )
 from preservarium.stores.breaker import Breaker
-
-_log = structlog.get_logger(__name__)
+from preservarium.stores.postgres import DATA_ERRORS, MOVED, OffsetStore, PostgresPool, count_of
 
 #: The names of the series and derivations that are in memory. 200,000 series are about 60 MB; beyond, all are
 #: forgotten and read again as they come.
 CACHE_MAX: Final = 200_000
-#: A deadlock or a serialisation failure is over at once; three in a row mean something else.
-CONFLICTS_MAX: Final = 3
 #: Staged rows moved in one transaction: some 100 ms, so that live writes never wait long.
 LATE_ROWS_MAX: Final = 20_000
-
-#: What says that the row is at fault: data (22), integrity (23), a limit such as an index row's size (54).
-_DATA_ERRORS: Final = (
-    asyncpg.DataError,
-    asyncpg.IntegrityConstraintViolationError,
-    asyncpg.ProgramLimitExceededError,
-    asyncpg.RaiseError,
-)
-_CONFLICTS: Final = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
-#: What says that nothing can be known about the row. InternalClientError: the pool may hand out a connection that the
-#: server has just ended (asyncpg issue 1069). Errors of PostgreSQL outside _DATA_ERRORS are here as well: a missing
-#: table or right, a full disk, a standby are no row's fault, and waiting loses nothing.
-INFRASTRUCTURE_ERRORS: Final = (
-    asyncpg.PostgresError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,
-    OSError,
-    TimeoutError,
-)
-
-_NOT_MIGRATED: Final = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError)
 
 _COLUMNS: Final = (
     "series_id", "timestamp", "quality", "value", "value_text", "flags", "unit", "topic",
@@ -111,7 +81,8 @@ _Series = tuple[bytes, str, str]
 #: (series prefix, timestamp) -> row
 _Rows = dict[tuple[bytes, int], bytes]
 
-_CREATE_STAGING: Final = "CREATE TEMP TABLE IF NOT EXISTS sink_staging (LIKE measurements) ON COMMIT DELETE ROWS"
+#: What a connection needs before it is used here.
+PREPARE: Final = "CREATE TEMP TABLE IF NOT EXISTS sink_staging (LIKE measurements) ON COMMIT DELETE ROWS"
 #: Only where one transaction merges twice is there anything to clear.
 _CLEAR_STAGING: Final = "DELETE FROM sink_staging"
 _MERGE: Final = f"""
@@ -142,16 +113,6 @@ _UPSERT_LATEST: Final = f"""
   ON CONFLICT (series_id) DO UPDATE SET timestamp = excluded.timestamp, value = excluded.value, value_text = excluded.value_text,
     quality = excluded.quality, received_at = excluded.received_at
   WHERE excluded.timestamp > l.timestamp"""
-_ADVANCE: Final = """
-WITH moved AS (
-  UPDATE sink_offsets AS o SET next_offset = u.next, updated_at = now()
-  FROM unnest($3::text[], $4::int[], $5::bigint[], $6::bigint[]) AS u(topic, partition, expected, next)
-  WHERE o.sink = $1 AND o.generation = $2 AND o.topic = u.topic AND o.partition = u.partition AND o.next_offset = u.expected
-  RETURNING 1),
-%s
-newest AS (%s)
-SELECT count(*) FROM moved"""
-
 _SELECT_SERIES: Final = """
 SELECT s.series_id, s.device_id, s.connector_mode, s.component_type, s.pin_position, s.unit, s.topic
 FROM unnest($1::text[], $2::text[], $3::text[], $4::text[]) AS u(d, m, c, p)
@@ -171,95 +132,6 @@ ON CONFLICT (parser, config_rev, experiment_id) DO NOTHING
 RETURNING derivation_id, parser, config_rev, experiment_id"""
 
 
-class PostgresPool:
-    """A pool of connections to the settings' database, made when first needed and again after `close`.
-
-    Args:
-        settings: asked when the pool is made.
-        name: shown by the server as application_name.
-    """
-
-    def __init__(self, settings: Callable[[], Settings], name: str = "preservarium-sink") -> None:
-        self._settings = settings
-        self._name = name
-        self._pool: Any = None
-        self._lock = asyncio.Lock()
-        self.engine = ""  #: timescaledb or plain, once connected
-
-    def acquire(self) -> "_Connection":
-        """A connection for an `async with` block, given back at its end, closed where it failed."""
-        return _Connection(self)
-
-    async def ready(self) -> Any:
-        """The asyncpg pool; makes it where there is none."""
-        if self._pool is not None:
-            return self._pool
-        async with self._lock:
-            if self._pool is None:
-                s = self._settings().postgres
-                pool = await asyncpg.create_pool(
-                    s.dsn,
-                    min_size=0,
-                    max_size=s.pool_max,
-                    timeout=s.connect_timeout_s,
-                    command_timeout=s.command_timeout_s,
-                    # Connections are given back clean or closed, so the round trip of RESET ALL is saved.
-                    reset=_no_reset,
-                    init=_init,
-                    server_settings={"application_name": self._name},
-                )
-                try:
-                    self.engine = await pool.fetchval("SELECT storage_engine()")
-                except BaseException:
-                    pool.terminate()
-                    raise
-                self._pool = pool
-        return self._pool
-
-    @property
-    def connect_timeout_s(self) -> float:
-        """How long a connection may take to be had."""
-        return self._settings().postgres.connect_timeout_s
-
-    async def close(self) -> None:
-        """Close every connection."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            try:
-                await asyncio.wait_for(pool.close(), self.connect_timeout_s)
-            except (TimeoutError, *INFRASTRUCTURE_ERRORS):
-                pool.terminate()
-
-
-async def _init(connection: Any) -> None:
-    await connection.execute(_CREATE_STAGING)
-
-
-async def _no_reset(_connection: Any) -> None:
-    return None
-
-
-class _Connection:
-    """One use of a pooled connection."""
-
-    def __init__(self, pool: PostgresPool) -> None:
-        self._owner = pool
-        self._pool: Any = None
-        self._connection: Any = None
-
-    async def __aenter__(self) -> Any:
-        self._pool = await self._owner.ready()
-        self._connection = await self._pool.acquire(timeout=self._owner.connect_timeout_s)
-        return self._connection
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
-        connection = self._connection
-        if error is not None and not isinstance(error, (PreservariumError, *_DATA_ERRORS, *_CONFLICTS)):
-            # Cancelled in the middle, or broken, or nobody knows: not a connection to hand on.
-            connection.terminate()
-        await self._pool.release(connection)
-
-
 @dataclass(slots=True)
 class _Encoded:
     """The rows of a write."""
@@ -272,15 +144,13 @@ class _Encoded:
     missing: bool = False  #: a series or derivation is not known yet; the rest is incomplete
 
 
-class TimescaleStore:
-    """The store of readings (see preservarium/stores/base.py for what it promises) and of alarms.
-
-    Safe for concurrent use within one event loop; two writes of one partition must follow each other.
+class TimescaleStore(OffsetStore):
+    """The store of readings (see preservarium/stores/base.py for what it promises).
 
     Args:
         settings: asked at each write.
         sink: whose offsets; each consumer group has its own.
-        pool: shared connections; its own where none is given.
+        pool: shared connections, prepared by `PREPARE`; its own where none is given.
         clock: for retention.
         breaker: shared by all that use the database; its own where none is given.
         copy_first: False goes through the temporary table always (for measurements).
@@ -298,11 +168,8 @@ class TimescaleStore:
         copy_first: bool = True,
         late_lane: bool | None = None,
     ) -> None:
-        self.sink = sink
-        self.breaker = breaker or Breaker("postgres", lambda: settings().breaker, clock=clock)
-        self._settings = settings
-        self._pool = pool or PostgresPool(settings)
-        self._clock = clock or SystemClock()
+        pool = pool or PostgresPool(settings, prepare=PREPARE)
+        super().__init__(settings, sink=sink, pool=pool, clock=clock, breaker=breaker)
         self._copy_first = copy_first
         self._late_lane = late_lane
         self._merge_next = not copy_first
@@ -313,57 +180,19 @@ class TimescaleStore:
         #: (parser, config_rev, experiment_id, generation) -> the last 16 bytes of a row
         self._tails: dict[tuple[str, int, str | None, int], bytes] = {}
 
-    # --- the promise
-
-    async def offsets(self, topic: str, partitions: Sequence[int]) -> dict[int, int | None]:
-        """The next offset of each partition; None where nothing of it was ever written."""
-        if not partitions:
-            return {}
-        async with self.breaker:
-            try:
-                async with self._pool.acquire() as connection:
-                    found = await self._positions(connection, [(topic, p) for p in partitions])
-            except INFRASTRUCTURE_ERRORS as e:
-                raise _retry(e) from e
-        return {p: found[topic, p] for p in partitions}
-
     async def write(
         self, messages: Sequence[Message], moves: Moves, *, before_commit: BeforeCommit | None = None
     ) -> WriteResult:
         """Store readings and offsets, or neither; see `Store.write`."""
-        started = self._clock.monotonic_s()
-        now_us = self._clock.now_us()
-        async with self.breaker:
-            try:
-                for attempt in range(CONFLICTS_MAX):
-                    try:
-                        result = await self._write(messages, moves, now_us, before_commit)
-                        break
-                    except _CONFLICTS:
-                        if attempt == CONFLICTS_MAX - 1:
-                            raise
-            except INFRASTRUCTURE_ERRORS as e:
-                self._forget()  # what comes back may be another server, or an older state of this one
-                raise _retry(e) from e
-        metrics.STORE_SECONDS.labels("postgres").observe(self._clock.monotonic_s() - started)
-        count = metrics.STORE_ROWS.labels
-        count("postgres", "stored").inc(result.accepted)
-        if result.duplicates:
-            count("postgres", "duplicate").inc(result.duplicates)
-        if result.rejected:
-            count("postgres", "rejected").inc(len(result.rejected))
-        return result
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._pool.close()
+        return await self._counted(lambda: self._write(messages, moves, before_commit))
 
     # --- one write
 
     async def _write(
-        self, messages: Sequence[Message], moves: Moves, now_us: int, before_commit: BeforeCommit | None
+        self, messages: Sequence[Message], moves: Moves, before_commit: BeforeCommit | None
     ) -> WriteResult:
         await self._pool.ready()  # the engine decides about the late lane
+        now_us = self._clock.now_us()
         sink = self._settings().sink
         bounds = _Bounds(
             oldest=max(TIMESTAMP_MIN_US, now_us - sink.retention_days * DAY_US),
@@ -377,11 +206,11 @@ class TimescaleStore:
                     return await self._transaction(connection, messages, encoded, moves, bounds, before_commit, "copy")
                 except asyncpg.UniqueViolationError:
                     self._merge_next = True
-                except _DATA_ERRORS:
+                except DATA_ERRORS:
                     pass
             try:
                 result = await self._transaction(connection, messages, encoded, moves, bounds, before_commit, "merge")
-            except _DATA_ERRORS:
+            except DATA_ERRORS:
                 result = await self._transaction(connection, messages, encoded, moves, bounds, before_commit, "bisect")
             if self._copy_first and not result.duplicates:
                 self._merge_next = False
@@ -460,61 +289,21 @@ class TimescaleStore:
                 key = prefix, newest[prefix]
                 chosen.append(next(part[key] for part in parts if key in part))
             latest = list(zip(*map(_read_row, chosen), strict=True))
-        fresh = [(t, p, m.next) for (t, p), m in moves.items() if m.expected is None]
-        known = sorted((t, p, m.expected, m.next) for (t, p), m in moves.items() if m.expected is not None)
-        if fresh:
-            status = await connection.execute(
-                "INSERT INTO sink_offsets (sink, topic, partition, generation, next_offset)"
-                " SELECT $1, t, p, $2, n FROM unnest($3::text[], $4::int[], $5::bigint[]) AS u(t, p, n)"
-                " ORDER BY t, p ON CONFLICT DO NOTHING",
-                self.sink,
-                self._settings().sink.generation,
-                *map(list, zip(*sorted(fresh), strict=True)),
-            )
-            if _count(status) != len(fresh):
-                raise Moved({})
+        known = await self._move_fresh(connection, moves)
         if not known and not newest:
             return ()
-        arguments = [
-            self.sink,
-            self._settings().sink.generation,
-            [k[0] for k in known],
-            [k[1] for k in known],
-            [k[2] for k in known],
-            [k[3] for k in known],
-            *latest,
-        ]
+        arguments = [*(known or [self.sink, self._settings().sink.generation, [], [], [], []]), *latest]
         plain = self._pool.engine != "timescaledb"
         if plain:
             ranges = _dirty_ranges(parts)
             arguments += [[f for f, _ in ranges], [t for _, t in ranges]]
         known_series = self._has_latest.issuperset(newest)
-        statement = _ADVANCE % (_DIRTY if plain else "", _UPDATE_LATEST if known_series else _UPSERT_LATEST)
+        upsert = _UPDATE_LATEST if known_series else _UPSERT_LATEST
+        statement = f"{MOVED},{_DIRTY if plain else ''} newest AS ({upsert}) SELECT count(*) FROM moved"
         moved = await connection.fetchval(statement, *arguments)
-        if moved != len(known):
+        if moved != len(arguments[2]):
             raise Moved({})
         return newest.keys()
-
-    @asynccontextmanager
-    async def _fence(self, connection: Any, moves: Moves) -> AsyncIterator[None]:
-        try:
-            yield
-        except Moved:
-            raise Moved(await self._positions(connection, moves)) from None
-
-    async def _positions(self, connection: Any, keys: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int | None]:
-        wanted = list(keys)
-        rows = await connection.fetch(
-            "SELECT o.topic, o.partition, o.next_offset FROM unnest($3::text[], $4::int[]) AS u(t, p)"
-            " JOIN sink_offsets o ON o.sink = $1 AND o.generation = $2 AND o.topic = u.t AND o.partition = u.p",
-            self.sink,
-            self._settings().sink.generation,
-            [t for t, _ in wanted],
-            [p for _, p in wanted],
-        )
-        found: dict[tuple[str, int], int | None] = dict.fromkeys(wanted)
-        found.update({(topic, partition): next_offset for topic, partition, next_offset in rows})
-        return found
 
     async def _merge(self, connection: Any, rows: Iterable[bytes], statement: str) -> int:
         """Through the temporary table. Returns how many rows were stored."""
@@ -523,7 +312,7 @@ class TimescaleStore:
             await connection.execute("SET LOCAL timescaledb.max_tuples_decompressed_per_dml_transaction = 0")
         await connection.execute(_CLEAR_STAGING)
         await _copy(connection, "sink_staging", rows)
-        return _count(await connection.execute(statement))
+        return count_of(await connection.execute(statement))
 
     async def _bisect(
         self,
@@ -538,7 +327,7 @@ class TimescaleStore:
         try:
             async with connection.transaction():
                 return await self._merge(connection, [row for _, row in items], statement)
-        except _DATA_ERRORS as e:
+        except DATA_ERRORS as e:
             if len(items) == 1:
                 refused[items[0][0]] = f"{type(e).__name__}: {e}"
                 return 0
@@ -628,74 +417,6 @@ class TimescaleStore:
     def _stages_late(self) -> bool:
         return self._pool.engine == "timescaledb" if self._late_lane is None else self._late_lane
 
-    # --- alarms
-
-    async def write_alarms(
-        self, events: Sequence[Mapping[str, Any]], moves: Moves, *, before_commit: BeforeCommit | None = None
-    ) -> WriteResult:
-        """Store alarm transitions and the offsets, or neither. A transition that is stored already changes nothing.
-
-        The transitions of one alarm must come in their order. `Rejected.reading` is 0.
-
-        Raises:
-            Moved: the offsets are not what `moves` expects; nothing was written.
-            Retry: the database cannot be reached.
-        """
-        rows: dict[str, tuple[int, tuple[Any, ...]]] = {}
-        invalid: list[Rejected] = []
-        for index, event in enumerate(events):
-            try:
-                row = _alarm_row(event)
-            except (TypeError, ValueError, KeyError, OverflowError) as e:
-                invalid.append(Rejected(index, 0, ReasonCode.STORE_REJECTED, f"{type(e).__name__}: {e}"))
-            else:
-                rows.setdefault(row[0], (index, row))
-        async with self.breaker:
-            try:
-                async with (
-                    self._pool.acquire() as connection,
-                    self._fence(connection, moves),
-                    connection.transaction(),
-                ):
-                    rejected = list(invalid)
-                    await self._advance(connection, moves, ())
-                    accepted = await self._alarms(connection, list(rows.values()), rejected)
-                    rejected.sort(key=lambda r: r.message)
-                    if before_commit is not None:
-                        await before_commit(rejected)
-            except INFRASTRUCTURE_ERRORS as e:
-                raise _retry(e) from e
-        return WriteResult(accepted, len(events) - accepted - len(rejected), rejected)
-
-    async def _alarms(self, connection: Any, rows: list[tuple[int, tuple[Any, ...]]], rejected: list[Rejected]) -> int:
-        if not rows:
-            return 0
-        try:
-            async with connection.transaction():
-                columns = [list(c) for c in zip(*(row for _, row in rows), strict=True)]
-                new = {r[0] for r in await connection.fetch(_INSERT_EVENTS, *columns[:15])}
-                # The first transition of an alarm in this batch may make its row, the last one decides its state.
-                alarms: dict[str, list[tuple[Any, ...]]] = {}
-                for _, row in rows:
-                    if row[0] in new:
-                        alarms.setdefault(row[1], []).append(row)
-                if alarms:
-                    # Sorted, so that two writers lock in one order.
-                    merged = [
-                        (*t[-1][:7], *t[0][7:10], *t[-1][10:], len(t), t[-1][8]) for _, t in sorted(alarms.items())
-                    ]
-                    columns = [list(c) for c in zip(*merged, strict=True)]
-                    await connection.execute(_UPSERT_ALARMS, *[columns[i] for i in _ALARM_COLUMNS])
-                return len(new)
-        except _DATA_ERRORS as e:
-            if len(rows) == 1:
-                rejected.append(Rejected(rows[0][0], 0, ReasonCode.STORE_REJECTED, f"{type(e).__name__}: {e}"))
-                return 0
-        half = len(rows) // 2
-        return await self._alarms(connection, rows[:half], rejected) + await self._alarms(
-            connection, rows[half:], rejected
-        )
-
     # --- upkeep
 
     async def maintain(self) -> None:
@@ -707,19 +428,17 @@ class TimescaleStore:
             Retry: the database cannot be reached.
         """
         s = self._settings().sink
-        async with self.breaker:
-            try:
-                async with self._pool.acquire() as connection:
-                    if self._pool.engine == "plain":
-                        await connection.fetchval("SELECT storage_maintain($1, $2)", s.chunk_days, s.retention_days)
-                    if self._stages_late():
-                        chunk = f"{s.chunk_days} days"
-                        merge = "SELECT merge_late($1::text::interval, $2)"
-                        moved = LATE_ROWS_MAX
-                        while moved:
-                            moved = await connection.fetchval(merge, chunk, LATE_ROWS_MAX)
-            except INFRASTRUCTURE_ERRORS as e:
-                raise _retry(e) from e
+
+        async def work(connection: Any) -> None:
+            if self._pool.engine == "plain":
+                await connection.fetchval("SELECT storage_maintain($1, $2)", s.chunk_days, s.retention_days)
+            if self._stages_late():
+                chunk = f"{s.chunk_days} days"
+                merge = "SELECT merge_late($1::text::interval, $2)"
+                while await connection.fetchval(merge, chunk, LATE_ROWS_MAX):
+                    pass
+
+        await self._ask(work)
 
     async def apply_policies(self) -> None:
         """Bring TimescaleDB's chunk interval, compression and retention to what the settings say.
@@ -728,15 +447,13 @@ class TimescaleStore:
             Retry: the database cannot be reached.
         """
         s = self._settings().sink
-        async with self.breaker:
-            try:
-                async with self._pool.acquire() as connection:
-                    if self._pool.engine == "timescaledb":
-                        await connection.execute(
-                            "SELECT storage_policies($1, $2, $3)", s.chunk_days, s.compress_after_days, s.retention_days
-                        )
-            except INFRASTRUCTURE_ERRORS as e:
-                raise _retry(e) from e
+
+        async def work(connection: Any) -> None:
+            if self._pool.engine == "timescaledb":
+                statement = "SELECT storage_policies($1, $2, $3)"
+                await connection.execute(statement, s.chunk_days, s.compress_after_days, s.retention_days)
+
+        await self._ask(work)
 
     async def failing_jobs(self) -> list[str]:
         """Background jobs whose last run failed, for health: they fail silently otherwise.
@@ -744,13 +461,12 @@ class TimescaleStore:
         Raises:
             Retry: the database cannot be reached.
         """
-        async with self.breaker:
-            try:
-                async with self._pool.acquire() as connection:
-                    rows = await connection.fetch("SELECT job FROM storage_jobs WHERE NOT succeeded ORDER BY job")
-            except INFRASTRUCTURE_ERRORS as e:
-                raise _retry(e) from e
-        return [row[0] for row in rows]
+
+        async def look(connection: Any) -> list[str]:
+            rows = await connection.fetch("SELECT job FROM storage_jobs WHERE NOT succeeded ORDER BY job")
+            return [row[0] for row in rows]
+
+        return await self._ask(look)
 
 
 @dataclass(slots=True)
@@ -1004,90 +720,3 @@ def _dirty_ranges(parts: Iterable[_Rows]) -> list[tuple[int, int]]:
         if len(ranges) <= _DIRTY_RANGES_MAX:
             break
     return ranges
-
-
-def _count(status: str) -> int:
-    """Rows of a command's status, such as "INSERT 0 12"."""
-    return int(status.rsplit(" ", 1)[1])
-
-
-def _retry(error: BaseException) -> Retry:
-    hint = "; run `preservarium migrate`" if isinstance(error, _NOT_MIGRATED) else ""
-    return Retry(f"PostgreSQL: {type(error).__name__}: {error}{hint}")
-
-
-# --- alarms: columns of alarm_events first, then what only `alarms` has
-
-_INSERT_EVENTS: Final = """
-INSERT INTO alarm_events (transition_id, alarm_id, device_id, rule, transition, state, severity, occurred_at, detected_at, value,
-                          raw_partition, raw_offset, raw_index, generation, detail)
-SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::timestamptz[],
-                     $9::timestamptz[], $10::float8[], $11::int[], $12::bigint[], $13::int[], $14::int[], $15::jsonb[])
-ON CONFLICT (transition_id) DO NOTHING RETURNING transition_id"""
-_ALARM_COLUMNS: Final = (1, 2, 3, 15, 16, 17, 6, 5, 4, 7, 8, 18, 9, 19, 20, 21, 13, 22, 23)
-_UPSERT_ALARMS: Final = """
-INSERT INTO alarms AS a (alarm_id, device_id, rule, rule_rev, component_type, pin_position, severity, state, transition, occurred_at,
-                         detected_at, cleared_at, value, unit, threshold, message, generation, transitions, updated_at)
-SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[],
-  $10::timestamptz[], $11::timestamptz[], $12::timestamptz[], $13::float8[], $14::text[], $15::float8[], $16::text[], $17::int[], $18::int[], $19::timestamptz[])
-  AS u(alarm_id, device_id, rule, rule_rev, component_type, pin_position, severity, state, transition, occurred_at,
-       detected_at, cleared_at, value, unit, threshold, message, generation, transitions, updated_at)
-ON CONFLICT (alarm_id) DO UPDATE
-SET severity = excluded.severity, state = excluded.state, transition = excluded.transition, cleared_at = excluded.cleared_at,
-    message = excluded.message, transitions = a.transitions + excluded.transitions, updated_at = excluded.updated_at"""
-
-
-def _alarm_row(event: Mapping[str, Any]) -> tuple[Any, ...]:
-    def text(name: str, default: str | None = None) -> str:
-        value = event[name] if default is None else event.get(name, default)
-        if fault := text_fault(value, TEXT_CHARS_MAX):
-            message = f"{name} {fault}"
-            raise ValueError(message)
-        return str(value)
-
-    def number(name: str) -> float | None:
-        value = event.get(name)
-        return None if value is None else float(value)
-
-    def instant(name: str) -> datetime | None:
-        value = event.get(name)
-        if value is None:
-            return None
-        if fault := timestamp_code(value, oldest_us=TIMESTAMP_MIN_US, newest_us=TIMESTAMP_MAX_US):
-            message = f"{name}: {fault[1]}"
-            raise ValueError(message)
-        return datetime.fromtimestamp(value // 1_000_000, UTC).replace(microsecond=value % 1_000_000)
-
-    detected_at = instant("detected_at")
-    occurred_at = instant("occurred_at") or detected_at
-    if detected_at is None:
-        message = "detected_at is missing"
-        raise ValueError(message)
-    detail = orjson.dumps(event).decode()
-    if "\\u0000" in detail:
-        message = "holds NUL"
-        raise ValueError(message)
-    return (
-        text("transition_id"),
-        text("alarm_id"),
-        text("device_id"),
-        text("rule"),
-        text("transition"),
-        text("state"),
-        text("severity"),
-        occurred_at,
-        detected_at,
-        number("value"),
-        event.get("raw_partition"),
-        event.get("raw_offset"),
-        event.get("raw_index"),
-        event.get("generation", 0),
-        detail,
-        event.get("rule_rev", 0),
-        text("component_type", "unknown"),
-        text("pin_position", "-1"),
-        instant("cleared_at"),
-        text("unit", ""),
-        number("threshold"),
-        text("message", ""),
-    )

@@ -13,6 +13,8 @@ from sink_support import DAY_US, NOW_US, SECOND_US, execute, fetch, live, messag
 
 from preservarium.domain.errors import ReasonCode, Retry
 from preservarium.stores.base import Move
+from preservarium.stores.event_tables import EventStore
+from preservarium.stores.tables import ALARM_EVENTS
 from preservarium.stores.timescale import TimescaleStore
 
 T = "iot_validated_data"
@@ -27,6 +29,13 @@ def dsn(postgres: str) -> Iterator[str]:
 @pytest.fixture
 async def store(dsn):
     made = TimescaleStore(live(postgres={"url": dsn}))
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def alarms(dsn):
+    made = EventStore(ALARM_EVENTS, live(postgres={"url": dsn}), sink="sink-alarms")
     yield made
     await made.close()
 
@@ -289,11 +298,11 @@ def transition(number: int, what: str, **fields: Any) -> dict[str, Any]:
     } | fields  # fmt: skip
 
 
-async def test_alarm_transitions_are_stored_once_and_decide_the_alarm(dsn, store):
+async def test_alarm_transitions_are_stored_once_and_decide_the_alarm(dsn, alarms):
     events = [transition(1, "raised"), transition(2, "cleared")]
-    first = await store.write_alarms(events[:1], {("iot_alerts", 0): Move(None, 1)})
+    first = await alarms.write(events[:1], {("iot_alerts", 0): Move(None, 1)})
     assert [tuple(r) for r in await fetch(dsn, "SELECT alarm_id, value FROM active_alarms")] == [("a1", 41.0)]
-    second = await store.write_alarms(events, {("iot_alerts", 0): Move(1, 2)})
+    second = await alarms.write(events, {("iot_alerts", 0): Move(1, 2)})
     assert (first.accepted, second.accepted, second.duplicates) == (1, 1, 1)
     (alarm,) = await fetch(dsn, "SELECT * FROM alarms")
     assert (alarm["transition"], alarm["state"], alarm["transitions"], alarm["value"]) == (
@@ -308,10 +317,8 @@ async def test_alarm_transitions_are_stored_once_and_decide_the_alarm(dsn, store
     assert await count(dsn, "active_alarms") == 0
 
 
-async def test_raised_and_cleared_in_one_batch(dsn, store):
-    await store.write_alarms(
-        [transition(1, "raised"), transition(2, "cleared"), transition(3, "raised", alarm_id="a2")], {}
-    )
+async def test_raised_and_cleared_in_one_batch(dsn, alarms):
+    await alarms.write([transition(1, "raised"), transition(2, "cleared"), transition(3, "raised", alarm_id="a2")], {})
     rows = await fetch(dsn, "SELECT alarm_id, transition, value, transitions FROM alarms ORDER BY 1")
     assert [tuple(r) for r in rows] == [("a1", "cleared", 41.0, 2), ("a2", "raised", 43.0, 1)]
 
@@ -321,12 +328,12 @@ async def test_raised_and_cleared_in_one_batch(dsn, store):
     [{"alarm_id": None}, {"severity": 5}, {"detected_at": None}, {"detected_at": 7}, {"message": "a\0"}, {"value": "x"},
      {"raw_offset": 2**70}, {"message": "a\ud800"}, {"rule_rev": "x"}],
 )  # fmt: skip
-async def test_a_bad_transition_takes_no_other_with_it(store, dsn, fields):
+async def test_a_bad_transition_takes_no_other_with_it(alarms, dsn, fields):
     events = [
         transition(1, "raised"),
         transition(2, "raised", alarm_id="a2") | fields,
         transition(3, "raised", alarm_id="a3"),
     ]
-    result = await store.write_alarms(events, {("iot_alerts", 0): Move(None, 3)})
+    result = await alarms.write(events, {("iot_alerts", 0): Move(None, 3)})
     assert ([r.message for r in result.rejected], result.accepted) == ([1], 2)
     assert await count(dsn, "alarms") == 2
