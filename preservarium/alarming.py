@@ -15,16 +15,22 @@ from preservarium.compiled import CompiledDevices, Documents, Known
 from preservarium.domain.alarm import Refusal
 from preservarium.domain.device import DeviceDoc
 from preservarium.domain.device_alarms import (
+    ACTION_ID_CHARS_MAX,
+    ACTIONS,
     ALARMS_PER_DEVICE_MAX,
+    NAME_CHARS_MAX,
     STATE_VERSION,
     Action,
+    AnswerDoc,
     DeviceAlarms,
     Outcome,
+    StandingDoc,
     TransitionDoc,
     parse_action,
 )
 from preservarium.domain.errors import ReasonCode, Reject
-from preservarium.domain.reading import ErrorLine
+from preservarium.domain.lineage import identity
+from preservarium.domain.reading import PIN_POSITION_NONE, ErrorLine
 from preservarium.domain.rules import DeviceRules, compile_rules
 from preservarium.publish import partition_of
 from preservarium.records import error_line, error_send, parse_trusted
@@ -135,6 +141,9 @@ class _Work:
         self._now_us = stage._clock.now_us()
         self._evaluated = self._late = self._duplicates = 0
         self._transitions: list[TransitionDoc] = []
+        #: (device, rule, pin) -> how the alarm stands after the batch
+        self._standing: dict[tuple[str, str, str], StandingDoc | None] = {}
+        self._answers: list[AnswerDoc] = []
 
     def _device(self, device_id: str) -> DeviceAlarms | None:
         """The device's alarms, with the rules of this batch: they stay the same until its end."""
@@ -163,23 +172,70 @@ class _Work:
         """One line of `alarm_actions`."""
         key = record.key.decode("utf-8", "replace") if record.key else None
         device_id = key
+        line: dict[str, Any] | None = None
+        action: Action | None = None
+        outcome = Outcome()
         try:
-            action = _parse(raw, key)
+            line = _object(raw)
+            action = parse_action(line, key)
             device_id = action.device_id
             if partition_of(device_id.encode(), partitions) != self._batch.partition:
                 message = f"the record is keyed {key!r:.100}, so it is not where the alarms of {device_id!r:.100} are"
                 raise Reject(ReasonCode.ACTION_INVALID, message)
             alarms = self._device(device_id)
             if alarms is None:
-                raise Reject(ReasonCode.ACTION_INVALID, f"{action.event} is refused: {Refusal.UNKNOWN_ALARM}")
-            source = f"a{self._batch.partition}"
-            outcome = alarms.act(action, self._rules[device_id], source, record.offset, index)
-            self._outcome(record, device_id, outcome)
+                outcome.refusal = Refusal.UNKNOWN_ALARM
+            else:
+                source = f"a{self._batch.partition}"
+                outcome = alarms.act(action, self._rules[device_id], source, record.offset, index)
+                self._outcome(record, device_id, outcome)
             if outcome.refusal is not None:
                 message = f"{action.event} of rule {action.rule!r} is refused: {outcome.refusal}"
                 raise Reject(ReasonCode.ACTION_INVALID, message)
+            refused = None
         except Reject as e:
             self._error(record, index, e.code, str(e), device_id, raw, {})
+            refused = e
+        if line is not None and device_id and not outcome.duplicate:
+            self._answer(record, index, line, action, device_id, outcome, refused)
+
+    def _answer(
+        self,
+        record: Record,
+        index: int,
+        line: dict[str, Any],
+        action: Action | None,
+        device_id: str,
+        outcome: Outcome,
+        refused: Reject | None,
+    ) -> None:
+        """Say what became of an action; of one that is not well formed too, as far as it can be told."""
+        code = outcome.refusal.name.lower() if outcome.refusal else str(refused.code) if refused else ""
+        batch = self._batch
+        action_id = line.get("action_id") if action is None or action.action_id else None
+        if not isinstance(action_id, str) or not 0 < len(action_id) <= ACTION_ID_CHARS_MAX or "\0" in action_id:
+            action_id = identity("action", batch.partition, record.offset, index)
+        self._answers.append(
+            {
+                "action_id": action_id,
+                "device_id": device_id,
+                "rule": action.rule if action else _text(line, "rule"),
+                "pin_position": action.pin_position if action else _text(line, "pin_position", PIN_POSITION_NONE),
+                "alarm_id": outcome.alarm_id,
+                "action": line["action"] if action else _text(line, "action"),
+                "actor": action.actor if action else _text(line, "actor"),
+                "comment": action.comment if action else _text(line, "comment"),
+                "at": action.at if action else record.timestamp * 1_000,
+                "until": action.until if action else None,
+                "one_shot": action.one_shot if action else False,
+                "outcome": "refused" if refused else "done",
+                "code": code,
+                "reason": str(outcome.refusal or refused or ""),
+                "state": outcome.state.value if outcome.state else "",
+                "transitions": [t["transition_id"] for t in outcome.transitions],
+                "answered_at": self._now_us,
+            }
+        )
 
     def _outcome(self, record: Record, device_id: str, outcome: Outcome) -> None:
         if outcome.duplicate:
@@ -188,6 +244,8 @@ class _Work:
         self._touched.add(device_id)
         self._evaluated += outcome.evaluated
         self._late += outcome.late
+        for (rule, pin), standing in outcome.standing.items():
+            self._standing[device_id, rule, pin] = standing
         for transition in outcome.transitions:
             self._transitions.append(transition)
             value = orjson.dumps(transition)
@@ -232,6 +290,13 @@ class _Work:
             alarms = self._alarms[device_id]
             assert alarms is not None
             effects.put(self._stage._table, device_id.encode(), orjson.dumps(alarms.document()))
+        partition = self._batch.partition
+        for point, standing in self._standing.items():
+            value = None if standing is None else orjson.dumps(standing)
+            effects.sends.append(Send(topics.ALARM_STANDING, orjson.dumps(point), value, partition))
+        for answer in self._answers:
+            key = answer["device_id"].encode()
+            effects.sends.append(Send(topics.ALARM_ANSWERS, key, orjson.dumps(answer), partition))
         for line in self._errors:
             effects.sends.append(error_send(line))
             effects.refused[line["code"]] = effects.refused.get(line["code"], 0) + 1
@@ -246,9 +311,12 @@ class _Work:
             metrics.DUPLICATES.labels(STAGE).inc(self._duplicates)
         for transition in self._transitions:
             metrics.ALARM_TRANSITIONS.labels(transition["transition"], transition["severity"]).inc()
+        for answer in self._answers:
+            action = answer["action"] if answer["action"] in ACTIONS else "unknown"
+            metrics.ALARM_ACTIONS.labels(action, answer["outcome"]).inc()
 
 
-def _parse(raw: bytes, key: str | None) -> Action:
+def _object(raw: bytes) -> dict[str, Any]:
     if len(raw) > ACTION_BYTES_MAX:
         message = f"an action of {len(raw)} bytes; it may have {ACTION_BYTES_MAX}"
         raise Reject(ReasonCode.ENVELOPE_TOO_LARGE, message)
@@ -260,4 +328,9 @@ def _parse(raw: bytes, key: str | None) -> Action:
     if not isinstance(line, dict):
         message = "an action is a JSON object"
         raise Reject(ReasonCode.ACTION_INVALID, message)
-    return parse_action(line, key)
+    return line
+
+
+def _text(line: dict[str, Any], name: str, default: str = "") -> str:
+    value = line.get(name)
+    return value[:NAME_CHARS_MAX].replace("\0", "") if isinstance(value, str) else default

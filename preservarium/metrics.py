@@ -105,6 +105,7 @@ ANOMALIES = _counter("anomalies_total", "Anomalies that began.")
 # --- alarms and notices ---
 ALARM_LATE = _counter("alarm_late_total", "Readings no younger than the last one of their alarm: not evaluated.")
 ALARM_TRANSITIONS = _counter("alarm_transitions_total", "Alarm transitions.", "transition", "severity")
+ALARM_ACTIONS = _counter("alarm_actions_total", "Operators' actions by outcome: done, refused.", "action", "outcome")
 NOTICES = _counter("notices_total", "Notices by outcome: sent, retried, refused, skipped.", "channel", "outcome")
 
 # --- parser scripts ---

@@ -43,6 +43,11 @@ TYPE_REGISTRY = Topic(
     "iot_type_registry", "kind/name", "datatype, parser, device type, rule or recipient", None, compacted=True
 )
 ALARM_ACTIONS = Topic("alarm_actions", "device address", "operator action", 7 * DAY_MS)
+ALARM_ANSWERS = Topic("alarm_answers", "device address", "what became of an operator action", 14 * DAY_MS)
+#: Compacted, because an alarm may stand for longer than any retention: whoever reads it knows all that is not normal.
+ALARM_STANDING = Topic(
+    "alarm_standing", "[device address, rule, pin]", "alarm that is not normal, as it stands", None, compacted=True
+)
 TASK_EVENTS = Topic("task_events", "file id", "task event", 7 * DAY_MS)
 EMPLOYEES = Topic("employees", "employee code", "employee", None, compacted=True)
 #: Input of the sink service that this replaces; its name is a setting, its partitions are whatever its owner made.
@@ -50,7 +55,7 @@ DECODED = Topic("decoded_iot_data", "any", "old service's message", 24 * HOUR_MS
 
 TOPICS: Final[tuple[Topic, ...]] = (
     RAW, STANDARDIZED, VALIDATED, ERRORS, REDRIVEN, ALERTS, ANOMALIES, AGGREGATES, COMMANDS,
-    DEVICE_REGISTRY, TYPE_REGISTRY, ALARM_ACTIONS, TASK_EVENTS, EMPLOYEES, DECODED,
+    DEVICE_REGISTRY, TYPE_REGISTRY, ALARM_ACTIONS, ALARM_ANSWERS, ALARM_STANDING, TASK_EVENTS, EMPLOYEES, DECODED,
 )  # fmt: skip
 
 BY_NAME: Final = {t.name: t for t in TOPICS}

@@ -9,7 +9,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NotRequired, TypedDict
 
-from preservarium.domain.alarm import NEW, Alarm, Event, Occasion, Point, Refusal, State, Transition, step
+from preservarium.domain.alarm import (
+    NEW,
+    TRANSITION_NAMES,
+    Alarm,
+    Event,
+    Occasion,
+    Point,
+    Refusal,
+    State,
+    Transition,
+    step,
+)
 from preservarium.domain.errors import ReasonCode, Reject
 from preservarium.domain.lineage import GENERATION_LIVE, Coordinates, applied, generation_state, is_applied
 from preservarium.domain.reading import PIN_POSITION_NONE, TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, Quality
@@ -32,6 +43,13 @@ COMMENT_CHARS_MAX: Final = 2_000
 
 #: Names in an action; the registry's own names are far shorter.
 NAME_CHARS_MAX: Final = 255
+
+#: An action's id is a UUID or what else its sender makes unique.
+ACTION_ID_CHARS_MAX: Final = 64
+
+#: Ids of the last actions that a device's state keeps, so that a sender may repeat one. A repetition comes within seconds,
+#: and nobody acts on one device more often than this in them.
+ACTIONS_REMEMBERED: Final = 16
 
 #: Readings of this quality (fail, missing) say nothing about the process.
 _QUALITY_UNUSABLE: Final = int(Quality.FAIL)
@@ -56,7 +74,7 @@ ACTIONS: Final[Mapping[str, Event]] = {
 class ActionDoc(TypedDict):
     """A line of `alarm_actions`, keyed by device."""
 
-    action_id: NotRequired[str]
+    action_id: NotRequired[str]  #: the same again is one action
     device_id: str
     rule: str
     pin_position: NotRequired[str]  #: absent: "-1"
@@ -83,6 +101,7 @@ class Action:
     until: int | None = None  #: µs
     one_shot: bool = False
     alarm_id: str | None = None
+    action_id: str = ""
 
 
 def parse_action(line: Mapping[str, Any], device_id: str | None = None) -> Action:
@@ -113,7 +132,7 @@ def parse_action(line: Mapping[str, Any], device_id: str | None = None) -> Actio
     one_shot = line.get("one_shot", False)
     if not isinstance(one_shot, bool):
         raise Reject(ReasonCode.ACTION_INVALID, f"one_shot: {one_shot!r:.100} is no boolean")
-    occurrence = line.get("alarm_id")
+    occurrence, action_id = line.get("alarm_id"), line.get("action_id")
     return Action(
         device_id=_name(line, "device_id", device_id),
         rule=_name(line, "rule"),
@@ -125,6 +144,7 @@ def parse_action(line: Mapping[str, Any], device_id: str | None = None) -> Actio
         until=until,
         one_shot=one_shot,
         alarm_id=None if occurrence is None else _name(line, "alarm_id"),
+        action_id="" if action_id is None else _name(line, "action_id", chars_max=ACTION_ID_CHARS_MAX),
     )
 
 
@@ -179,6 +199,40 @@ class TransitionDoc(TypedDict):
     generation: int
 
 
+class StandingDoc(TransitionDoc):
+    """Value of `alarm_standing`: an alarm that is not normal, with what was done to it last.
+
+    `alarm_id` is "" where it is shelved, suppressed or out of service without having been raised.
+    """
+
+    active: bool  #: the condition, also while it is not annunciated
+    active_at: int | None  #: event time of its last change
+    shelved_until: int | None
+    one_shot: bool
+
+
+class AnswerDoc(TypedDict):
+    """A line of `alarm_answers`: what became of an operator's action. Instants are µs since the epoch, UTC."""
+
+    action_id: str
+    device_id: str
+    rule: str
+    pin_position: str
+    alarm_id: str  #: the occurrence that it was done to; "" where there was none
+    action: str
+    actor: str
+    comment: str
+    at: int  #: when, as the operator said
+    until: int | None  #: shelved until
+    one_shot: bool
+    outcome: str  #: done or refused
+    code: str  #: why refused, e.g. already_acknowledged; "" where done
+    reason: str  #: the same for people
+    state: str  #: of the alarm after it; "" where it is unknown
+    transitions: list[str]  #: ids of the transitions that it caused
+    answered_at: int
+
+
 @dataclass(slots=True)
 class Outcome:
     """What a message or an action caused."""
@@ -189,6 +243,10 @@ class Outcome:
     late: int = 0  #: of them, those not younger than the last one
     refusal: Refusal | None = None  #: of an action
     limited: bool = False  #: for the first time, an alarm got no state because the device has too many
+    #: (rule, pin) of each live alarm that changed -> how it stands; None: normal
+    standing: dict[tuple[str, str], StandingDoc | None] = field(default_factory=dict)
+    alarm_id: str = ""  #: of an action: the occurrence that it was done to
+    state: State | None = None  #: of an action: of its alarm, afterwards
 
 
 @dataclass(slots=True)
@@ -326,6 +384,13 @@ class DeviceAlarms:
             outcome.duplicate = True
             return outcome
         applied(kept["m"], source, offset, index)
+        if action.action_id:
+            remembered: list[str] = kept.setdefault("acts", [])
+            if action.action_id in remembered:
+                outcome.duplicate = True
+                return outcome
+            remembered.append(action.action_id)
+            del remembered[:-ACTIONS_REMEMBERED]
         rule = (rules or NO_RULES).by_name.get(action.rule)
         if rules is None or rule is None or rule.pin_position not in (None, action.pin_position):
             outcome.refusal = Refusal.UNKNOWN_ALARM
@@ -335,12 +400,14 @@ class DeviceAlarms:
         if live is None:
             outcome.refusal = Refusal.TOO_MANY_ALARMS
             return outcome
+        outcome.alarm_id = live.alarm.alarm_id
         if action.alarm_id is not None and action.alarm_id != live.alarm.alarm_id:
             outcome.refusal = Refusal.OTHER_OCCURRENCE
         else:
             point = Point(self._device_id, rule.name, action.pin_position, GENERATION_LIVE)
             now = Occasion(action.at, action.at, until=action.until, one_shot=action.one_shot)
             self._apply(point, live, action.event, now, rule, rules, outcome, action)
+        outcome.state = live.alarm.state
         self._forget_unused(GENERATION_LIVE, kept, rule.name, action.pin_position)
         return outcome
 
@@ -422,7 +489,7 @@ class DeviceAlarms:
         for name in sorted(gone):
             for pin in sorted({*kept["a"].get(name, {}), *(p for r, p in points if r == name)}):
                 live = self._point(generation, kept, points, name, pin, outcome)
-                if live is not None and live.alarm.alarm_id:
+                if live is not None and live.alarm != NEW:
                     point = Point(self._device_id, name, pin, generation)
                     at = max(live.watch.at, live.alarm.occurred_at)
                     self._apply(point, live, Event.WITHDRAW, Occasion(at, now), None, rules, outcome)
@@ -471,7 +538,8 @@ class DeviceAlarms:
         if rule is not None:
             value = live.alarm.value if now.value is None else now.value
             now = replace(now, severity=rule.severity, message=_message(point, rule, rules, value))
-        result = step(point, live.alarm, event, now)
+        before = live.alarm
+        result = step(point, before, event, now)
         live.alarm = result.alarm
         outcome.refusal = result.refusal
         if result.alarm.shelved_until is not None:
@@ -479,6 +547,11 @@ class DeviceAlarms:
             kept["until"] = min(kept.get("until", result.alarm.shelved_until), result.alarm.shelved_until)
         for transition in result.transitions:
             outcome.transitions.append(_line(point, transition, now, rule, rules, action))
+        if result.alarm != before and point.generation == GENERATION_LIVE:
+            done = result.transitions[-1].name if result.transitions else TRANSITION_NAMES[event]
+            outcome.standing[point.rule, point.pin_position] = _standing(
+                point, Transition(done, result.alarm), now, rule, rules, action
+            )
 
 
 def _message(point: Point, rule: Rule, rules: DeviceRules, value: float | None) -> str:
@@ -534,6 +607,23 @@ def _line(
         "raw_offset": raw.offset if raw else None,
         "raw_index": raw.line if raw else None,
         "generation": point.generation,
+    }
+
+
+def _standing(
+    point: Point, last: Transition, now: Occasion, rule: Rule | None, rules: DeviceRules, action: Action | None
+) -> StandingDoc | None:
+    alarm = last.alarm
+    if alarm.state is State.NORMAL:
+        return None
+    return {
+        **_line(point, last, now, rule, rules, action),
+        "severity": alarm.severity or now.severity,
+        "message": alarm.message or now.message,
+        "active": alarm.active,
+        "active_at": alarm.active_at,
+        "shelved_until": alarm.shelved_until,
+        "one_shot": alarm.one_shot,
     }
 
 

@@ -49,7 +49,10 @@ async def test_transitions_go_where_the_device_is():
     stage = Stage()
     sends = await stage.readings(record(1, value(1, 31), trace=b"00"), record(2, value(2, 20)))
     assert told(sends) == [("raised", "unacknowledged"), ("cleared", "returned_unacknowledged")]
-    assert {(s.key, s.partition) for s in sends} == {(b"dev-1", PARTITION)}
+    assert {(s.topic.name, s.key, s.partition) for s in sends} == {
+        ("iot_alerts", b"dev-1", PARTITION),
+        ("alarm_standing", b'["dev-1","hot","-1"]', PARTITION),
+    }
     assert sends[0].headers == (("trace", b"00"),)
 
 
@@ -141,3 +144,87 @@ async def test_the_state_says_where_the_alarm_stands():
     state = orjson.loads(stage.world.tables["a", PARTITION, b"dev-1"])
     assert state["g"]["0"]["m"] == {"3": [1, 0]}
     assert state["g"]["0"]["a"]["hot"]["-1"][3] == "unacknowledged"
+
+
+def standing(sends: list[Any]) -> list[Any]:
+    return [s.value and orjson.loads(s.value) for s in sends if s.topic is topics.ALARM_STANDING]
+
+
+async def test_what_is_not_normal_stands_on_a_topic_and_leaves_it_when_it_is():
+    stage = Stage()
+    (raised,) = standing(await stage.readings(record(1, value(1, 20)), record(2, value(2, 31))))
+    assert (raised["state"], raised["active"], raised["value"], raised["threshold"]) == ("unacknowledged", True, 31, 30)
+    assert standing(await stage.readings(record(3, value(3, 32)))) == []  # nothing changed
+    (acknowledged,) = standing(await stage.actions(record(1, action(comment="seen"))))
+    assert (acknowledged["state"], acknowledged["actor"], acknowledged["comment"]) == ("acknowledged", "ann", "seen")
+    # Several changes in a batch are one: the last.
+    assert standing(
+        await stage.readings(record(4, value(4, 20)), record(5, value(5, 33)), record(6, value(6, 20)))
+    ) == [{**standing(stage.effects.sends)[0], "state": "returned_unacknowledged", "active": False}]
+    assert standing(await stage.actions(record(2, action()))) == [None]
+
+
+async def test_a_normal_alarm_that_is_shelved_stands_too():
+    stage = Stage()
+    await stage.readings(record(1, value(1, 20)))
+    sends = await stage.actions(record(1, action("shelve", duration_s=60)))
+    assert told(sends) == []
+    (shelved,) = standing(sends)
+    assert (shelved["state"], shelved["alarm_id"], shelved["severity"]) == ("shelved", "", "major")
+    assert shelved["shelved_until"] == T + 560 * S
+    later = message(9, {**reading(20), "quality": 1}, received_at=T + 561 * S)
+    assert standing(await stage.readings(record(9, later))) == [None]
+
+
+async def test_a_shelved_alarm_whose_rule_goes_stands_no_more():
+    stage = Stage()
+    await stage.readings(record(1, value(1, 20)))
+    await stage.actions(record(1, action("out_of_service")))
+    offer(stage.world.documents, "rule", **{**HOT, "enabled": False})
+    assert standing(await stage.readings(record(2, value(2, 20)))) == [None]
+
+
+async def test_a_replay_changes_nothing_of_what_stands():
+    stage = Stage()
+    assert standing(await stage.readings(record(1, value(1, 31, generation=1)))) == []
+
+
+async def test_every_action_is_answered():
+    stage = Stage()
+    await stage.readings(record(1, value(1, 31)))
+    sends = await stage.actions(
+        record(1, action(action_id="one", comment="seen")),
+        record(2, action(action_id="two")),
+        record(3, action("shelve", duration_s=60)),
+        record(4, action("explode", action_id="three", actor=7)),
+        record(5, action(rule="cold", action_id="four")),
+        record(6, b'{"torn'),
+    )
+    answers = lines(sends, topics.ALARM_ANSWERS)
+    assert [(a["action"], a["outcome"], a["code"], a["state"], a["actor"]) for a in answers] == [
+        ("acknowledge", "done", "", "acknowledged", "ann"),
+        ("acknowledge", "refused", "already_acknowledged", "acknowledged", "ann"),
+        ("shelve", "done", "", "shelved", "ann"),
+        ("explode", "refused", "action_invalid", "", ""),
+        ("acknowledge", "refused", "unknown_alarm", "", "ann"),
+    ]
+    assert [a["action_id"] for a in answers[:2]] == ["one", "two"]
+    assert len({a["action_id"] for a in answers}) == 5
+    (raised,) = {a["alarm_id"] for a in answers[:3]}
+    transitions = lines(sends, topics.ALERTS)
+    assert answers[0]["transitions"] == [transitions[0]["transition_id"]]
+    assert transitions[0]["alarm_id"] == raised
+    assert answers[1]["reason"] == "the alarm is acknowledged already"
+    assert answers[2]["until"] == T + 560 * S
+
+
+async def test_an_action_that_is_sent_twice_is_done_once_and_answered_once():
+    stage = Stage()
+    await stage.readings(record(1, value(1, 31)))
+    first = await stage.actions(record(1, action("comment", comment="x", action_id="one")))
+    assert (len(told(first)), len(lines(first, topics.ALARM_ANSWERS))) == (1, 1)
+    assert await stage.actions(record(2, action("comment", comment="x", action_id="one"))) == []
+    many = [action("comment", comment=str(n), action_id=f"more-{n}") for n in range(50)]
+    await stage.actions(record(3, *many))
+    state = orjson.loads(stage.world.tables["a", PARTITION, b"dev-1"])
+    assert len(state["g"]["0"]["acts"]) == 16
