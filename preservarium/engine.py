@@ -470,6 +470,13 @@ class App(faust.App):
         logs.set_level(self.live().log_level)
         log.info("settings_reloaded", changes=len(changes))
 
+    def guards(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """What keeps a fault from spreading: `breakers` by dependency and `fuses` by stage, each as its `report` says."""
+        return {
+            "breakers": {breaker.name: breaker.report() for breaker in breakers()},
+            "fuses": {name: runner.fuse.report() for name, runner in self._runners().items()},
+        }
+
     def reset_fuse(self, stage: str) -> bool:
         """Close a stage's fuse by hand; whether there is such a stage."""
         runner = self._runners().get(stage)
@@ -685,7 +692,7 @@ def _report(
         "commit_age_s": max((now_s - lane.committed_s for lane in lanes.values() if lane.busy), default=0.0),
         "busy_s": busy,
         "paused": {p: lane.progress.reason for p, lane in lanes.items() if lane.progress.paused},
-        "fuse": {"blown": runner.fuse.blown, "reason": runner.fuse.reason},
+        "fuse": runner.fuse.report(),
     }
 
 

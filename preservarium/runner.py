@@ -78,6 +78,19 @@ class Fuse:
         """Whether the stage is stopped."""
         return not self._closed.is_set()
 
+    def report(self) -> dict[str, Any]:
+        """How it stands, for people and as JSON: `blown`, `reason`, and of the last `records` how many were `refused` for
+        what may be our fault; it blows above `refused_max`.
+        """
+        settings = self._live().fuse
+        return {
+            "blown": self.blown,
+            "reason": self.reason,
+            "records": round(self._records),
+            "refused": round(self._refused),
+            "refused_max": round(settings.invalid_ratio_max * settings.window_records),
+        }
+
     def check(self, records: int, refused: dict[str, int]) -> None:
         """Count a batch, before any of its effects is carried out.
 

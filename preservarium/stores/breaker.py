@@ -91,6 +91,17 @@ class Breaker:
             return 0.0
         return max(0.0, self._open_until_s - self._clock.monotonic_s())
 
+    def report(self) -> dict[str, Any]:
+        """How it stands, for people and as JSON: `state` (closed, half_open, open), `failures` in a row, `reason` (what
+        opened it; empty while closed) and `tried_again_in_s`.
+        """
+        return {
+            "state": self.state.name.lower(),
+            "failures": self._failures,
+            "reason": "" if self.state is State.CLOSED else self.reason,
+            "tried_again_in_s": round(self.open_for_s, 3),
+        }
+
     async def __aenter__(self) -> Self:
         """Enter.
 

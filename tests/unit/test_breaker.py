@@ -134,3 +134,14 @@ async def test_a_success_starts_the_waits_anew(breaker, clock):
 
 def test_health_finds_them_by_name(breaker):
     assert breaker in breakers()
+
+
+async def test_its_report_says_what_opened_it_and_when_it_is_tried_again(breaker, clock):
+    assert breaker.report() == {"state": "closed", "failures": 0, "reason": "", "tried_again_in_s": 0.0}
+    await fail(breaker, 3)
+    report = breaker.report()
+    assert 1.5 <= report.pop("tried_again_in_s") <= 2.5
+    assert report == {"state": "open", "failures": 3, "reason": "Retry: down"}
+    clock.advance(3)
+    await attempt(breaker)
+    assert breaker.report() == {"state": "closed", "failures": 0, "reason": "", "tried_again_in_s": 0.0}

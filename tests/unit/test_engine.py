@@ -173,6 +173,15 @@ def test_a_report_before_anything_runs() -> None:
     app.stages.of("iot_raw_data")[0].runner.fuse._closed.clear()
     report = app.health_report()
     assert report["problems"] == ["one: fuse blown: because"]
+    fuse = app.guards()["fuses"]["one"]
+    assert fuse | {"refused_max": 0} == {
+        "blown": True,
+        "reason": "because",
+        "records": 0,
+        "refused": 0,
+        "refused_max": 0,
+    }
     assert app.reset_fuse("one")
+    assert not app.guards()["fuses"]["one"]["blown"]
     assert not app.reset_fuse("nobody")
     assert app.health_report()["ok"]

@@ -299,6 +299,9 @@ def test_the_fuse_counts_over_a_window(batches: list[tuple[int, int]], blows: bo
     else:
         feed()
     assert fuse.blown is blows
+    report = fuse.report()
+    assert (report["blown"], report["refused_max"], bool(report["reason"])) == (blows, 50, blows)
+    assert (report["refused"] > 50) is blows
 
 
 async def test_a_release_that_fails_on_everything_trips_the_fuse_soon() -> None:
