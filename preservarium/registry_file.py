@@ -31,6 +31,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
 from preservarium.domain import quality, units
+from preservarium.domain.commands import check_downlink, check_rule_commands
 from preservarium.domain.decoders import KINDS, compile_parser, examples
 from preservarium.domain.decoders.scripts import FUNCTIONS
 from preservarium.domain.device import DatatypeDoc, RuleDoc
@@ -176,6 +177,11 @@ def _overrides(value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 Overrides = Annotated[dict[str, dict[str, Any]], AfterValidator(_overrides)]
 
 
+#: How devices take commands, and what alarms ask of them.
+Downlink = Annotated[dict[str, Any], AfterValidator(check_downlink)]
+RuleCommands = Annotated[list[dict[str, Any]], AfterValidator(check_rule_commands)]
+
+
 class FieldMapping(_Model):
     """Where a decoded field goes."""
 
@@ -216,6 +222,7 @@ class DeviceType(_Model):
     rules: list[Name] | None = None
     datatypes: Overrides | None = None
     description: Text | None = None
+    downlink: Downlink | None = None
 
 
 class Rule(_Model):
@@ -234,6 +241,7 @@ class Rule(_Model):
     message: Line | None = None
     recipients: list[Name] | None = None
     parameters: dict[str, Any] | None = None
+    commands: RuleCommands | None = None
 
     @model_validator(mode="after")
     def _has_threshold(self) -> "Rule":
@@ -288,6 +296,7 @@ class Device(_Model):
     birth: Instant | None = None
     experiment_id: Name | None = None
     meta: dict[str, Any] | None = None
+    downlink: Downlink | None = None
 
     @field_validator("rules")
     @classmethod

@@ -69,6 +69,7 @@ class DeviceTypeDoc(TypedDict):
     rules: NotRequired[list[str]]  #: names of the alarm rules that watch devices of this type
     datatypes: NotRequired[dict[str, dict[str, Any]]]  #: component_type -> fields that differ from the datatype
     description: NotRequired[str]
+    downlink: NotRequired[dict[str, Any]]  #: how its devices take commands, see commands.check_downlink
 
 
 class RuleDoc(TypedDict):
@@ -88,6 +89,9 @@ class RuleDoc(TypedDict):
     message: NotRequired[str]  #: template: {device_id} {name} {value} {unit} {threshold}
     recipients: NotRequired[list[str]]
     parameters: NotRequired[dict[str, Any]]
+    commands: NotRequired[
+        list[dict[str, Any]]
+    ]  #: what its transitions ask of devices, see commands.check_rule_commands
 
 
 class RecipientDoc(TypedDict):
@@ -116,3 +120,4 @@ class DeviceDoc(TypedDict):
     birth: NotRequired[int]  #: µs; readings before it are of another device
     experiment_id: NotRequired[str | None]
     meta: NotRequired[dict[str, Any]]
+    downlink: NotRequired[dict[str, Any]]  #: overrides the type's

@@ -43,6 +43,7 @@ class ReasonCode(StrEnum):
     OUTPUT_TOO_LARGE = "output_too_large"  #: what the record became is larger than Kafka takes
     STATE_LIMIT = "state_limit"  #: the device has more series or windows than its state may hold
     ACTION_INVALID = "action_invalid"  #: an operator's action that the alarm's state does not allow
+    COMMAND_INVALID = "command_invalid"  #: a line of `device_commands` that cannot be read or does not apply
     NOTICE_REFUSED = "notice_refused"  #: a notice that its channel will not take: a wrong address, a refusal for good
     HANDLER_FAILED = "handler_failed"  #: a defect of ours, isolated to this record
     LEGACY_INVALID = "legacy_invalid"  #: a `decoded_iot_data` message that lacks or garbles a field
