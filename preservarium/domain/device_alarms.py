@@ -177,6 +177,8 @@ class TransitionDoc(TypedDict):
     device_name: str  #: for people
     rule: str
     rule_rev: int
+    kind: str  #: of the rule; "" where the rule is gone
+    group: str  #: the rule's suppression group; "" where it has none
     component_type: str
     pin_position: str
     severity: str
@@ -196,6 +198,8 @@ class TransitionDoc(TypedDict):
     raw_partition: int | None  #: the message that brought the evidence
     raw_offset: int | None
     raw_index: int | None
+    first_out: bool  #: raised first in its group
+    chattering: bool  #: raised again and again lately
     generation: int
 
 
@@ -587,6 +591,8 @@ def _line(
         "device_name": rules.device_name,
         "rule": point.rule,
         "rule_rev": rule.rev if rule else 0,
+        "kind": rule.kind if rule else "",
+        "group": "",
         "component_type": rule.component_type if rule else "",
         "pin_position": point.pin_position,
         "severity": alarm.severity,
@@ -606,6 +612,8 @@ def _line(
         "raw_partition": raw.partition if raw else None,
         "raw_offset": raw.offset if raw else None,
         "raw_index": raw.line if raw else None,
+        "first_out": False,
+        "chattering": False,
         "generation": point.generation,
     }
 

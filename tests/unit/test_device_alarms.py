@@ -69,6 +69,8 @@ def test_a_transition_tells_everything():
         "device_name": "Attic",
         "rule": "hot",
         "rule_rev": 3,
+        "kind": "high",
+        "group": "",
         "component_type": "air_temperature",
         "pin_position": "-1",
         "severity": "major",
@@ -88,6 +90,8 @@ def test_a_transition_tells_everything():
         "raw_partition": 2,
         "raw_offset": 7,
         "raw_index": 0,
+        "first_out": False,
+        "chattering": False,
         "generation": 0,
     }
     assert line["device_id"] == "dev-1"
