@@ -161,7 +161,7 @@ def stage(readings: int, which: str, tests: dict[str, Any]) -> tuple[float, floa
     known = lambda _, device_id: device_doc(device_id)  # noqa: E731
     arguments = (lambda _, key: table.get(key), "t", known, catalogue, live, ManualClock())
     handlers: dict[str, Callable[[], Any]] = {
-        "validate": lambda: Validation(*arguments),
+        "validate": lambda: Validation(state, *arguments[2:]),
         "alarm": lambda: Alarming(*arguments).observe,
         "aggregate": lambda: Aggregation(state, *arguments[2:]),
         "anomaly": lambda: Detection(*arguments),

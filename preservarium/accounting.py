@@ -226,6 +226,8 @@ class Ledger:
     def add_standardized(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Take lines of `iot_standardized_data`."""
         for line in lines:
+            if "silent_below" in line:
+                continue  # says that a device is silent (validate), and holds no reading
             identity = self._of_run(line, topics.STANDARDIZED)
             if identity is None:
                 continue
@@ -240,6 +242,8 @@ class Ledger:
             if identity is None:
                 continue
             self.validated_messages.add(_hash(identity), identity)
+            for reading in line.get("repeated", ()):  # the stores have it from the message that came before
+                self.validated.add(self._reading(identity, line, reading), identity)
             for reading in line["readings"]:
                 if reading.get("revised"):
                     continue  # a later verdict on a reading that stands before: no reading of its own

@@ -5,8 +5,7 @@ found. Each device's state is read once and put once a batch.
 """
 
 import asyncio
-from collections.abc import Iterator
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
@@ -31,6 +30,7 @@ from preservarium.publish import RECORD_OVERHEAD_BYTES
 from preservarium.records import error_line, error_send, parse_trusted, split
 from preservarium.settings import LiveSettings
 from preservarium.stage import Batch, Effects, Record, Send, Tick
+from preservarium.state import Table
 from preservarium.validation import RECORDS_A_TURN, load_state, passed_headers
 
 STAGE: Final = "aggregate"
@@ -40,23 +40,6 @@ SILENT_A_TICK_MAX: Final = 500
 
 #: Room for the headers that are passed on: a generation and a trace.
 _HEADERS_BYTES: Final = 1_000
-
-
-class Table(Protocol):
-    """What the stage reads of a `StateTable`."""
-
-    @property
-    def name(self) -> str:
-        """Of the table."""
-        ...
-
-    def get(self, partition: int, key: bytes) -> bytes | None:
-        """The value of a key."""
-        ...
-
-    def items(self, partition: int) -> Iterator[tuple[bytes, bytes]]:
-        """Every key and value of a partition."""
-        ...
 
 
 def plan_of(live: LiveSettings) -> Plan:

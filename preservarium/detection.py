@@ -15,7 +15,7 @@ from preservarium.compiled import CompiledDevices, Documents, Known
 from preservarium.domain.anomaly import Judgement, judge, new_series
 from preservarium.domain.device import DeviceDoc
 from preservarium.domain.errors import ReasonCode
-from preservarium.domain.lineage import applied, generation_state, identity, is_applied
+from preservarium.domain.lineage import applied, generation_state, identity, is_applied, position_of
 from preservarium.domain.quality import FAIL, CheckCompiler, DeviceChecks
 from preservarium.domain.reading import ErrorLine
 from preservarium.records import error_line, error_send, pack, parse_trusted
@@ -126,11 +126,11 @@ class _Work:
             value = self._stage._state_of(self._batch.partition, device_id.encode())
             state = self._states[device_id] = load_state(value, STATE_VERSION) or {"v": STATE_VERSION, "g": {}}
         generation = generation_state(state["g"], message["generation"], _new_generation)
-        source = str(message["raw_partition"])
-        if is_applied(generation["m"], source, message["raw_offset"], message["raw_index"]):
+        source, offset, index = position_of(message)
+        if is_applied(generation["m"], source, offset, index):
             self._duplicates += 1
             return
-        applied(generation["m"], source, message["raw_offset"], message["raw_index"])
+        applied(generation["m"], source, offset, index)
         for reading in readings:
             value = reading.get("value")
             if (

@@ -57,6 +57,7 @@ RECORDS_SKIPPED = _counter(
 RECORDS_SENT = _counter("records_sent_total", "Kafka records that a stage produced, acknowledged.", "stage", "topic")
 READINGS = _counter("readings_total", "Readings that a stage passed on.", "stage")
 DUPLICATES = _counter("duplicates_total", "Lines that a stage skipped, because it had applied them before.", "stage")
+REPEATED = _counter("repeated_total", "Messages whose device, or a network on the way, sent them twice.")
 REFUSED = _counter("refused_total", "Inputs that went to iot_errors.", "stage", "code")
 BATCH_SECONDS = _histogram("batch_seconds", "Time from handing over a batch to its acknowledgement.", "stage")
 BATCH_RETRIES = _counter("batch_retries_total", "Batches tried again.", "stage", "kind")

@@ -21,7 +21,7 @@ from preservarium.domain.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc, Pa
 from preservarium.domain.errors import Fatal, ReasonCode, Reject
 from preservarium.domain.normalize import CompiledDevice, compile_device, normalize, require_enabled, standardize
 from preservarium.domain.reading import ErrorLine, RawMessage
-from preservarium.records import error_line, error_send, headers_of, parse_raw
+from preservarium.records import attempt_of, error_line, error_send, headers_of, parse_raw
 from preservarium.sandbox.pool import Call, Outcome, Script
 from preservarium.settings import LiveSettings
 from preservarium.stage import Batch, Effects, Record, Send
@@ -197,6 +197,9 @@ class Normalizer:
                 raise ran
             else:
                 done = standardize(raw, compiled, ran, settings.normalize.readings_max)
+            attempt = attempt_of(record)
+            if attempt > 1:
+                done.message["attempt"] = attempt
             value = orjson.dumps(done.message)
             if len(value) > settings.kafka.record_bytes_max:
                 text = f"{len(value)} bytes of readings; a record may have {settings.kafka.record_bytes_max}"

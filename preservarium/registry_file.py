@@ -120,6 +120,10 @@ class Span(_Model):
         return self
 
 
+#: Messages are held back so long to be put into order; a day is what the setting may say, too.
+Lateness = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
+
+
 class Manufacturer(_Model):
     """Who makes devices."""
 
@@ -219,6 +223,7 @@ class DeviceType(_Model):
     parser: Name
     mode: Line | None = None
     mapping: dict[str, FieldMapping | None] | None = None
+    lateness_s: Lateness | None = None
     rules: list[Name] | None = None
     datatypes: Overrides | None = None
     description: Text | None = None
@@ -294,6 +299,7 @@ class Device(_Model):
     rules: dict[str, dict[str, Any] | None] | None = None
     variables: dict[str, Any] | None = None
     birth: Instant | None = None
+    lateness_s: Lateness | None = None
     experiment_id: Name | None = None
     meta: dict[str, Any] | None = None
     downlink: Downlink | None = None

@@ -158,6 +158,28 @@ class Quality(_Section):
         False, json_schema_extra=RELOAD, description="Store values flagged fail too, besides `iot_errors`."
     )
     series_per_device_max: int = Field(500, ge=1, description="Series of one device that keep state.")
+    lateness_s: float = Field(
+        0.0,
+        ge=0,
+        le=86_400,
+        json_schema_extra=RELOAD,
+        description="Messages are held back for so long, by their device's time, and put into event-time order: flags, "
+        "windows, alarms and rows are then the same in whatever order they came. 0: nothing waits. A device type or a "
+        "device may say otherwise (`lateness_s`).",
+    )
+    held_per_device_max: int = Field(
+        500,
+        ge=1,
+        json_schema_extra=RELOAD,
+        description="Messages of one device held back at once; then the oldest go on.",
+    )
+    repeats_remembered: int = Field(
+        32,
+        ge=0,
+        le=1_000,
+        json_schema_extra=RELOAD,
+        description="Last messages of each device, with a clock of its own, by which one sent twice is told; 22 bytes each.",
+    )
 
 
 class Aggregate(_Section):

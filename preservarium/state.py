@@ -33,6 +33,23 @@ class Appending(Protocol):
         ...
 
 
+class Table(Protocol):
+    """What a stage reads of its state; it writes by its effects."""
+
+    @property
+    def name(self) -> str:
+        """Of the table."""
+        ...
+
+    def get(self, partition: int, key: bytes) -> bytes | None:
+        """The value of a key."""
+        ...
+
+    def items(self, partition: int) -> Iterator[tuple[bytes, bytes]]:
+        """Every key and value of a partition."""
+        ...
+
+
 class StateTable:
     """Bytes by key, a store for each partition; only the stage that owns the partition writes."""
 

@@ -170,6 +170,10 @@ class _Stage:
         raise NotImplementedError
 
 
+#: Stands for a raw partition where messages were put into order: their positions are those of their release.
+_RELEASED: Final = -1
+
+
 class ReadingSync(_Stage):
     """Validated messages into `measurements`."""
 
@@ -177,8 +181,13 @@ class ReadingSync(_Stage):
     types = MEASUREMENT_TYPES
 
     def _append(self, columns: Columns, line: Any, seen: Seen) -> None:
-        source = int(line["generation"]), int(line["raw_partition"])
-        at = int(line["raw_offset"]), int(line["raw_index"])
+        released = line.get("released")
+        source = int(line["generation"]), int(line["raw_partition"]) if released is None else _RELEASED
+        at = (
+            (int(line["raw_offset"]), int(line["raw_index"]))
+            if released is None
+            else (int(released[0]), int(released[1]))
+        )
         if at <= seen.get(source, (-1, -1)):
             metrics.STORE_ROWS.labels("clickhouse", "duplicate").inc(len(line["readings"]))
             return

@@ -1,7 +1,10 @@
 """The validate stage: standardized messages in, validated ones out, what failed to `iot_errors`.
 
-The rules are in domain/quality.py; here records become messages, devices get their checks and their state, and the
-outcome becomes effects. Each device's state is read once and put once a batch.
+The rules are in domain/quality.py and the order of messages in domain/arrival.py; here records become messages, devices get
+their checks and their state, and the outcome becomes effects. Each device's state is read once and put once a batch.
+
+What is held back of a device that falls silent is released through the log: a tick writes a record that says so into the
+partition of `iot_standardized_data`, and that record releases.
 """
 
 import asyncio
@@ -14,14 +17,26 @@ import structlog
 from preservarium import metrics, topics
 from preservarium.clock import Clock
 from preservarium.compiled import CompiledDevices, Documents, Known
+from preservarium.domain.arrival import Order, held_below
 from preservarium.domain.device import DeviceDoc
 from preservarium.domain.errors import Fatal, ReasonCode, Reject
-from preservarium.domain.quality import STATE_VERSION, CheckCompiler, DeviceChecks, Limits, State, new_state, validate
+from preservarium.domain.quality import (
+    STATE_VERSION,
+    CheckCompiler,
+    DeviceChecks,
+    Limits,
+    State,
+    fall_silent,
+    judge,
+    new_state,
+    receive,
+)
 from preservarium.domain.reading import ErrorLine
 from preservarium.publish import RECORD_OVERHEAD_BYTES
 from preservarium.records import GENERATION_HEADER, TRACE_HEADER, error_line, error_send, pack, parse_trusted, split
 from preservarium.settings import LiveSettings
-from preservarium.stage import Batch, Effects, Record, Send
+from preservarium.stage import Batch, Effects, Record, Send, Tick
+from preservarium.state import Table
 
 log = structlog.get_logger(__name__)
 
@@ -29,6 +44,9 @@ STAGE: Final = "validate"
 
 #: Records between two turns of the event loop: some 5 ms of work at a few readings a record.
 RECORDS_A_TURN: Final = 250
+
+#: Silent devices that one tick tells of; the others wait for the next one.
+SILENT_A_TICK_MAX: Final = 500
 
 #: Headers that every stage passes on.
 _PASSED_ON: Final = frozenset({GENERATION_HEADER, TRACE_HEADER})
@@ -57,21 +75,17 @@ def load_state(value: bytes | None, version: int) -> dict[str, Any] | None:
 
 
 class Validation:
-    """The stage's handler.
+    """The stage's handler, and its `tick`.
 
     Args:
-        state_of: (partition, key) -> state document as bytes.
-        table: name of the state table.
+        table: the state table.
         known: the device's document.
         documents: the catalogue.
         live: settings.
         clock: for error lines and caches.
     """
 
-    def __init__(
-        self, state_of: StateOf, table: str, known: Known, documents: Documents, live: LiveSettings, clock: Clock
-    ) -> None:
-        self._state_of = state_of
+    def __init__(self, table: Table, known: Known, documents: Documents, live: LiveSettings, clock: Clock) -> None:
         self._table = table
         self._documents = documents
         self._live = live
@@ -81,6 +95,8 @@ class Validation:
         self.checks: CompiledDevices[DeviceChecks] = CompiledDevices(
             "checks", self._compile, known, documents, live, clock
         )
+        #: partition -> device that messages are held of -> (worker's time of the last, its record's offset)
+        self._held: dict[int, dict[str, tuple[int, int]]] = {}
 
     def _compile(self, device: DeviceDoc | None) -> DeviceChecks:
         if self._documents.rev != self._compiler_rev:
@@ -102,6 +118,11 @@ class Validation:
             store_failed=settings.quality.store_failed,
             series_max=settings.quality.series_per_device_max,
             skew_noted_us=settings.quality.skew_noted_s * 1e6,
+            order=Order(
+                lateness_us=round(settings.quality.lateness_s * 1e6),
+                held_max=settings.quality.held_per_device_max,
+                repeats_max=settings.quality.repeats_remembered,
+            ),
         )
         parsed, errors = parse_trusted(batch, stage=STAGE)
         effects = Effects()
@@ -114,6 +135,51 @@ class Validation:
         for problem in self._compiler.take_problems():
             log.warning("datatype_unusable_in_part", problem=problem)
         return effects
+
+    async def tick(self, tick: Tick) -> Effects:
+        """Tell the log of devices that are silent while messages of theirs are held back.
+
+        Raises:
+            Retry: the catalogue has not been read yet.
+            Fatal: the state is of another release.
+        """
+        await self._documents.ready()
+        if tick.first:
+            await self._find_held(tick)
+        effects = Effects()
+        if tick.behind:
+            return effects
+        held = self._held.get(tick.partition, {})
+        default_us = round(self._live().quality.lateness_s * 1e6)
+        told: list[str] = []
+        for device_id, (seen, below) in held.items():
+            lateness_us = self.checks.get(tick.partition, device_id).lateness_us
+            if seen + (default_us if lateness_us is None else lateness_us) > tick.now_us:
+                continue
+            line = orjson.dumps({"device_id": device_id, "silent_below": below})
+            effects.sends.append(Send(topics.STANDARDIZED, device_id.encode(), line, tick.partition))
+            told.append(device_id)
+            if len(told) == SILENT_A_TICK_MAX:
+                break
+
+        def forget() -> None:
+            for device_id in told:
+                held.pop(device_id, None)
+
+        effects.after.append(forget)
+        return effects
+
+    async def _find_held(self, tick: Tick) -> None:
+        """Look through the table: what was known may be from before the partition went to another worker and back."""
+        found: dict[str, tuple[int, int]] = {}
+        for number, (key, value) in enumerate(self._table.items(tick.partition), 1):
+            document = load_state(value, STATE_VERSION)
+            below = held_below(document) if document else None
+            if below is not None:
+                found[key.decode()] = (tick.now_us, below)
+            if number % RECORDS_A_TURN == 0:
+                await asyncio.sleep(0)
+        self._held[tick.partition] = found
 
 
 class _Work:
@@ -140,6 +206,7 @@ class _Work:
         self._touched: set[str] = set()
         self._passed = 0
         self._duplicates = 0
+        self._repeated = 0
 
     def record(self, record: Record, lines: list[dict[str, Any]]) -> None:
         """One record: at most one record out (more only where it outgrew what Kafka takes)."""
@@ -149,25 +216,44 @@ class _Work:
             device_id = message["device_id"]
             device = devices.get(device_id)
             if device is None:
-                value = self._stage._state_of(partition, device_id.encode())
+                value = self._stage._table.get(partition, device_id.encode())
                 checks = self._stage.checks.get(partition, device_id)
                 device = devices[device_id] = (checks, load_state(value, STATE_VERSION) or new_state())
-            outcome = validate(message, *device, self._limits)
-            if outcome.duplicate:
-                self._duplicates += 1
-                continue
+            checks, state = device
+            if "silent_below" in message:
+                due = fall_silent(state, message["silent_below"], record.offset)
+            else:
+                arrival = receive(message, checks, state, self._limits, (record.offset, len(out)))
+                if arrival.duplicate:
+                    self._duplicates += 1
+                    continue
+                self._repeated += arrival.repeated
+                due = arrival.due
             self._touched.add(device_id)
-            self._passed += outcome.passed
-            for failure in outcome.failures:
-                raw = orjson.dumps({**message, "readings": [failure.reading]})
-                self._error(record, index, failure.code, failure.text, message, raw)
-            if outcome.limited:
-                text = f"more than {self._limits.series_max} series: the tests that need a series' past skip the others"
-                self._error(record, index, ReasonCode.STATE_LIMIT, text, message, None)
-            if message["readings"]:
-                out.append(message)
+            for one in due:
+                self._judge(record, index, one, checks, state, out)
         if out:
             self._send(record, lines, out)
+
+    def _judge(
+        self,
+        record: Record,
+        index: int,
+        message: dict[str, Any],
+        checks: DeviceChecks,
+        state: State,
+        out: list[dict[str, Any]],
+    ) -> None:
+        outcome = judge(message, checks, state, self._limits)
+        self._passed += outcome.passed
+        for failure in outcome.failures:
+            raw = orjson.dumps({**message, "readings": [failure.reading]})
+            self._error(record, index, failure.code, failure.text, message, raw)
+        if outcome.limited:
+            text = f"more than {self._limits.series_max} series: the tests that need a series' past skip the others"
+            self._error(record, index, ReasonCode.STATE_LIMIT, text, message, None)
+        if message["readings"] or "repeated" in message:
+            out.append(message)
 
     def _send(self, record: Record, lines: list[dict[str, Any]], out: list[dict[str, Any]]) -> None:
         headers = passed_headers(record)
@@ -182,7 +268,7 @@ class _Work:
                     fitting.append(message)
                 else:
                     text = f"a line of {len(line)} bytes after validation; a record may have {room}"
-                    index = next(i for i, one in enumerate(lines) if one is message)
+                    index = next((i for i, one in enumerate(lines) if one is message), 0)
                     self._error(record, index, ReasonCode.OUTPUT_TOO_LARGE, text, message, line)
                     self._passed -= len(message["readings"])
             try:
@@ -219,8 +305,16 @@ class _Work:
     def finish(self) -> None:
         """State, errors and metrics of the whole batch."""
         effects = self._effects
+        known = self._stage._held.get(self._batch.partition, {})
+        held: dict[str, tuple[int, int] | None] = {}
         for device_id in self._touched:
-            effects.put(self._stage._table, device_id.encode(), orjson.dumps(self._devices[device_id][1]))
+            state = self._devices[device_id][1]
+            effects.put(self._stage._table.name, device_id.encode(), orjson.dumps(state))
+            below = held_below(state)
+            if below is not None:
+                held[device_id] = (self._now_us, below)
+            elif device_id in known:
+                held[device_id] = None
         for line in self._errors:
             effects.sends.append(error_send(line, record_bytes_max=self._record_bytes_max - 1_000))
             effects.refused[line["code"]] = effects.refused.get(line["code"], 0) + 1
@@ -228,3 +322,15 @@ class _Work:
         effects.after.append(lambda: metrics.READINGS.labels(STAGE).inc(passed))
         if duplicates:
             effects.after.append(lambda: metrics.DUPLICATES.labels(STAGE).inc(duplicates))
+        if self._repeated:
+            effects.after.append(lambda: metrics.REPEATED.inc(self._repeated))
+        if held:
+            effects.after.append(lambda: self._now_held(held))
+
+    def _now_held(self, held: dict[str, tuple[int, int] | None]) -> None:
+        known = self._stage._held.setdefault(self._batch.partition, {})
+        for device_id, entry in held.items():
+            if entry is None:
+                known.pop(device_id, None)
+            else:
+                known[device_id] = entry

@@ -73,6 +73,21 @@ class World:
         return effects.sends
 
 
+@dataclass
+class StateTable:
+    """A state table of a world, for stages that ask for one."""
+
+    world: World
+    name: str
+
+    def get(self, partition: int, key: bytes) -> bytes | None:
+        return self.world.tables.get((self.name, partition, key))
+
+    def items(self, partition: int) -> Any:
+        kept = list(self.world.tables.items())
+        return ((key, value) for (name, p, key), value in kept if name == self.name and p == partition)
+
+
 def message(
     offset: int, *readings: dict[str, Any], device: str = "dev-1", at: float | None = None, **fields: Any
 ) -> Any:

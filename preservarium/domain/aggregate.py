@@ -31,7 +31,7 @@ import orjson
 
 from preservarium.domain.counter import Counter, step
 from preservarium.domain.counter import State as CounterState
-from preservarium.domain.lineage import applied, generation_state, identity, is_applied
+from preservarium.domain.lineage import applied, generation_state, identity, is_applied, position_of
 from preservarium.domain.reading import Quality
 
 #: Version of the state document; a document of another version is a defect, not something to guess at.
@@ -259,7 +259,7 @@ def observe(message: Mapping[str, Any], state: State, plan: Plan, counters: Coun
     """
     outcome = Outcome()
     generation = generation_state(state["g"], message["generation"], _new_generation)
-    source, offset, index = str(message["raw_partition"]), message["raw_offset"], message["raw_index"]
+    source, offset, index = position_of(message)
     if is_applied(generation["m"], source, offset, index):
         outcome.duplicate = True
         return outcome

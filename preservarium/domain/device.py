@@ -68,6 +68,7 @@ class DeviceTypeDoc(TypedDict):
     mapping: NotRequired[dict[str, FieldMapping | None]]
     rules: NotRequired[list[str]]  #: names of the alarm rules that watch devices of this type
     datatypes: NotRequired[dict[str, dict[str, Any]]]  #: component_type -> fields that differ from the datatype
+    lateness_s: NotRequired[float]  #: its messages are held back so long, and put into event-time order
     description: NotRequired[str]
     downlink: NotRequired[dict[str, Any]]  #: how its devices take commands, see commands.check_downlink
 
@@ -118,6 +119,7 @@ class DeviceDoc(TypedDict):
     rules: NotRequired[dict[str, dict[str, Any] | None]]  #: rule -> fields that differ; None: the rule is off
     variables: NotRequired[dict[str, Any]]  #: handed to scripts
     birth: NotRequired[int]  #: µs; readings before it are of another device
+    lateness_s: NotRequired[float]  #: overrides the type's
     experiment_id: NotRequired[str | None]
     meta: NotRequired[dict[str, Any]]
     downlink: NotRequired[dict[str, Any]]  #: overrides the type's

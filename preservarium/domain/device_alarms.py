@@ -22,7 +22,7 @@ from preservarium.domain.alarm import (
     step,
 )
 from preservarium.domain.errors import ReasonCode, Reject
-from preservarium.domain.lineage import GENERATION_LIVE, Coordinates, applied, generation_state, is_applied
+from preservarium.domain.lineage import GENERATION_LIVE, Coordinates, applied, generation_state, is_applied, position_of
 from preservarium.domain.reading import PIN_POSITION_NONE, TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, Quality
 from preservarium.domain.rules import NO_RULES, DeviceRules, Evaluation, Rule, Watch, evaluate, render
 
@@ -316,7 +316,7 @@ class DeviceAlarms:
         outcome = Outcome()
         generation = message["generation"]
         kept = self._generation(generation)
-        source, offset, index = str(message["raw_partition"]), message["raw_offset"], message["raw_index"]
+        source, offset, index = position_of(message)
         if is_applied(kept["m"], source, offset, index):
             outcome.duplicate = True
             return outcome

@@ -40,6 +40,21 @@ def coordinates_of(message: Mapping[str, Any]) -> Coordinates:
     return Coordinates(message["raw_partition"], message["raw_offset"], message["raw_index"])
 
 
+#: Source of the messages that were put into order; those of raw partitions are numbers.
+RELEASED: Final = "released"
+
+
+def position_of(message: Mapping[str, Any]) -> tuple[str, int, int]:
+    """Where a validated message stands among those of its device: (source, offset, index), for `is_applied` and `applied`.
+
+    Its raw coordinates, or where it was put into order (domain/arrival.py) those that it got when it was released.
+    """
+    released = message.get("released")
+    if released is None:
+        return str(message["raw_partition"]), message["raw_offset"], message["raw_index"]
+    return RELEASED, released[0], released[1]
+
+
 # --- the watermark ---------------------------------------------------------------------------------------------------
 
 #: Source -> the last position applied, [offset, index]. A source is a raw partition, or another topic's partition.

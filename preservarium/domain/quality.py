@@ -37,17 +37,17 @@ Nothing here waits or reads a clock. Functions change the messages and state doc
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import asin, cos, inf, isfinite, radians, sin
 from typing import Any, Final, Literal, NamedTuple
 
 from preservarium.domain.anomaly import Detector, detector_of
+from preservarium.domain.arrival import IN_ORDER_OF_ARRIVAL, Arrival, Order, arrive, generation_of, silent
 from preservarium.domain.climatology import Climatology, climatology_of
 from preservarium.domain.counter import CONSUMPTION_SUFFIX, Counter, counter_of, step
 from preservarium.domain.counter import State as CounterState
 from preservarium.domain.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc
 from preservarium.domain.errors import ReasonCode
-from preservarium.domain.lineage import applied, generation_state, is_applied
 from preservarium.domain.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, Quality
 from preservarium.domain.units import canonical, conversion
 
@@ -218,7 +218,7 @@ def _location_of(device: DeviceDoc | None) -> Location | None:
 class DeviceChecks:
     """The checks of one device, compiled as its component types turn up."""
 
-    __slots__ = ("_by_type", "_compiler", "_overrides", "birth_us", "location")
+    __slots__ = ("_by_type", "_compiler", "_overrides", "birth_us", "lateness_us", "location")
 
     def __init__(
         self, compiler: CheckCompiler, device: DeviceDoc | None, device_type: DeviceTypeDoc | None = None
@@ -230,6 +230,11 @@ class DeviceChecks:
         )
         self.birth_us: int = (device.get("birth") if device else None) or TIMESTAMP_MIN_US
         self.location = _location_of(device)
+        lateness_s = device.get("lateness_s") if device else None
+        if lateness_s is None and device_type:
+            lateness_s = device_type.get("lateness_s")
+        #: how late its messages may come and still be put into order, µs; None: as the settings say
+        self.lateness_us: int | None = None if lateness_s is None else round(lateness_s * _SECOND_US)
         self._by_type: dict[str, SeriesCheck] = {}
 
     def series(self, component_type: str) -> SeriesCheck:
@@ -390,8 +395,8 @@ def _positive(parameters: Mapping[str, Any], key: str, default: float | None) ->
 # --- the state of one device -----------------------------------------------------------------------------------------
 #
 # {"v": 1, "g": {generation: {"m": marks, "s": {"mode\tcomponent\tpin": series}, "c": {the same: counter's last [instant,
-#   value]} where there are counters, "k": [hour, least delay in it, in the hour before] of a device's clock}}, "limited": 1
-#   once reported}
+#   value]} where there are counters, "k": [hour, least delay in it, in the hour before] of a device's clock, and of
+#   domain/arrival.py "r": remembered messages, "w": latest instant, "h": [[offset, message]] held back}}, "limited": 1 once reported}
 # A series is a list, because there are many of them and they are written for every batch:
 
 _AT, _VALUE, _QUALITY, _FLAGS, _AT_BEFORE, _VALUE_BEFORE, _FLAT_SINCE, _FLAT_MAX, _FLAT_MIN, _BUCKETS = range(10)
@@ -402,10 +407,6 @@ State = dict[str, Any]
 def new_state() -> State:
     """The state document of a device that nothing is known of."""
     return {"v": STATE_VERSION, "g": {}}
-
-
-def _new_generation() -> dict[str, Any]:
-    return {"m": {}, "s": {}}
 
 
 # --- validation ------------------------------------------------------------------------------------------------------
@@ -419,6 +420,7 @@ class Limits:
     store_failed: bool  #: readings that fail stay in the message, flagged
     series_max: int  #: series of one device that keep state
     skew_noted_us: float = inf  #: a device's clock that is further off has its messages say so
+    order: Order = IN_ORDER_OF_ARRIVAL  #: how messages are put into order
 
 
 class Failure(NamedTuple):
@@ -439,37 +441,71 @@ class Outcome:
     limited: bool = False  #: for the first time, a series got no state because the device has too many
 
 
-def validate(message: dict[str, Any], checks: DeviceChecks, state: State, limits: Limits) -> Outcome:
-    """Check one standardized message and make it a validated one, in place.
+def receive(
+    message: dict[str, Any], checks: DeviceChecks, state: State, limits: Limits, at: tuple[int, int] = (0, 0)
+) -> Arrival:
+    """Take one standardized message in: what is due then is to be judged, in its order.
 
-    Sets `quality` and `flags` of every reading, converts what is not in its datatype's unit, takes out what failed
-    (unless the settings keep it), and appends revisions. Messages of one device must come in the order of their
-    partition; a message that was applied before is left as it is (`duplicate`). How messages are cut into batches
-    makes no difference.
+    Messages of one device must come in the order of their partition. How they are cut into batches makes no difference.
 
     Args:
-        message: a standardized message.
+        message: a standardized message; its readings are put aside as `repeated` where they came before, and it is given the skew of its
+            device's clock where that is large.
         checks: of the message's device.
         state: of the message's device; changed in place. Where the message is no duplicate it is to be written back.
         limits: the settings.
+        at: offset of its record in the topic that it was read from, and how many messages that record has released before.
+    """
+    generation = generation_of(message, state)
+    received_at, message_at = message["received_at"], message["timestamp"]
+    own_time = _time_failure(message_at, received_at + limits.future_skew_us, checks.birth_us) is None
+    order = limits.order
+    if checks.lateness_us is not None and checks.lateness_us != order.lateness_us:
+        order = replace(order, lateness_us=checks.lateness_us)
+    arrival = arrive(message, generation, order, at, own_time=own_time)
+    if own_time and not arrival.duplicate and message.get("clock") == "device":
+        skew_us = _clock_skew(generation, received_at, message_at)
+        if abs(skew_us) > limits.skew_noted_us:
+            message["clock_skew"] = skew_us
+    return arrival
+
+
+def fall_silent(state: State, below: int, offset: int) -> list[dict[str, Any]]:
+    """The device is silent: what was held back is due (`arrival.silent`), of every generation."""
+    due: list[dict[str, Any]] = []
+    for generation in state["g"].values():
+        due += silent(generation, below, (offset, len(due)))
+    return due
+
+
+def validate(message: dict[str, Any], checks: DeviceChecks, state: State, limits: Limits) -> Outcome:
+    """`receive` and `judge` in one, for a message that nothing holds back."""
+    arrival = receive(message, checks, state, limits)
+    if arrival.duplicate:
+        return Outcome(duplicate=True)
+    (due,) = arrival.due
+    return judge(due, checks, state, limits)
+
+
+def judge(message: dict[str, Any], checks: DeviceChecks, state: State, limits: Limits) -> Outcome:
+    """Check the readings of a message that is due, and make it a validated one, in place.
+
+    Sets `quality` and `flags` of every reading, converts what is not in its datatype's unit, takes out what failed
+    (unless the settings keep it), and appends revisions.
+
+    Args:
+        message: a standardized message that `receive` gave.
+        checks: of the message's device.
+        state: of the message's device; changed in place.
+        limits: the settings.
     """
     outcome = Outcome()
-    generation = generation_state(state["g"], message["generation"], _new_generation)
-    source, offset, index = str(message["raw_partition"]), message["raw_offset"], message["raw_index"]
-    if is_applied(generation["m"], source, offset, index):
-        outcome.duplicate = True
-        return outcome
-    applied(generation["m"], source, offset, index)
-
+    generation = generation_of(message, state)
     series_states = generation["s"]
     mode = message["connector_mode"]
     message_at = message["timestamp"]
     latest = message["received_at"] + limits.future_skew_us
     time_failure = _time_failure(message_at, latest, checks.birth_us)
-    if message.get("clock") == "device" and time_failure is None:
-        skew_us = _clock_skew(generation, message["received_at"], message_at)
-        if abs(skew_us) > limits.skew_noted_us:
-            message["clock_skew"] = skew_us
     by_type = checks._by_type
     kept: list[dict[str, Any]] = []
     revisions: list[dict[str, Any]] = []

@@ -58,6 +58,9 @@ class Message(TypedDict):
     experiment_id: NotRequired[str | None]  #: laboratory experiment
     clock: NotRequired[Literal["device", "received"]]  #: "received" where the device has no clock of its own
     clock_skew: NotRequired[int]  #: µs that the device's clock is ahead, estimated; where that is more than is allowed
+    attempt: NotRequired[int]  #: 2 and more where the raw message was redriven
+    repeated: NotRequired[list[Reading]]  #: after validate: readings of a message that came before; `readings` is empty
+    released: NotRequired[list[int]]  #: after validate: [offset, place] where it was put into order
     readings: list[Reading]
 
 

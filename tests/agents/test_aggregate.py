@@ -4,7 +4,7 @@ from typing import Any
 
 import orjson
 import pytest
-from quality_support import S, T, World, batch, catalogue, errors, lines, live, message, reading, record
+from quality_support import S, StateTable, T, World, batch, catalogue, errors, lines, live, message, reading, record
 
 from preservarium import topics
 from preservarium.aggregation import Aggregation
@@ -15,24 +15,12 @@ METER: dict[str, Any] = {"name": "meter", "kind": "number", "unit": "m³", "coun
 PARTITION = 3
 
 
-class Table:
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.name = "w"
-
-    def get(self, partition: int, key: bytes) -> bytes | None:
-        return self.world.tables.get((self.name, partition, key))
-
-    def items(self, partition: int) -> Any:
-        return ((key, value) for (_, p, key), value in list(self.world.tables.items()) if p == partition)
-
-
 class Stage:
     def __init__(self, world: World | None = None, **settings: Any) -> None:
         self.world = world or World(catalogue(("datatype", METER)))
         self.live = live(aggregate={"windows": "1m", "lateness_s": 0, "horizon_s": 600, **settings})
         self.aggregation = Aggregation(
-            Table(self.world), self.world.known, self.world.documents, self.live, self.world.clock
+            StateTable(self.world, "w"), self.world.known, self.world.documents, self.live, self.world.clock
         )
         self.first = True
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import orjson
 import pytest
-from quality_support import World, batch, catalogue, errors, lines, live, message, offer, reading, record
+from quality_support import StateTable, World, batch, catalogue, errors, lines, live, message, offer, reading, record
 
 from preservarium import topics
 from preservarium.domain.errors import Fatal, Retry
@@ -19,7 +19,7 @@ class Stage:
         self.world = World(catalogue(("datatype", TEMP), ("datatype", STEEP)))
         self.live = live(**settings)
         self.validation = Validation(
-            self.world.state_of("s"), "s", self.world.known, self.world.documents, self.live, self.world.clock
+            StateTable(self.world, "s"), self.world.known, self.world.documents, self.live, self.world.clock
         )
 
     async def run(self, *records: Any, crash: bool = False) -> list[Any]:

@@ -158,6 +158,12 @@ async def test_generation_trace_and_experiment_go_along(world):
     assert (message["generation"], message["experiment_id"]) == (7, "e1")
 
 
+async def test_a_redrive_says_which_attempt_it_is(world):
+    first, again = (Rec(line("j", {"x": 1}), i, headers=h) for i, h in enumerate([(), (("attempt", b"2"),)]))
+    out, _ = split(await normalizer(world)(batch(first, again)))
+    assert [m.get("attempt") for s in out for m in messages(s)] == [None, 2]
+
+
 async def test_a_foreign_record_is_the_payload_of_its_key(world):
     out, errors = split(
         await normalizer(world)(batch(Rec(b'{"x": 5}', 0, key=b"j"), Rec(b"\x09\xc4\x05", 1, key=b"a")))
