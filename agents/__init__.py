@@ -8,7 +8,19 @@ if not (Path(__file__).parent.parent / "preservarium").is_dir():
     raise ImportError(f"this is not Preservarium's package `agents`: {__file__}")  # noqa: EM102
 
 #: Every agent, in the order of the flow.
-AGENTS: Final = ("registry", "normalize", "validate", "aggregate", "anomaly", "alarm", "notify", "sink", "sync")
+AGENTS: Final = (
+    "registry",
+    "normalize",
+    "validate",
+    "aggregate",
+    "anomaly",
+    "alarm",
+    "notify",
+    "commands",
+    "downlink",
+    "sink",
+    "sync",
+)
 
 
 def load() -> None:

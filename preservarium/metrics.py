@@ -109,6 +109,15 @@ ALARM_TRANSITIONS = _counter("alarm_transitions_total", "Alarm transitions.", "t
 ALARM_ACTIONS = _counter("alarm_actions_total", "Operators' actions by outcome: done, refused.", "action", "outcome")
 NOTICES = _counter("notices_total", "Notices by outcome: sent, retried, refused, skipped.", "channel", "outcome")
 
+# --- commands ---
+COMMAND_EVENTS = _counter("command_events_total", "Transitions of commands to devices.", "event", "state")
+COMMANDS_REPEATED = _counter("commands_repeated_total", "Requests whose idempotency key was known: not repeated.")
+COMMAND_REPORTS_IGNORED = _counter(
+    "command_reports_ignored_total", "Reports of commands that had ended, or of another try."
+)
+COMMANDS_ASKED = _counter("commands_asked_total", "Commands that transitions of alarms asked for.")
+DOWNLINKS = _counter("downlinks_total", "Downlinks by outcome: sent, expired, failed, duplicate.", "format", "outcome")
+
 # --- parser scripts ---
 SCRIPT_FAULTS = _counter("script_faults_total", "Calls of parser scripts without a result.", "code")
 PARSER_EXAMPLES_FAILING = _gauge("parser_examples_failing", "Examples of active parsers that fail; checked at start.")

@@ -320,6 +320,20 @@ class Mail(_Section):
     )
 
 
+class Commands(_Section):
+    """Commands to devices; sent through the broker of `mqtt.url`."""
+
+    topic: str = Field(
+        "devices/{device}/down",
+        description="MQTT topic of plain devices whose type names none; {device} is the address, or a variable's name.",
+    )
+    wake_s: float = Field(
+        30.0, gt=0, json_schema_extra=RELOAD, description="A sleeping device listens for so long after an uplink."
+    )
+    flights: int = Field(20, ge=1, le=1_000, description="Downlinks under way to the broker at once.")
+    puback_timeout_s: float = Field(10.0, gt=0, description="The broker must acknowledge within this time.")
+
+
 class Mqtt(_Section):
     """The MQTT connector."""
 
@@ -413,6 +427,7 @@ class Settings(BaseSettings):
     fuse: Fuse = Fuse()
     breaker: Breaker = Breaker()
     mail: Mail = Mail()
+    commands: Commands = Commands()
     mqtt: Mqtt = Mqtt()
     http: Http = Http()
     web: Web = Web()

@@ -37,7 +37,9 @@ REDRIVEN = Topic("iot_redriven", "raw coordinates", "marker of an input that was
 ALERTS = Topic("iot_alerts", "device address", "alarm transition", 14 * DAY_MS)
 ANOMALIES = Topic("anomaly_alerts", "device address", "anomaly", 14 * DAY_MS)
 AGGREGATES = Topic("iot_aggregates", "device address", "closed window of one series", 7 * DAY_MS)
-COMMANDS = Topic("device_commands", "device address", "command to a device", 7 * DAY_MS)
+COMMANDS = Topic("device_commands", "device address", "request, cancel or report of a command", 7 * DAY_MS)
+COMMAND_EVENTS = Topic("command_events", "device address", "transition of a command", 14 * DAY_MS)
+DOWNLINKS = Topic("device_downlinks", "device address", "try of a command, to be sent", 7 * DAY_MS)
 DEVICE_REGISTRY = Topic("iot_device_registry", "device address", "device configuration", None, compacted=True)
 TYPE_REGISTRY = Topic(
     "iot_type_registry", "kind/name", "datatype, parser, device type, rule or recipient", None, compacted=True
@@ -55,6 +57,7 @@ DECODED = Topic("decoded_iot_data", "any", "old service's message", 24 * HOUR_MS
 
 TOPICS: Final[tuple[Topic, ...]] = (
     RAW, STANDARDIZED, VALIDATED, ERRORS, REDRIVEN, ALERTS, ANOMALIES, AGGREGATES, COMMANDS,
+    COMMAND_EVENTS, DOWNLINKS,
     DEVICE_REGISTRY, TYPE_REGISTRY, ALARM_ACTIONS, ALARM_ANSWERS, ALARM_STANDING, TASK_EVENTS, EMPLOYEES, DECODED,
 )  # fmt: skip
 

@@ -325,6 +325,7 @@ class Profile:
     sleeps: bool = False
     given: Mapping[str, Any] = field(default_factory=dict)  #: what a command may say differently
     commands: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    known: bool = True  #: whether the registry has it; one that is not known (yet) keeps what waits
 
 
 def compile_profile(device: DeviceDoc | None, device_type: DeviceTypeDoc | None, topic: str) -> Profile:
@@ -336,7 +337,7 @@ def compile_profile(device: DeviceDoc | None, device_type: DeviceTypeDoc | None,
         topic: template of the MQTT topic of plain devices.
     """
     if device is None:
-        return Profile("the device is not registered")
+        return Profile("the device is not registered", known=False)
     if not device["enabled"]:
         return Profile("the device is switched off")
     if device_type is None:
@@ -676,6 +677,15 @@ class Command:
         return self.state is State.QUEUED and not self.handed_over
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """When something is done, and what may follow from it at once."""
+
+    now_us: int
+    may_send: bool = True  #: commands may be handed over; else it is due at the next tick
+    may_time_out: bool = True  #: False while confirmations may wait unread in Kafka
+
+
 @dataclass(slots=True)
 class Outcome:
     """What a line, an uplink or the time caused."""
@@ -736,27 +746,16 @@ class DeviceCommands:
             times.append(0)
         return min(times)
 
-    def request(
-        self,
-        line: Line,
-        profile: Profile,
-        now_us: int,
-        source: str,
-        offset: int,
-        index: int,
-        *,
-        may_send: bool = True,
-    ) -> Outcome:
+    def request(self, line: Line, profile: Profile, turn: Turn, source: str, offset: int, index: int) -> Outcome:
         """Take a request. One that cannot be carried out becomes a command that has failed, with the reason.
 
         Args:
             line: of kind request.
             profile: of the device.
-            now_us: now.
+            turn: when, and what may be done.
             source: which partition it came from, for the watermark.
             offset: offset in it.
             index: line within the record.
-            may_send: whether a command may be handed over now; else at the next tick.
         """
         outcome = self._begin(source, offset, index)
         if outcome.duplicate:
@@ -774,21 +773,11 @@ class DeviceCommands:
         command.sequence = 1
         outcome.events.append(self._line(command, REQUESTED, line.at, actor=line.actor))
         if problem:
-            self._apply(command, Event.FAIL, now_us, outcome, reason=problem)
-        self._advance(profile, now_us, outcome, awake=False, may_send=may_send)
+            self._apply(command, Event.FAIL, turn.now_us, outcome, reason=problem)
+        self._advance(profile, turn, outcome, awake=False)
         return outcome
 
-    def cancel(
-        self,
-        line: Line,
-        profile: Profile,
-        now_us: int,
-        source: str,
-        offset: int,
-        index: int,
-        *,
-        may_send: bool = True,
-    ) -> Outcome:
+    def cancel(self, line: Line, profile: Profile, turn: Turn, source: str, offset: int, index: int) -> Outcome:
         """Take a cancel, as `request`; an outcome whose `refusal` says why nothing changed, where that is so."""
         outcome = self._begin(source, offset, index)
         if outcome.duplicate:
@@ -799,20 +788,10 @@ class DeviceCommands:
             outcome.refusal = Refusal.IS_OVER if wanted in self._ended else Refusal.UNKNOWN
             return outcome
         self._apply(command, Event.CANCEL, line.at, outcome, actor=line.actor)
-        self._advance(profile, now_us, outcome, awake=False, may_send=may_send)
+        self._advance(profile, turn, outcome, awake=False)
         return outcome
 
-    def report(
-        self,
-        line: Line,
-        profile: Profile,
-        now_us: int,
-        source: str,
-        offset: int,
-        index: int,
-        *,
-        may_send: bool = True,
-    ) -> Outcome:
+    def report(self, line: Line, profile: Profile, turn: Turn, source: str, offset: int, index: int) -> Outcome:
         """Take a report of the downlink stage or of a network server, as `cancel`."""
         outcome = self._begin(source, offset, index)
         if outcome.duplicate:
@@ -826,7 +805,7 @@ class DeviceCommands:
             outcome.refusal = Refusal.UNKNOWN
             return outcome
         self._reported(command, attempt, line, outcome)
-        self._advance(profile, now_us, outcome, awake=False, may_send=may_send)
+        self._advance(profile, turn, outcome, awake=False)
         return outcome
 
     def _reported(self, command: Command, attempt: int, line: Line, outcome: Outcome) -> None:
@@ -856,9 +835,7 @@ class DeviceCommands:
                 else:
                     self._apply(command, Event.FAIL, line.at, outcome, reason=reason)
 
-    def uplink(
-        self, message: Mapping[str, Any], profile: Profile, now_us: int, *, awake_us: int, may_send: bool = True
-    ) -> Outcome:
+    def uplink(self, message: Mapping[str, Any], profile: Profile, turn: Turn, *, awake_us: int) -> Outcome:
         """Take a validated message of the device: it may confirm what is under way, and says that the device is awake.
 
         A message confirms only what was handed over before it was received. A device that sleeps is awake for
@@ -877,23 +854,24 @@ class DeviceCommands:
             and is_confirmed(command.confirm, message["readings"])
         ):
             self._apply(command, Event.CONFIRM, received_at, outcome)
-        awake = now_us - received_at <= awake_us
-        self._advance(profile, now_us, outcome, awake=awake, may_send=may_send)
+        self._advance(profile, turn, outcome, awake=turn.now_us - received_at <= awake_us)
         return outcome
 
-    def tick(self, profile: Profile, now_us: int, *, may_send: bool = True) -> Outcome:
+    def tick(self, profile: Profile, turn: Turn) -> Outcome:
         """Let time do its work: expiry, time-outs and tries, forgetting what has ended."""
         outcome = Outcome()
-        self._advance(profile, now_us, outcome, awake=False, may_send=may_send)
+        self._advance(profile, turn, outcome, awake=False)
         return outcome
 
     # --- what follows from everything ---
 
-    def _advance(self, profile: Profile, now_us: int, outcome: Outcome, *, awake: bool, may_send: bool) -> None:
+    def _advance(self, profile: Profile, turn: Turn, outcome: Outcome, *, awake: bool) -> None:
+        now_us = turn.now_us
         for command in [c for c in self._open if c.waits and c.expires_at <= now_us]:
             self._apply(command, Event.TIME_OUT if command.attempt else Event.EXPIRE, now_us, outcome)
-        self._time_out(now_us, outcome)
-        while may_send and (awake or not profile.sleeps):
+        if turn.may_time_out:
+            self._time_out(now_us, outcome)
+        while turn.may_send and profile.known and (awake or not profile.sleeps):
             following = self._next()
             if following is None:
                 break
@@ -1013,6 +991,7 @@ def _made(identifier: str, line: Line, profile: Profile) -> tuple[Command, str]:
     content, problem = _content(asked, preset)
     if not problem and asked["command"] not in profile.commands and not content:
         problem = f"there is no command {asked['command']!r:.100} of the device's type, and no content is given"
+    content = content or {"fields": {}}
     confirm: Confirm = CONFIRM_DEFAULT
     try:
         check_settings({k: v for k, v in merged.items() if k in PRESETS})

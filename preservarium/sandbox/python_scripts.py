@@ -64,7 +64,7 @@ def _globals() -> dict[str, Any]:
     builtins = {
         **safe_builtins,
         "range": _range, "min": min, "max": max, "sum": sum, "all": all, "any": any, "enumerate": enumerate, "reversed": reversed,
-        "map": map, "filter": filter, "list": list, "dict": dict, "set": set, "frozenset": frozenset, "bytearray": bytearray,
+        "map": map, "filter": filter, "list": list, "dict": dict, "set": set, "frozenset": frozenset, "bytearray": bytearray, "bytes": bytes,
         "iter": iter, "next": next, "int_from_bytes": int.from_bytes,
     }  # fmt: skip
     return {
@@ -131,7 +131,7 @@ class PythonScript:
         payload = bytes(given["bytes"]) if "bytes" in given else given.get("payload")
         result = self._run(lambda: self._globals[function](payload, given.get("context", {})), self._cpu_s)
         try:
-            text = orjson.dumps(_plain(result), option=orjson.OPT_NON_STR_KEYS).decode()
+            text = orjson.dumps(_plain(result), default=_bytes, option=orjson.OPT_NON_STR_KEYS).decode()
         except (TypeError, ValueError, RecursionError) as e:
             raise ScriptError(ReasonCode.SCRIPT_FAULT, f"the result is not JSON: {e}") from None
         if len(text) > result_bytes_max:
@@ -161,6 +161,13 @@ class PythonScript:
 def _plain(value: Any) -> Any:
     """Generators and views a script may return, as lists."""
     return list(value) if isinstance(value, Iterator) else value
+
+
+def _bytes(value: Any) -> list[int]:
+    """Bytes, which an encoder returns, as numbers."""
+    if isinstance(value, bytes | bytearray):
+        return list(value)
+    raise TypeError
 
 
 def _line(e: BaseException) -> int | None:

@@ -24,6 +24,7 @@ from preservarium.domain.commands import (
     Profile,
     Refusal,
     State,
+    Turn,
     alarm_requests,
     check_confirm,
     command_id,
@@ -101,7 +102,7 @@ class Device:
             {"at": self.now, "actor": "ann", **fields}, device_id="dev-1", at=self.now, key=f"3:{self.offset}"
         )
         place = ("c3", self.offset, 0)
-        return self._do(lambda one: getattr(one, parsed.kind)(parsed, self.profile, self.now, *place))
+        return self._do(lambda one: getattr(one, parsed.kind)(parsed, self.profile, Turn(self.now), *place))
 
     def request(self, **fields: Any) -> Any:
         return self.line(**{"command": "set", "fields": {"on": 1}, **fields})
@@ -113,11 +114,11 @@ class Device:
         self.offset += 1
         at = self.now if received_at is None else received_at
         up = message(self.offset, *readings, received_at=at, **fields)
-        return self._do(lambda one: one.uplink(up, self.profile, self.now, awake_us=30 * S))
+        return self._do(lambda one: one.uplink(up, self.profile, Turn(self.now), awake_us=30 * S))
 
     def tick(self, after_s: float = 0) -> Any:
         self.now += round(after_s * S)
-        return self._do(lambda one: one.tick(self.profile, self.now))
+        return self._do(lambda one: one.tick(self.profile, Turn(self.now)))
 
     def states(self, number: int = 0) -> list[str]:
         ids = list(dict.fromkeys(e["command_id"] for e in self.events))
@@ -355,12 +356,23 @@ def test_the_largest_queue_fits_a_record():
     assert len(orjson.dumps(device.document)) < 500_000
 
 
-def test_a_device_that_is_gone_fails_what_waits():
+def test_a_device_that_was_switched_off_fails_what_waits():
     device = Device(SLEEPY)
     device.request()
-    device.profile = Profile("the device is not registered")
+    device.profile = Profile("the device is switched off")
     device.tick()
     assert device.states()[-1] == "failed"
+
+
+def test_a_device_that_is_not_known_now_keeps_what_waits():
+    device = Device(SLEEPY)
+    device.request()
+    device.profile = compile_profile(None, None, "x")
+    device.tick()
+    assert device.states()[-1] == "queued"
+    device.profile = AWAKE
+    device.tick()
+    assert len(device.downlinks) == 1
 
 
 def test_what_the_type_presets_holds_where_the_request_says_nothing():
