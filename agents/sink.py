@@ -12,6 +12,7 @@ from preservarium.engine import app
 from preservarium.sink import EventSink, LegacySink, ReadingSink
 from preservarium.stores.breaker import Breaker
 from preservarium.stores.event_tables import EventStore, EventTable
+from preservarium.stores.journal import ALARM_OPERATIONS, Journal
 from preservarium.stores.postgres import PostgresPool
 from preservarium.stores.tables import EVENT_TABLES
 from preservarium.stores.timescale import PREPARE, TimescaleStore
@@ -49,7 +50,9 @@ app.group_stage(
 def _event_stage(suffix: str, declared: EventTable) -> EventStore:
     """A stage and a consumer group of its own for one topic of events."""
     name = f"sink-{suffix}"
-    events = EventStore(declared, app.live, sink=name, pool=_pool, clock=app.clock, breaker=_breaker)
+    # What operators did goes into the event store, too.
+    kind = Journal if declared is ALARM_OPERATIONS else EventStore
+    events = kind(declared, app.live, sink=name, pool=_pool, clock=app.clock, breaker=_breaker)
     stage = EventSink(name, declared.topic.name, events, app.publisher.publish, app.live, clock=app.clock)
     app.group_stage(
         declared.topic,

@@ -373,6 +373,10 @@ class Web(_Section):
         SecretStr(""),
         description="Token for operator actions and table inspection; empty: those are served to loopback only.",
     )
+    operators: SecretStr = Field(
+        SecretStr(""),
+        description="Operators with a token each, `name:token`, separated by commas: what they do is recorded under that name.",
+    )
     public_url: str = Field(
         "",
         description="https://host under which people reach this web port, for links in notices; empty: no links.",
@@ -385,6 +389,22 @@ class Web(_Section):
     link_ttl_s: float = Field(
         259_200.0, gt=0, json_schema_extra=RELOAD, description="An acknowledge link works for so long."
     )
+
+    @property
+    def operator_tokens(self) -> dict[str, str]:
+        """Name -> token of each operator."""
+        entries = (entry.partition(":") for entry in self.operators.get_secret_value().split(",") if entry.strip())
+        return {name.strip(): token.strip() for name, _, token in entries}
+
+    @field_validator("operators")
+    @classmethod
+    def _named(cls, operators: SecretStr) -> SecretStr:
+        for entry in operators.get_secret_value().split(","):
+            name, _, token = (part.strip() for part in entry.partition(":"))
+            if entry.strip() and not (name and token):
+                message = "is `name:token`, separated by commas"
+                raise ValueError(message)
+        return operators
 
     @field_validator("link_secret")
     @classmethod
@@ -542,7 +562,7 @@ def load(**overrides: Any) -> Settings:
         what = "no such setting" if first["type"] == "extra_forbidden" else first["msg"]
         given = (
             ""
-            if any(word in name.lower() for word in ("password", "url", "token", "secret"))
+            if any(word in name.lower() for word in ("password", "url", "token", "secret", "operators"))
             else f" (given: {first.get('input')!r})"
         )
         more = f"; {len(e.errors()) - 1} more are wrong" if len(e.errors()) > 1 else ""

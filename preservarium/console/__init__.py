@@ -2,8 +2,11 @@
 
 from typing import Any
 
+from preservarium.console.follower import BoardFollower
+from preservarium.console.operators import Operators
 from preservarium.console.tables import TableReader
 from preservarium.console.views import Console
+from preservarium.operating import Board, Desk
 from preservarium.publish import partition_of
 from preservarium.stores.views import Views
 
@@ -20,4 +23,7 @@ def install(app: Any) -> Console:
     tables = TableReader(lambda: app.state_tables, lambda key: partition_of(key, app.live().kafka.partitions))
     console = Console(app, reads, tables)
     console.mount(app.web.web_app)
+    board = Board()
+    app.add_dependency(BoardFollower(board, app.live, app.clock))
+    Operators(app, Desk(board, app.publisher.publish, app.clock), reads).mount(app.web.web_app)
     return console

@@ -2,9 +2,11 @@
 
 import hmac
 import ipaddress
-from typing import Final
+from typing import Final, NoReturn
 
 from aiohttp import web
+
+from preservarium.settings import Web
 
 #: The page is one document with its own script and style and talks to its own origin; nothing else is allowed.
 CONTENT_SECURITY_POLICY: Final = (
@@ -43,6 +45,14 @@ def _is_loopback(address: str | None) -> bool:
         return False
 
 
+def _unauthorized() -> NoReturn:
+    raise web.HTTPUnauthorized(
+        text='{"error": "operator token missing or wrong"}',
+        content_type="application/json",
+        headers={"WWW-Authenticate": 'Bearer realm="preservarium"'},
+    )
+
+
 def require_operator(request: web.Request, token: str) -> None:
     """Let operators through.
 
@@ -62,11 +72,7 @@ def require_operator(request: web.Request, token: str) -> None:
         # compare_digest: the time it takes says nothing about how much of the token was right.
         if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode()):
             return
-        raise web.HTTPUnauthorized(
-            text='{"error": "operator token missing or wrong"}',
-            content_type="application/json",
-            headers={"WWW-Authenticate": 'Bearer realm="preservarium"'},
-        )
+        _unauthorized()
     if (
         _is_loopback(request.remote)
         and _host_name(request.host).lower() in _LOOPBACK_NAMES
@@ -77,3 +83,40 @@ def require_operator(request: web.Request, token: str) -> None:
         text='{"error": "served to loopback only: set PRESERVARIUM_WEB__OPERATOR_TOKEN"}',
         content_type="application/json",
     )
+
+
+def operator_of(request: web.Request, settings: Web) -> str:
+    """Let operators through who act, and say who it is.
+
+    A token of `web.operators` proves a name; `web.operator_token`, or the machine itself where no token is set, proves
+    none, and the actor is whoever the request names. Where no token is asked for, the request must come from a page of
+    our own (a browser sends the machine's own requests for any page that asks it to).
+
+    Returns:
+        The name that the token proves, or "".
+
+    Raises:
+        web.HTTPUnauthorized: a token is needed, and is missing or wrong.
+        web.HTTPForbidden: as `require_operator`, or a page of another origin asks.
+    """
+    token = settings.operator_token.get_secret_value()
+    named = settings.operator_tokens
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    if named and scheme.lower() == "bearer":
+        # Each is compared, so that the time says nothing about which.
+        found = [name for name, each in named.items() if hmac.compare_digest(given.strip().encode(), each.encode())]
+        if found:
+            return found[0]
+    if named and not token:
+        _unauthorized()
+    require_operator(request, token)
+    if not token:
+        _require_own_page(request)
+    return ""
+
+
+def _require_own_page(request: web.Request) -> None:
+    site = request.headers.get("Sec-Fetch-Site", "same-origin")
+    origin = request.headers.get("Origin")
+    if site not in ("same-origin", "none") or (origin is not None and origin.partition("://")[2] != request.host):
+        raise web.HTTPForbidden(text='{"error": "asked by a page of another origin"}', content_type="application/json")

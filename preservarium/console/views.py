@@ -5,16 +5,13 @@ The page itself is static; it escapes what it shows, so these views return names
 """
 
 import asyncio
-import base64
-import binascii
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from importlib import resources
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, Protocol
 
-import orjson
 import structlog
 from aiohttp import web
 from prometheus_client import REGISTRY
@@ -23,21 +20,26 @@ from prometheus_client.exposition import choose_encoder
 from preservarium import __version__
 from preservarium.clock import Clock
 from preservarium.console import access, health, samples
+from preservarium.console.replies import (
+    LIMIT_DEFAULT,
+    TEXT_MAX,
+    answer,
+    bad,
+    cursor_of,
+    limit_of,
+    missing,
+    pack,
+    text_of,
+    wrapped,
+)
 from preservarium.console.tables import TableReader, TableUnknown
 from preservarium.domain.errors import Retry
 from preservarium.settings import LiveSettings
 
 log = structlog.get_logger(__name__)
 
-#: Rows of one answer: a page of the console shows 25, a script may ask for more.
-LIMIT_DEFAULT: Final = 50
-LIMIT_MAX: Final = 200
-#: Longest search text and table key: longer than any address or name.
-TEXT_MAX: Final = 256
 #: The counters are sampled this often; the page asks as often.
 SAMPLE_INTERVAL_S: Final = 1.0
-#: Longest time that a view waits for the database: the page asks again in two seconds.
-READ_TIMEOUT_S: Final = 5.0
 
 _PAGE: Final = {
     "/": ("index.html", "text/html"),
@@ -45,18 +47,12 @@ _PAGE: Final = {
     "/console/console.js": ("console.js", "text/javascript"),
 }
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
 
 class Reads(Protocol):
     """What the console asks of the database (stores/views.py). Each call raises Retry when it cannot be reached."""
 
     async def devices(self, *, q: str, after: str, limit: int) -> dict[str, Any]:
         """`{devices, next, total}`: devices by address, with the last value of each series."""
-        ...
-
-    async def alarms(self, *, active: bool | None, before: tuple[int, str] | None, limit: int) -> dict[str, Any]:
-        """`{alarms, next, total}`: alarms, newest first."""
         ...
 
 
@@ -95,17 +91,16 @@ class Console:
         """
         add = application.router.add_get
         for path in self._files:
-            add(path, self._wrapped(self.page))
-        add("/health", self._wrapped(self.health))
-        add("/ready", self._wrapped(self.ready))
-        add("/metrics", self._wrapped(self.metrics))
-        add("/api/status", self._wrapped(self.status))
-        add("/api/devices", self._wrapped(self.devices))
-        add("/api/alarms", self._wrapped(self.alarms))
-        add("/api/errors", self._wrapped(self.errors))
-        add("/api/tables", self._wrapped(self.tables))
-        add("/api/tables/{name}", self._wrapped(self.table))
-        add("/api/tables/{name}/{key}", self._wrapped(self.table_key))
+            add(path, wrapped(self.page))
+        add("/health", wrapped(self.health))
+        add("/ready", wrapped(self.ready))
+        add("/metrics", wrapped(self.metrics))
+        add("/api/status", wrapped(self.status))
+        add("/api/devices", wrapped(self.devices))
+        add("/api/errors", wrapped(self.errors))
+        add("/api/tables", wrapped(self.tables))
+        add("/api/tables/{name}", wrapped(self.table))
+        add("/api/tables/{name}/{key}", wrapped(self.table_key))
         application.cleanup_ctx.append(self._sampling)
 
     async def _sampling(self, _application: web.Application) -> AsyncIterator[None]:
@@ -128,27 +123,6 @@ class Console:
         self._history.add(sample)
         return sample
 
-    def _wrapped(self, handler: Handler) -> Handler:
-        """The handler with our headers on each answer, errors as JSON, and its method only."""
-
-        async def view(request: web.Request) -> web.StreamResponse:
-            try:
-                async with asyncio.timeout(READ_TIMEOUT_S):
-                    response = await handler(request)
-            except web.HTTPException as e:
-                e.headers.update(access.HEADERS)
-                raise
-            except (Retry, TimeoutError) as e:
-                response = _json({"error": f"not available now: {e or 'no answer in time'}"}, status=503)
-            except Exception:
-                # What went wrong is for the log, not for whoever asks.
-                log.exception("console_view_failed", path=request.path)
-                response = _json({"error": "internal error"}, status=500)
-            response.headers.update(access.HEADERS)
-            return response
-
-        return view
-
     # --- page, health, metrics ---
 
     async def page(self, request: web.Request) -> web.Response:
@@ -162,12 +136,12 @@ class Console:
     async def health(self, _request: web.Request) -> web.Response:
         """Whether this worker should live: 200, or 503 with the reasons. A dependency that is down is no reason."""
         h = self._health()
-        return _json({"alive": h.alive, "reasons": h.alive_reasons}, status=200 if h.alive else 503)
+        return answer({"alive": h.alive, "reasons": h.alive_reasons}, status=200 if h.alive else 503)
 
     async def ready(self, _request: web.Request) -> web.Response:
         """Whether this worker and what it depends on can work now: 200, or 503 with the reasons."""
         h = self._health()
-        return _json(
+        return answer(
             {"ready": h.ready, "reasons": h.reasons, "dependencies": _needs(h)}, status=200 if h.ready else 503
         )
 
@@ -215,7 +189,7 @@ class Console:
                 }
             )
         by_name = {s["name"]: s for s in stages}
-        return _json(
+        return answer(
             {
                 "at": self._host.clock.now_us(),
                 "version": __version__,
@@ -240,11 +214,11 @@ class Console:
 
         While the database is down, the devices that this worker holds in its own table, without values.
         """
-        limit, cursor = _limit(request), _cursor(request)
-        q = _text(request, "q")
+        limit, cursor = limit_of(request), cursor_of(request)
+        q = text_of(request, "q")
         after = cursor[0] if cursor else ""
         if not isinstance(after, str):
-            _bad("cursor is not one of ours")
+            bad("cursor is not one of ours")
         note = None
         try:
             page = await self._reads.devices(q=q, after=after, limit=limit)
@@ -253,35 +227,13 @@ class Console:
             page = self._tables.devices(q=q, after=after, limit=limit)
             source = "table"
             note = f"The database does not answer ({e}): these are the devices that this worker knows, without values."
-        return _json(
+        return answer(
             {
                 "devices": page["devices"],
-                "next_cursor": _pack([page["next"]]) if page["next"] else None,
+                "next_cursor": pack([page["next"]]) if page["next"] else None,
                 "total": page["total"],
                 "source": source,
                 "note": note,
-            }
-        )
-
-    async def alarms(self, request: web.Request) -> web.Response:
-        """Alarms, newest first: `?state=active|cleared|all` (active), `?limit`, `?cursor`."""
-        limit, cursor = _limit(request), _cursor(request)
-        state = request.query.get("state", "active")
-        if state not in ("active", "cleared", "all"):
-            _bad("state is active, cleared or all")
-        before = None
-        if cursor:
-            if len(cursor) != 2 or not isinstance(cursor[0], int) or not isinstance(cursor[1], str):
-                _bad("cursor is not one of ours")
-            before = (cursor[0], cursor[1])
-        page = await self._reads.alarms(
-            active={"active": True, "cleared": False, "all": None}[state], before=before, limit=limit
-        )
-        return _json(
-            {
-                "alarms": page["alarms"],
-                "next_cursor": _pack(list(page["next"])) if page["next"] else None,
-                "total": page["total"],
             }
         )
 
@@ -289,7 +241,7 @@ class Console:
         """Refused inputs by stage and code, of the last minutes and since the worker started."""
         if self._history.last is None:
             self.sample()
-        return _json({"errors": self._history.errors(), "span_s": round(self._history.span_s, 1)})
+        return answer({"errors": self._history.errors(), "span_s": round(self._history.span_s, 1)})
 
     # --- tables: for operators ---
 
@@ -299,103 +251,48 @@ class Console:
     async def tables(self, request: web.Request) -> web.Response:
         """The state tables of this worker. For operators."""
         self._operator(request)
-        return _json({"tables": self._tables.list()})
+        return answer({"tables": self._tables.list()})
 
     async def table(self, request: web.Request) -> web.Response:
         """Keys and values of the partitions that this worker holds: `?limit`, `?cursor`. For operators."""
         self._operator(request)
-        cursor = _cursor(request)
+        cursor = cursor_of(request)
         if cursor is not None and (
             len(cursor) != 2 or not isinstance(cursor[0], int) or not isinstance(cursor[1], str)
         ):
-            _bad("cursor is not one of ours")
+            bad("cursor is not one of ours")
         try:
             after = None if cursor is None else (int(cursor[0]), bytes.fromhex(cursor[1]))
         except ValueError:
-            _bad("cursor is not one of ours")
+            bad("cursor is not one of ours")
         try:
-            page = self._tables.page(request.match_info["name"][:TEXT_MAX], after=after, limit=_limit(request))
+            page = self._tables.page(request.match_info["name"][:TEXT_MAX], after=after, limit=limit_of(request))
         except TableUnknown as e:
-            _missing(str(e))
+            missing(str(e))
         if page["next"]:
             partition, key = page["next"]
-            page["next_cursor"] = _pack([partition, key.hex()])
+            page["next_cursor"] = pack([partition, key.hex()])
         else:
             page["next_cursor"] = None
         del page["next"]
-        return _json(page)
+        return answer(page)
 
     async def table_key(self, request: web.Request) -> web.Response:
         """The value of one key, where this worker holds its partition. For operators."""
         self._operator(request)
         key = request.match_info["key"]
         if len(key) > TEXT_MAX:
-            _bad(f"key is longer than {TEXT_MAX} characters")
+            bad(f"key is longer than {TEXT_MAX} characters")
         try:
             found = self._tables.get(request.match_info["name"][:TEXT_MAX], key.encode())
         except TableUnknown as e:
-            _missing(str(e))
+            missing(str(e))
         if found["value"] is None:
-            return _json(
+            return answer(
                 {**found, "error": "no such key" if found["held"] else "another worker holds its partition"}, 404
             )
-        return _json(found)
+        return answer(found)
 
 
 def _needs(h: health.Health) -> list[dict[str, str]]:
     return [{"name": d.name, "state": d.state, "detail": d.detail} for d in h.dependencies]
-
-
-def _json(value: Any, status: int = 200) -> web.Response:
-    # Raw values of tables are shown as they are, so bytes that are no JSON have been made text before.
-    return web.Response(
-        body=orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS),
-        status=status,
-        content_type="application/json",
-        charset="utf-8",
-    )
-
-
-def _bad(message: str) -> NoReturn:
-    raise web.HTTPBadRequest(text=orjson.dumps({"error": message}).decode(), content_type="application/json") from None
-
-
-def _missing(message: str) -> NoReturn:
-    raise web.HTTPNotFound(text=orjson.dumps({"error": message}).decode(), content_type="application/json") from None
-
-
-def _limit(request: web.Request) -> int:
-    text = request.query.get("limit", str(LIMIT_DEFAULT))
-    if not (text.isascii() and text.isdigit() and len(text) <= 6) or int(text) < 1:
-        message = f"limit is a number from 1 to {LIMIT_MAX}"
-        _bad(message)
-    return min(int(text), LIMIT_MAX)
-
-
-def _text(request: web.Request, name: str) -> str:
-    text = request.query.get(name, "").strip()
-    # PostgreSQL takes no NUL in a text.
-    if len(text) > TEXT_MAX or "\x00" in text:
-        message = f"{name} is at most {TEXT_MAX} characters, without NUL"
-        _bad(message)
-    return text
-
-
-def _pack(position: list[Any]) -> str:
-    """A cursor: where the next page begins, opaque to the caller."""
-    return base64.urlsafe_b64encode(orjson.dumps(position)).decode().rstrip("=")
-
-
-def _cursor(request: web.Request) -> list[Any] | None:
-    text = request.query.get("cursor", "")
-    if not text:
-        return None
-    if len(text) > 4 * TEXT_MAX:
-        _bad("cursor is not one of ours")
-    try:
-        position = orjson.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
-    except (ValueError, binascii.Error):
-        _bad("cursor is not one of ours")
-    if not isinstance(position, list) or not position:
-        _bad("cursor is not one of ours")
-    return position

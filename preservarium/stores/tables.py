@@ -8,6 +8,7 @@ from typing import Final
 
 from preservarium import topics
 from preservarium.stores.event_tables import EventTable, document, instant, integer, number, text
+from preservarium.stores.journal import ALARM_OPERATIONS
 
 _SERIES: Final = (text("device_id"), text("connector_mode"), text("component_type"), text("pin_position"), text("unit"))
 _COORDINATES: Final = (
@@ -74,4 +75,9 @@ AGGREGATES: Final = EventTable(
 )  # fmt: skip
 
 #: suffix of the stage's name and of its consumer group, `sink-<suffix>` -> declaration
-EVENT_TABLES: Final = {"alarms": ALARM_EVENTS, "anomalies": ANOMALIES, "aggregates": AGGREGATES}
+EVENT_TABLES: Final = {
+    "alarms": ALARM_EVENTS,
+    "actions": ALARM_OPERATIONS,
+    "anomalies": ANOMALIES,
+    "aggregates": AGGREGATES,
+}

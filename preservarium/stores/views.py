@@ -41,6 +41,24 @@ WHERE ($1::boolean IS NULL OR (a.cleared_at IS NULL) = $1)
   AND ($2::timestamptz IS NULL OR (a.occurred_at, a.alarm_id) < ($2, $3))
 ORDER BY a.occurred_at DESC, a.alarm_id DESC LIMIT $4
 """
+_STANDING: Final = """
+SELECT a.alarm_id, a.device_id, d.name AS device_name, a.rule, a.component_type, a.pin_position, a.severity, a.state, a.occurred_at,
+       a.detected_at, a.cleared_at, a.value, a.unit, a.threshold, a.message, a.active, a.transition, a.shelved_until
+FROM active_alarms a LEFT JOIN devices d USING (device_id) ORDER BY a.occurred_at DESC LIMIT $1
+"""
+_HISTORY: Final = """
+(SELECT 'transition' AS what, e.detected_at AS at, e.transition AS name, e.state, e.alarm_id, e.severity, e.occurred_at,
+        e.value, e.detail ->> 'message' AS message, e.detail ->> 'actor' AS actor, e.detail ->> 'comment' AS comment, NULL AS reason,
+        (e.detail ->> 'sequence')::int AS sequence
+ FROM alarms a JOIN alarm_events e USING (alarm_id)
+ WHERE (a.device_id, a.rule, a.pin_position) = ($1, $2, $3) AND a.generation = 0 ORDER BY e.detected_at DESC LIMIT $4)
+UNION ALL
+-- An action that made a transition is told by it; what remains is what was refused, or done to an alarm that was not raised.
+(SELECT 'action', at, action, state, alarm_id, NULL, NULL, NULL, NULL, actor, comment, CASE outcome WHEN 'refused' THEN reason END, 0
+ FROM alarm_operations WHERE (device_id, rule, pin_position) = ($1, $2, $3) AND (outcome = 'refused' OR alarm_id = '')
+ ORDER BY at DESC LIMIT $4)
+ORDER BY at DESC, sequence DESC LIMIT $4
+"""
 
 
 class Views:
@@ -120,10 +138,7 @@ class Views:
         """
         instant, alarm_id = (_EPOCH + timedelta(microseconds=before[0]), before[1]) if before else (None, None)
         rows = await self._fetch(_ALARMS, active, instant, alarm_id, limit + 1)
-        page = [
-            {key: _us(value) if isinstance(value, datetime) else value for key, value in row.items()}
-            for row in rows[:limit]
-        ]
+        page = [_document(row) for row in rows[:limit]]
         total = await self._fetch(
             "SELECT count(*) FROM alarms WHERE $1::boolean IS NULL OR (cleared_at IS NULL) = $1", active
         )
@@ -133,6 +148,22 @@ class Views:
             "next": (last["occurred_at"], last["alarm_id"]) if last else None,
             "total": total[0][0],
         }
+
+    async def standing(self, limit: int) -> list[dict[str, Any]]:
+        """Alarms that are not normal, newest first, as the database has them. Instants in µs.
+
+        Raises:
+            Retry: PostgreSQL cannot be asked, or has not been migrated.
+        """
+        return [_document(row) for row in await self._fetch(_STANDING, limit)]
+
+    async def alarm_history(self, *, device_id: str, rule: str, pin_position: str, limit: int) -> list[dict[str, Any]]:
+        """Transitions of one alarm, over all its occurrences, and the actions that made none; newest first.
+
+        Raises:
+            Retry: PostgreSQL cannot be asked, or has not been migrated.
+        """
+        return [_document(row) for row in await self._fetch(_HISTORY, device_id, rule, pin_position, limit)]
 
     async def close(self) -> None:
         """Give the connections back."""
@@ -179,6 +210,10 @@ def _containing(text: str) -> str:
     """A LIKE pattern for texts that contain this one literally."""
     escaped = text.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
     return f"%{escaped}%"
+
+
+def _document(row: asyncpg.Record) -> dict[str, Any]:
+    return {key: _us(value) if isinstance(value, datetime) else value for key, value in row.items()}
 
 
 def _us(instant: datetime) -> int:

@@ -9,13 +9,15 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from devtools import chromium, find
-from pydantic import SecretStr
 
 from preservarium import metrics
 from preservarium.clock import SystemClock
+from preservarium.console.operators import Operators
 from preservarium.console.tables import TableReader
 from preservarium.console.views import Console
 from preservarium.domain.errors import Retry
+from preservarium.operating import Board, Desk
+from preservarium.settings import Web
 
 pytestmark = pytest.mark.browser
 
@@ -25,6 +27,7 @@ EVIL = '<img src=x onerror="document.title=\'owned\'"><script>document.title="ow
 class Reads:
     def __init__(self):
         self.down = False
+        self.history = []
 
     async def devices(self, *, q, after, limit):
         if self.down:
@@ -54,13 +57,32 @@ class Reads:
         page = found[:limit]
         return {"devices": page, "next": page[-1]["device_id"] if len(found) > limit else None, "total": 60}
 
+    async def standing(self, limit):
+        return []
+
     async def alarms(self, *, active, before, limit):
-        now = time.time_ns() // 1000
-        alarm = {
-            "alarm_id": "a", "device_id": "0018b20000000003", "device_name": EVIL, "rule": "co2-high", "severity": "major",
-            "component_type": "co2", "occurred_at": now - 90_000_000, "message": f"CO₂ 4412 ppm above 1500 {EVIL}",
-        }  # fmt: skip
-        return {"alarms": [alarm, {**alarm, "severity": "minor", "device_name": "Greenhouse 9", "message": "battery low: 2.4 V"}], "next": None, "total": 2}  # fmt: skip
+        return {"alarms": [], "next": None, "total": 0}
+
+    async def alarm_history(self, *, device_id, rule, pin_position, limit):
+        if self.down:
+            raise Retry("PostgreSQL: connection refused")
+        return [*self.history]
+
+
+def alarm(n, **fields):
+    now = time.time_ns() // 1000
+    return {
+        "alarm_id": f"a{n}", "device_id": f"0018b200000{n:05}", "device_name": f"Greenhouse {n}", "rule": "co2-high", "pin_position": "-1",
+        "severity": "major", "state": "unacknowledged", "transition": "raised", "component_type": "co2", "occurred_at": now - n * 60_000_000,
+        "detected_at": now - n * 60_000_000, "transition_at": now - n * 60_000_000, "cleared_at": None, "value": 4412.0, "threshold": 1500.0,
+        "unit": "ppm", "message": "CO₂ 4412 ppm above 1500", "active": True, "shelved_until": None, "one_shot": False, "actor": None,
+        "comment": None,
+    } | fields  # fmt: skip
+
+
+def stand(board, *alarms):
+    for each in alarms:
+        board.put((each["device_id"], each["rule"], each["pin_position"]), each)
 
 
 @pytest.fixture
@@ -81,11 +103,25 @@ async def site():
         "rebalancing": False,
         "stages": {},
     }
-    settings = SimpleNamespace(web=SimpleNamespace(operator_token=SecretStr("")))
+    settings = SimpleNamespace(web=Web())
     host = SimpleNamespace(live=lambda: settings, clock=SystemClock(), health_report=lambda: report)
+    board = Board()
+    board.ready.set()
+    board.trouble = ""
+    stand(
+        board,
+        alarm(3, device_name=EVIL, message=f"CO₂ 4412 ppm above 1500 {EVIL}"),
+        alarm(9, severity="minor", message="battery low"),
+    )
+    sent = []
+
+    async def publish(sends):
+        sent.extend(sends)
+
     console = Console(host, reads, TableReader(dict, lambda key: 0))
     application = web.Application()
     console.mount(application)
+    Operators(host, Desk(board, publish, host.clock), reads).mount(application)
     for stage, n in {"normalize": 900, "validate": 880, "alarm": 870, "notify": 2, "sink": 860, "sync": 850}.items():
         metrics.RECORDS_RECEIVED.labels(stage).inc(n)
         metrics.READINGS.labels(stage).inc(n * 5)
@@ -96,7 +132,9 @@ async def site():
     metrics.STORE_ROWS.labels("postgres", "stored").inc(4000)
     metrics.STORE_ROWS.labels("clickhouse", "stored").inc(4000)
     async with TestServer(application) as server:
-        yield SimpleNamespace(url=str(server.make_url("/")), reads=reads, report=report)
+        yield SimpleNamespace(
+            url=str(server.make_url("/")), reads=reads, report=report, board=board, sent=sent, settings=settings
+        )
     for stage in ("normalize", "validate", "alarm", "notify", "sink", "sync"):
         metrics.LAG_RECORDS.labels(stage, "browser-test", "0").set(0)
         metrics.PENDING_RECORDS.labels(stage).set(0)

@@ -1,0 +1,280 @@
+"""The description of the operators' API (OpenAPI 3.1), served at /api/openapi.json.
+
+A literal document: a test holds its paths, parameters and fields equal to the routes and types.
+"""
+
+from typing import Any, Final
+
+from preservarium import __version__
+from preservarium.domain.device_alarms import (
+    ACTION_ID_CHARS_MAX,
+    ACTIONS,
+    COMMENT_CHARS_MAX,
+    NAME_CHARS_MAX,
+    SHELVE_S_DEFAULT,
+    SHELVE_S_MAX,
+)
+from preservarium.domain.rules import SEVERITIES
+from preservarium.operating import SORTS, STATES
+
+_TEXT: Final = {"type": "string"}
+_NAME: Final = {"type": "string", "maxLength": NAME_CHARS_MAX}
+_INSTANT: Final = {"type": "integer", "format": "int64", "description": "µs since the epoch, UTC"}
+_NUMBER: Final = {"type": ["number", "null"]}
+_FLAG: Final = {"type": "boolean"}
+
+
+def _maybe(schema: dict[str, Any]) -> dict[str, Any]:
+    return {**schema, "type": [schema["type"], "null"]}
+
+
+def _object(required: tuple[str, ...], **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": list(required), "properties": properties}
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _answers(description: str, schema: Any, *errors: int, status: int = 200) -> dict[str, Any]:
+    said = {
+        400: "The question or the action is not well formed",
+        401: "The operator token is missing or wrong",
+        403: "Not from this machine and no token is set, from another origin, or another operator's token",
+        404: "There is none",
+        413: "The body is too large",
+        415: "The body is no JSON",
+        503: "Kafka or the database cannot be reached now; repeat",
+    }
+    found: dict[str, Any] = {
+        str(status): {"description": description, "content": {"application/json": {"schema": schema}}}
+    }
+    for code in errors:
+        found[str(code)] = {"description": said[code], "content": {"application/json": {"schema": _ref("Error")}}}
+    return found
+
+
+def _query(name: str, description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": "query", "description": description, "schema": schema}
+
+
+def _path(name: str, description: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "description": description, "schema": _NAME}
+
+
+_LIMIT: Final = _query("limit", "Most rows", {"type": "integer", "minimum": 1, "default": 50})
+_CURSOR: Final = _query("cursor", "`next_cursor` of the page before", _TEXT)
+
+_ALARM: Final = _object(
+    ("device_id", "rule", "pin_position", "severity", "state"),
+    alarm_id={**_TEXT, "description": "The occurrence; empty where it was set aside without having been raised"},
+    transition_id=_TEXT,
+    sequence={"type": "integer"},
+    device_id=_NAME,
+    device_name=_TEXT,
+    rule=_NAME,
+    rule_rev={"type": "integer"},
+    kind=_TEXT,
+    group={**_TEXT, "description": "Suppression group"},
+    first_out={**_FLAG, "description": "The first of its group"},
+    chattering={**_FLAG, "description": "Raised three times a minute or more"},
+    component_type=_TEXT,
+    pin_position=_TEXT,
+    severity={"type": "string", "enum": list(SEVERITIES)},
+    transition={**_TEXT, "description": "The last one"},
+    state=_TEXT,
+    occurred_at=_INSTANT,
+    detected_at=_INSTANT,
+    cleared_at=_maybe(_INSTANT),
+    transition_at=_INSTANT,
+    value=_NUMBER,
+    unit=_TEXT,
+    threshold=_NUMBER,
+    message=_TEXT,
+    recipients={"type": "array", "items": _TEXT},
+    actor={"type": ["string", "null"], "description": "Who did the last transition, where a person did"},
+    comment={"type": ["string", "null"]},
+    raw_partition={"type": ["integer", "null"]},
+    raw_offset={"type": ["integer", "null"]},
+    raw_index={"type": ["integer", "null"]},
+    generation={"type": "integer"},
+    active={**_FLAG, "description": "Whether the condition is true, also while it is not annunciated"},
+    active_at=_maybe(_INSTANT),
+    shelved_until=_maybe(_INSTANT),
+    one_shot=_FLAG,
+)
+
+_ACTION: Final = _object(
+    ("device_id", "rule", "action"),
+    action_id={
+        "type": "string",
+        "maxLength": ACTION_ID_CHARS_MAX,
+        "description": "Of the sender's making; the same again is done once",
+    },
+    device_id=_NAME,
+    rule=_NAME,
+    pin_position={**_NAME, "default": "-1"},
+    action={"type": "string", "enum": list(ACTIONS)},
+    actor={**_NAME, "description": "Who; needed unless the token proves a name"},
+    comment={"type": "string", "maxLength": COMMENT_CHARS_MAX},
+    duration_s={
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "maximum": SHELVE_S_MAX,
+        "default": SHELVE_S_DEFAULT,
+        "description": "shelve: for how long",
+    },
+    one_shot={**_FLAG, "description": "shelve: until the condition returns to normal, at the latest"},
+    alarm_id={**_NAME, "description": "The occurrence that the operator saw: another one is not touched"},
+)
+
+_ANSWER: Final = _object(
+    ("action_id", "outcome"),
+    action_id=_TEXT,
+    device_id=_TEXT,
+    rule=_TEXT,
+    pin_position=_TEXT,
+    alarm_id=_TEXT,
+    action=_TEXT,
+    actor=_TEXT,
+    comment=_TEXT,
+    at=_INSTANT,
+    until=_maybe(_INSTANT),
+    one_shot=_FLAG,
+    outcome={"type": "string", "enum": ["done", "refused"]},
+    code={**_TEXT, "description": "Why it was refused, for programs"},
+    reason={**_TEXT, "description": "Why it was refused, for people"},
+    state={**_TEXT, "description": "Of the alarm, afterwards"},
+    transitions={"type": "array", "items": _TEXT},
+    answered_at=_INSTANT,
+)
+
+_ONE_ALARM: Final = [
+    _path("device_id", "Address of the device"),
+    _path("rule", "Name of the rule"),
+    _path("pin_position", "Pin; -1 where the device has none"),
+]
+
+DOCUMENT: Final[dict[str, Any]] = {
+    "openapi": "3.1.0",
+    "info": {
+        "title": "Preservarium: alarms for operators",
+        "version": __version__,
+        "description": "What is not normal, and what people do about it. Reading is as open as the console; acting needs a "
+        "token of `web.operators` or `web.operator_token`, or, where none is set, this machine.",
+    },
+    "security": [{"token": []}, {}],
+    "paths": {
+        "/api/alarms": {
+            "get": {
+                "operationId": "listAlarms",
+                "summary": "Alarms that are not normal, of the whole system, or the past",
+                "parameters": [
+                    _query(
+                        "state",
+                        f"One or more, separated by commas: {', '.join(sorted(STATES))}. Or one of cleared, all: the past, newest "
+                        "first, from the database.",
+                        {"type": "string", "default": "standing"},
+                    ),
+                    _query("severity", f"One or more, separated by commas: {', '.join(SEVERITIES)}", _TEXT),
+                    _query("device", "Address of a device", _TEXT),
+                    _query("rule", "Name of a rule", _TEXT),
+                    _query("q", "Part of an address, a name, a rule or a message", _TEXT),
+                    _query("sort", "Order", {"type": "string", "enum": list(SORTS), "default": "priority"}),
+                    _LIMIT,
+                    _CURSOR,
+                ],
+                "responses": _answers("A page", _ref("Alarms"), 400, 503),
+            }
+        },
+        "/api/alarms/{device_id}/{rule}/{pin_position}": {
+            "get": {
+                "operationId": "showAlarm",
+                "summary": "One alarm as it stands, and its history",
+                "parameters": [*_ONE_ALARM, _LIMIT],
+                "responses": _answers("The alarm", _ref("OneAlarm"), 400, 404, 503),
+            }
+        },
+        "/api/alarms/actions": {
+            "get": {
+                "operationId": "listAnswers",
+                "summary": "The last answers, newest first",
+                "parameters": [_LIMIT],
+                "responses": _answers(
+                    "Answers",
+                    _object(
+                        ("actions",), actions={"type": "array", "items": _ref("Answer")}, note={"type": ["string", "null"]}
+                    ),
+                    400,
+                ),
+            },
+            "post": {
+                "operationId": "act",
+                "summary": "Acknowledge, shelve, comment, … an alarm",
+                "requestBody": {"required": True, "content": {"application/json": {"schema": _ref("Action")}}},
+                "responses": _answers(
+                    "Kafka has it; the answer will tell whether it was done",
+                    _object(("action_id", "answer"), action_id=_TEXT, answer={**_TEXT, "description": "Where to ask"}),
+                    400, 401, 403, 413, 415, 503,
+                    status=202,
+                ),
+            },
+        },
+        "/api/alarms/actions/{action_id}": {
+            "get": {
+                "operationId": "showAnswer",
+                "summary": "What became of an action; 404 while that is not known",
+                "parameters": [
+                    _path("action_id", "As given or received"),
+                    _query("wait_s", "Wait for it, at most so long", {"type": "number", "minimum": 0, "maximum": 25}),
+                ],
+                "responses": _answers("The answer", _ref("Answer"), 400, 404),
+            }
+        },
+        "/api/openapi.json": {
+            "get": {
+                "operationId": "describe",
+                "summary": "This document",
+                "responses": _answers("OpenAPI 3.1", {"type": "object"}),
+            }
+        },
+    },
+    "components": {
+        "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        "schemas": {
+            "Alarm": _ALARM,
+            "Action": {**_ACTION, "additionalProperties": False},
+            "Answer": _ANSWER,
+            "Error": _object(("error",), error=_TEXT, code=_TEXT),
+            "Alarms": _object(
+                ("alarms", "next_cursor", "total", "source"),
+                alarms={"type": "array", "items": _ref("Alarm")},
+                next_cursor={"type": ["string", "null"]},
+                total={"type": "integer"},
+                counts={"type": "object", "description": "Of all that stands: by severity, by state, waiting for somebody"},
+                flood={"type": "object", "description": "Whether more alarms come than people can work through"},
+                source={"type": "string", "enum": ["kafka", "postgres"]},
+                complete={**_FLAG, "description": "Whether this is everything, and of now"},
+                note={"type": ["string", "null"], "description": "Why it is not, for people"},
+                at=_INSTANT,
+            ),
+            "OneAlarm": _object(
+                ("device_id", "rule", "pin_position", "state"),
+                device_id=_TEXT,
+                rule=_TEXT,
+                pin_position=_TEXT,
+                alarm={"oneOf": [_ref("Alarm"), {"type": "null"}]},
+                state=_TEXT,
+                history={
+                    "type": ["array", "null"],
+                    "items": {"type": "object"},
+                    "description": "Transitions and actions, newest first; null where the database does not answer",
+                },
+                history_note={"type": ["string", "null"]},
+                source={"type": "string", "enum": ["kafka", "postgres"]},
+                note={"type": ["string", "null"]},
+                at=_INSTANT,
+            ),
+        },
+    },
+}  # fmt: skip

@@ -1,0 +1,356 @@
+"""The operators' views: the alarm list, one alarm with its history, actions and their answers, and the signed link.
+
+The list is the board's (preservarium/operating.py), which follows Kafka: it is of the whole system and needs no database.
+Where the board was not read yet, what PostgreSQL holds is shown instead, and the answer says so. Histories, and alarms
+that are over, are PostgreSQL's alone.
+
+An action is checked, sent to `alarm_actions` and acknowledged by Kafka; whether the machine did it is its answer, which
+can be waited for. Whoever repeats an action with the same `action_id` does it once.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final, NoReturn, Protocol
+
+import jinja2
+import orjson
+from aiohttp import web
+
+from preservarium.clock import Clock
+from preservarium.console import access
+from preservarium.console.openapi import DOCUMENT
+from preservarium.console.replies import answer, bad, cursor_of, limit_of, pack, text_of, wrapped
+from preservarium.domain.device_alarms import ActionDoc
+from preservarium.domain.errors import Reject, Retry
+from preservarium.domain.rules import SEVERITIES
+from preservarium.notices import links
+from preservarium.operating import SORTS, STATES, Board, Desk, Filter
+from preservarium.settings import LiveSettings, Settings
+
+#: An action is a few hundred bytes; its comment is the largest part.
+BODY_BYTES_MAX: Final = 16_384
+#: Longest wait for an answer: proxies cut off a request after 30 or 60 s.
+WAIT_S_MAX: Final = 25.0
+#: The acknowledgement of Kafka is waited for so long; then the caller is to repeat, which is harmless.
+SEND_TIMEOUT_S: Final = 20.0
+#: A person who pressed a button waits so long for the machine's answer before the page says that it will come.
+LINK_WAIT_S: Final = 10.0
+#: Transitions and actions of one alarm that are shown.
+HISTORY_MAX: Final = 100
+
+_FIELDS: Final = frozenset(ActionDoc.__annotations__) - {"at"}
+_ENDED: Final = {"cleared": False, "all": None}
+
+
+class Reads(Protocol):
+    """What is asked of the database (stores/views.py). Each call raises Retry when it cannot be reached."""
+
+    async def alarms(self, *, active: bool | None, before: tuple[int, str] | None, limit: int) -> dict[str, Any]:
+        """`{alarms, next, total}`: alarms, newest first, also those that are over."""
+        ...
+
+    async def standing(self, limit: int) -> list[dict[str, Any]]:
+        """Alarms that are not normal, as the database has them."""
+        ...
+
+    async def alarm_history(self, *, device_id: str, rule: str, pin_position: str, limit: int) -> list[dict[str, Any]]:
+        """Transitions and operators' actions of one alarm, newest first."""
+        ...
+
+
+class Host(Protocol):
+    """The parts of the app that are needed."""
+
+    @property
+    def live(self) -> LiveSettings: ...  # noqa: D102
+    @property
+    def clock(self) -> Clock: ...  # noqa: D102
+
+
+class Operators:
+    """The views."""
+
+    def __init__(self, host: Host, desk: Desk, reads: Reads) -> None:
+        self._host = host
+        self._desk = desk
+        self._board = desk.board
+        self._reads = reads
+        loader = jinja2.PackageLoader("preservarium.console", "page")
+        templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+        self._link_page = templates.get_template("ack.html")
+
+    def mount(self, application: web.Application) -> None:
+        """Add every route to an aiohttp application that has not started."""
+        get, post = application.router.add_get, application.router.add_post
+        get("/api/openapi.json", wrapped(self.openapi))
+        get("/api/alarms", wrapped(self.alarms))
+        get("/api/alarms/actions", wrapped(self.answers))
+        post("/api/alarms/actions", wrapped(self.act, timeout_s=SEND_TIMEOUT_S))
+        get("/api/alarms/actions/{action_id}", wrapped(self.answered, timeout_s=WAIT_S_MAX + 5))
+        get("/api/alarms/{device_id}/{rule}/{pin_position}", wrapped(self.alarm))
+        get(links.PATH, wrapped(self.link))
+        post(links.PATH, wrapped(self.follow_link, timeout_s=SEND_TIMEOUT_S + LINK_WAIT_S))
+
+    async def openapi(self, _request: web.Request) -> web.Response:
+        """The description of this API."""
+        return answer(DOCUMENT)
+
+    # --- asking ---
+
+    async def alarms(self, request: web.Request) -> web.Response:
+        """What is not normal, of the whole system; with `state=cleared` or `all`, the past too."""
+        limit, cursor = limit_of(request), cursor_of(request)
+        state = text_of(request, "state") or "standing"
+        if state in _ENDED:
+            return await self._past(state, cursor, limit)
+        wanted = Filter(
+            _states(state), _severities(request), text_of(request, "device"), text_of(request, "rule"), text_of(request, "q")
+        )  # fmt: skip
+        order = request.query.get("sort", "priority")
+        if order not in SORTS:
+            bad(f"sort is one of {', '.join(SORTS)}")
+        if cursor is not None and cursor[0] != order:
+            bad("cursor is not one of ours, or of another sort")
+        board, source, note = await self._shown()
+        try:
+            page = board.page(wanted, order=order, after=cursor[1:] if cursor else None, limit=limit)
+        except TypeError:
+            bad("cursor is not one of ours, or of another sort")
+        return answer(
+            {
+                "alarms": page.alarms,
+                "next_cursor": pack([order, *page.next]) if page.next else None,
+                "total": page.total,
+                "counts": board.counts(),
+                "flood": self._board.flood(self._host.clock.now_us()),
+                "source": source,
+                "complete": source == "kafka" and board.complete,
+                "note": note,
+                "at": self._host.clock.now_us(),
+            }
+        )
+
+    async def _shown(self) -> tuple[Board, str, str | None]:
+        """The board, or what the database has where the board was not read yet; where from; what is to be said."""
+        board = self._board
+        if board.ready.is_set():
+            return board, "kafka", board.note()
+        stored = Board()
+        for alarm in await self._reads.standing(limit=STORED_MAX):
+            stored.put((alarm["device_id"], alarm["rule"], alarm["pin_position"]), alarm)
+        return stored, "postgres", (
+            f"The alarm list was not read from Kafka yet ({board.trouble}): these are the alarms that the database knows."
+        )  # fmt: skip
+
+    async def _past(self, state: str, cursor: list[Any] | None, limit: int) -> web.Response:
+        before = None
+        if cursor:
+            if len(cursor) != 2 or type(cursor[0]) is not int or not isinstance(cursor[1], str):
+                bad("cursor is not one of ours")
+            before = (cursor[0], cursor[1])
+        page = await self._reads.alarms(active=_ENDED[state], before=before, limit=limit)
+        return answer(
+            {
+                "alarms": page["alarms"],
+                "next_cursor": pack(list(page["next"])) if page["next"] else None,
+                "total": page["total"],
+                "source": "postgres",
+            }
+        )
+
+    async def alarm(self, request: web.Request) -> web.Response:
+        """One alarm as it stands, and its history where the database can be asked."""
+        device_id, rule, pin = (request.match_info[name] for name in ("device_id", "rule", "pin_position"))
+        if any(len(text) > 255 or "\0" in text for text in (device_id, rule, pin)):
+            bad("a name is at most 255 characters, without NUL")
+        board, source, note = self._board, "kafka", self._board.note()
+        if not board.ready.is_set():
+            board, source, note = await self._shown()
+        history, history_note = None, None
+        try:
+            history = await self._reads.alarm_history(
+                device_id=device_id, rule=rule, pin_position=pin, limit=min(limit_of(request), HISTORY_MAX)
+            )
+        except Retry as e:
+            history_note = f"The history is the database's, which does not answer: {e}"
+        alarm = board.get((device_id, rule, pin))
+        if alarm is None and history == []:
+            raise web.HTTPNotFound(text='{"error": "no such alarm was ever raised"}', content_type="application/json")
+        return answer(
+            {
+                "device_id": device_id,
+                "rule": rule,
+                "pin_position": pin,
+                "alarm": alarm,
+                "state": alarm["state"] if alarm else "normal",
+                "history": history,
+                "history_note": history_note,
+                "source": source,
+                "note": note,
+                "at": self._host.clock.now_us(),
+            }
+        )
+
+    async def answers(self, request: web.Request) -> web.Response:
+        """The last answers, newest first."""
+        return answer({"actions": self._board.answers(limit_of(request)), "note": self._board.trouble or None})
+
+    async def answered(self, request: web.Request) -> web.Response:
+        """What became of an action; `wait_s` waits for it."""
+        text = request.query.get("wait_s", "0")
+        try:
+            wait_s = float(text)
+        except ValueError:
+            wait_s = -1.0
+        if not 0 <= wait_s <= WAIT_S_MAX:
+            bad(f"wait_s is a number from 0 to {WAIT_S_MAX:g}")
+        action_id = request.match_info["action_id"]
+        found = await self._board.wait(action_id, wait_s)
+        if found is None:
+            return answer({"action_id": action_id, "outcome": "pending", "error": "no answer yet"}, status=404)
+        return answer(found)
+
+    # --- acting ---
+
+    async def act(self, request: web.Request) -> web.Response:
+        """Send an action: 202 with its id, once Kafka has acknowledged it."""
+        settings = self._host.live()
+        name = access.operator_of(request, settings.web)
+        if request.content_type != "application/json":
+            # A page of a stranger can send a form or plain text across origins, and JSON only after asking.
+            _refuse(web.HTTPUnsupportedMediaType, "send application/json")
+        body = await _body(request)
+        try:
+            line = orjson.loads(body)
+        except orjson.JSONDecodeError as e:
+            bad(f"the body is no JSON: {e}")
+        if not isinstance(line, dict):
+            bad("the body is a JSON object")
+        if unknown := sorted(set(line) - _FIELDS):
+            bad(f"no such field: {', '.join(unknown)[:200]}; there are {', '.join(sorted(_FIELDS))}")
+        if name:
+            if line.get("actor") not in (None, "", name):
+                _refuse(web.HTTPForbidden, f"this token is {name}'s: actor must be {name}, or left out")
+            line["actor"] = name
+        try:
+            action_id = await self._desk.act(line)
+        except Reject as e:
+            return answer({"error": str(e), "code": str(e.code)}, status=400)
+        where = f"/api/alarms/actions/{action_id}"
+        return web.Response(
+            status=202,
+            body=orjson.dumps({"action_id": action_id, "answer": where}),
+            content_type="application/json",
+            headers={"Location": where},
+        )
+
+    # --- the link in a notice ---
+
+    async def link(self, request: web.Request) -> web.Response:
+        """What the link would do, and a button. Opening it does nothing: mail scanners open every link."""
+        settings = self._host.live()
+        opened = self._opened(request.query.get("token", ""), settings)
+        if isinstance(opened, web.Response):
+            return opened
+        alarm = self._board.get((opened.device_id, opened.rule, opened.pin_position))
+        same = alarm is not None and alarm.get("alarm_id") == opened.alarm_id
+        said = ""
+        if self._board.complete and not same:
+            said = "This alarm is over: there is nothing left to acknowledge."
+        elif same and alarm is not None and alarm["state"] not in STATES["waiting"]:
+            said = f"Nothing to do: the alarm is {alarm['state'].replace('_', ' ')}."
+        return self._page(opened, alarm if same else None, said=said, token="" if said else request.query["token"])
+
+    async def follow_link(self, request: web.Request) -> web.Response:
+        """Acknowledge what the link names, as its recipient."""
+        settings = self._host.live()
+        if (request.content_length or 0) > BODY_BYTES_MAX:
+            raise web.HTTPRequestEntityTooLarge(BODY_BYTES_MAX, request.content_length or 0)
+        form = await request.post()
+        token, comment = form.get("token", ""), form.get("comment", "")
+        opened = self._opened(token if isinstance(token, str) else "", settings)
+        if isinstance(opened, web.Response):
+            return opened
+        alarm = self._board.get((opened.device_id, opened.rule, opened.pin_position))
+        try:
+            action_id = await self._desk.act(
+                {
+                    "action": "acknowledge",
+                    "action_id": opened.action_id,
+                    "alarm_id": opened.alarm_id,
+                    "device_id": opened.device_id,
+                    "rule": opened.rule,
+                    "pin_position": opened.pin_position,
+                    "actor": opened.recipient,
+                    **({"comment": comment} if isinstance(comment, str) and comment.strip() else {}),
+                }
+            )
+        except Reject as e:
+            return self._page(opened, alarm, said=str(e), status=400)
+        found = await self._board.wait(action_id, LINK_WAIT_S)
+        if found is None:
+            return self._page(opened, alarm, said="Sent. The alarm will be acknowledged in a moment.", status=202)
+        if found["outcome"] == "done":
+            return self._page(opened, alarm, said="Acknowledged. Thank you.")
+        return self._page(opened, alarm, said=f"Not acknowledged: {found['reason']}.", status=409)
+
+    def _opened(self, token: str, settings: Settings) -> "links.Acknowledgement | web.Response":
+        try:
+            return links.opened(token, settings)
+        except links.LinkExpired:
+            return self._page(None, None, said="This link is too old. Look at the alarm on the console.", status=410)
+        except links.LinkError:
+            return self._page(None, None, said="This link is not valid.", status=403)
+
+    def _page(
+        self,
+        opened: "links.Acknowledgement | None",
+        alarm: Mapping[str, Any] | None,
+        *,
+        said: str,
+        token: str = "",
+        status: int = 200,
+    ) -> web.Response:
+        html = self._link_page.render(opened=opened, alarm=alarm, said=said, token=token, path=links.PATH)
+        # The one page with a form that the browser sends itself.
+        policy = access.CONTENT_SECURITY_POLICY.replace("form-action 'none'", "form-action 'self'")
+        headers = {"Content-Security-Policy": policy}
+        return web.Response(text=html, status=status, content_type="text/html", headers=headers)
+
+
+#: Alarms that are taken from the database while the board is not there: several screens full.
+STORED_MAX: Final = 1_000
+
+
+def _states(text: str) -> frozenset[str]:
+    found: set[str] = set()
+    for word in text.replace("-", "_").split(","):
+        states = STATES.get(word.strip())
+        if states is None:
+            bad(f"state is one or more of {', '.join(sorted(STATES))}, or one of {', '.join(_ENDED)}")
+        found |= states
+    return frozenset(found)
+
+
+def _severities(request: web.Request) -> frozenset[str]:
+    found = frozenset(word.strip() for word in text_of(request, "severity").split(",") if word.strip())
+    if found - set(SEVERITIES):
+        bad(f"severity is one or more of {', '.join(SEVERITIES)}")
+    return found
+
+
+def _refuse(kind: type[web.HTTPException], message: str) -> NoReturn:
+    raise kind(text=orjson.dumps({"error": message}).decode(), content_type="application/json")
+
+
+async def _body(request: web.Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > BODY_BYTES_MAX:
+            raise web.HTTPRequestEntityTooLarge(
+                BODY_BYTES_MAX,
+                len(body),
+                text='{"error": "an action has at most 16384 bytes"}',
+                content_type="application/json",
+            )
+    return bytes(body)

@@ -1,0 +1,110 @@
+"""Answers of the console's views, and reading what was asked: limits, texts, cursors."""
+
+import asyncio
+import base64
+import binascii
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, NoReturn
+
+import orjson
+import structlog
+from aiohttp import web
+
+from preservarium.console import access
+from preservarium.domain.errors import Retry
+
+log = structlog.get_logger(__name__)
+
+#: Rows of one answer: a page of the console shows 25, a script may ask for more.
+LIMIT_DEFAULT: Final = 50
+LIMIT_MAX: Final = 200
+#: Longest search text and table key: longer than any address or name.
+TEXT_MAX: Final = 256
+#: Longest time that a view waits for the database: the page asks again in two seconds.
+READ_TIMEOUT_S: Final = 5.0
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def wrapped(handler: Handler, *, timeout_s: float = READ_TIMEOUT_S) -> Handler:
+    """The handler with our headers on each answer, a limit on its time, and errors as JSON."""
+
+    async def view(request: web.Request) -> web.StreamResponse:
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await handler(request)
+        except web.HTTPException as e:
+            e.headers.update(access.HEADERS)
+            raise
+        except (Retry, TimeoutError) as e:
+            response = answer({"error": f"not available now: {e or 'no answer in time'}"}, status=503)
+        except Exception:
+            # What went wrong is for the log, not for whoever asks.
+            log.exception("console_view_failed", path=request.path)
+            response = answer({"error": "internal error"}, status=500)
+        for name, value in access.HEADERS.items():
+            response.headers.setdefault(name, value)
+        return response
+
+    return view
+
+
+def answer(value: Any, status: int = 200) -> web.Response:
+    """JSON."""
+    # Raw values of tables are shown as they are, so bytes that are no JSON have been made text before.
+    return web.Response(
+        body=orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS),
+        status=status,
+        content_type="application/json",
+        charset="utf-8",
+    )
+
+
+def bad(message: str) -> NoReturn:
+    """Refuse with 400 and a reason."""
+    raise web.HTTPBadRequest(text=orjson.dumps({"error": message}).decode(), content_type="application/json") from None
+
+
+def missing(message: str) -> NoReturn:
+    """Refuse with 404 and a reason."""
+    raise web.HTTPNotFound(text=orjson.dumps({"error": message}).decode(), content_type="application/json") from None
+
+
+def limit_of(request: web.Request) -> int:
+    """The query's `limit`, cut to what is allowed."""
+    text = request.query.get("limit", str(LIMIT_DEFAULT))
+    if not (text.isascii() and text.isdigit() and len(text) <= 6) or int(text) < 1:
+        message = f"limit is a number from 1 to {LIMIT_MAX}"
+        bad(message)
+    return min(int(text), LIMIT_MAX)
+
+
+def text_of(request: web.Request, name: str) -> str:
+    """A text of the query, without blanks around it."""
+    text = request.query.get(name, "").strip()
+    # PostgreSQL takes no NUL in a text.
+    if len(text) > TEXT_MAX or "\x00" in text:
+        message = f"{name} is at most {TEXT_MAX} characters, without NUL"
+        bad(message)
+    return text
+
+
+def pack(position: list[Any]) -> str:
+    """A cursor: where the next page begins, opaque to the caller."""
+    return base64.urlsafe_b64encode(orjson.dumps(position)).decode().rstrip("=")
+
+
+def cursor_of(request: web.Request) -> list[Any] | None:
+    """The query's `cursor`, unpacked."""
+    text = request.query.get("cursor", "")
+    if not text:
+        return None
+    if len(text) > 4 * TEXT_MAX:
+        bad("cursor is not one of ours")
+    try:
+        position = orjson.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
+    except (ValueError, binascii.Error):
+        bad("cursor is not one of ours")
+    if not isinstance(position, list) or not position:
+        bad("cursor is not one of ours")
+    return position

@@ -1,0 +1,409 @@
+"""Operators' side of alarms, over Kafka alone: what stands, what became of actions, and new actions.
+
+`alarm_standing` is compacted and small, so each worker (and the command line) reads all of it and follows it: an alarm
+list of the whole system that no database and no other worker is needed for. `alarm_answers` is followed from a little
+before the start. Actions go to `alarm_actions`; the alarm stage alone decides what becomes of them.
+"""
+
+import asyncio
+import heapq
+import uuid
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, Final
+
+import orjson
+import structlog
+from aiokafka import AIOKafkaConsumer
+
+from preservarium import topics
+from preservarium.clock import Clock, SystemClock
+from preservarium.domain.alarm import SILENT, State
+from preservarium.domain.device_alarms import parse_action
+from preservarium.domain.errors import Retry
+from preservarium.domain.rules import SEVERITIES
+from preservarium.settings import Settings
+from preservarium.stage import Send
+
+log = structlog.get_logger(__name__)
+
+#: Alarms on the board: some 2.5 KiB each, 50 MiB in all. Nobody works through more; what is over it is counted and said.
+STANDING_MAX: Final = 20_000
+#: Answers remembered, some 1 KiB each: hours of a busy shift.
+ANSWERS_MAX: Final = 5_000
+#: Answers are read from so long before the start, so that an action that was sent through another worker is found.
+ANSWERS_SINCE_S: Final = 900.0
+#: ISA-18.2's alarm flood: it begins above 10 annunciations in 10 minutes, and ends below 5.
+FLOOD_WINDOW_US: Final = 600_000_000
+FLOOD_BEGINS: Final = 10
+FLOOD_ENDS: Final = 5
+#: Annunciations remembered for that; a flood of more is a flood.
+RAISED_MAX: Final = 10_000
+#: One look for new records; also how long a stop can take.
+POLL_MS: Final = 500
+REQUEST_TIMEOUT_MS: Final = 30_000
+#: A consumer does not say that its brokers are gone, so they are asked this often, and given so long to answer.
+PROBE_S: Final = 5.0
+PROBE_TIMEOUT_S: Final = 10.0
+
+#: Word of a filter -> states. A state's own name stands for itself.
+STATES: Final[Mapping[str, frozenset[str]]] = {
+    **{state.value: frozenset({state.value}) for state in State if state is not State.NORMAL},
+    "standing": frozenset(state.value for state in State if state is not State.NORMAL),
+    "annunciated": frozenset(s.value for s in State if s is not State.NORMAL and s not in SILENT),
+    "active": frozenset({State.UNACKNOWLEDGED.value, State.ACKNOWLEDGED.value}),
+    "waiting": frozenset(
+        {State.UNACKNOWLEDGED.value, State.RETURNED_UNACKNOWLEDGED.value, State.LATCHED_UNACKNOWLEDGED.value}
+    ),
+    "latched": frozenset({State.LATCHED.value, State.LATCHED_UNACKNOWLEDGED.value}),
+    "silent": frozenset(state.value for state in SILENT),
+}
+
+_WAITING: Final = STATES["waiting"]
+_SILENT: Final = STATES["silent"]
+_SEVERITY_RANK: Final = {name: rank for rank, name in enumerate(SEVERITIES)}
+
+#: (device, rule, pin)
+PointKey = tuple[str, str, str]
+
+
+def _rank(alarm: Mapping[str, Any]) -> tuple[int, int]:
+    """What needs somebody first: not yet acknowledged, then acknowledged, then set aside; each by severity."""
+    state = alarm["state"]
+    first = 0 if state in _WAITING else 2 if state in _SILENT else 1
+    return first, _SEVERITY_RANK.get(alarm.get("severity", ""), len(_SEVERITY_RANK))
+
+
+#: Order of a list -> sort key; each ends in what makes it unique, so that a cursor is a key.
+_ORDERS: Final[Mapping[str, Callable[[Mapping[str, Any]], tuple[Any, ...]]]] = {
+    "priority": lambda a: (*_rank(a), -_since(a)),
+    "severity": lambda a: (_rank(a)[1], -_since(a)),
+    "newest": lambda a: (-_since(a),),
+    "oldest": lambda a: (_since(a),),
+    "device": lambda a: (),
+    "state": lambda a: (a["state"], -_since(a)),
+}
+SORTS: Final = tuple(_ORDERS)
+
+
+def _since(alarm: Mapping[str, Any]) -> int:
+    """When it was raised; where it never was, when it was set aside. µs."""
+    return int(alarm.get("occurred_at") or alarm.get("transition_at") or 0)
+
+
+def point_of(alarm: Mapping[str, Any]) -> PointKey:
+    """Which alarm."""
+    return alarm["device_id"], alarm["rule"], alarm["pin_position"]
+
+
+def sort_key(alarm: Mapping[str, Any], order: str) -> tuple[Any, ...]:
+    """Where an alarm stands in a list of that order."""
+    return (*_ORDERS[order](alarm), *point_of(alarm))
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which alarms of the board."""
+
+    states: frozenset[str] = STATES["standing"]
+    severities: frozenset[str] = frozenset()  #: empty: all
+    device_id: str = ""
+    rule: str = ""
+    q: str = ""  #: part of a device's address or name, a rule or a message, any case
+
+    def takes(self, alarm: Mapping[str, Any]) -> bool:
+        """Whether an alarm is one of them."""
+        if alarm["state"] not in self.states or (self.severities and alarm["severity"] not in self.severities):
+            return False
+        if (self.device_id and alarm["device_id"] != self.device_id) or (self.rule and alarm["rule"] != self.rule):
+            return False
+        if not self.q:
+            return True
+        needle = self.q.casefold()
+        texts = (alarm["device_id"], alarm.get("device_name"), alarm["rule"], alarm.get("message"))
+        return any(needle in str(text).casefold() for text in texts if text)
+
+
+@dataclass(slots=True)
+class Page:
+    """A part of a list."""
+
+    alarms: list[dict[str, Any]]
+    next: list[Any] | None  #: sort key of the last one, where there are more
+    total: int  #: that the filter takes
+
+
+class Board:
+    """What is not normal now, and the last answers; fed record by record, asked by views."""
+
+    def __init__(self) -> None:
+        self._standing: dict[PointKey, dict[str, Any]] = {}
+        self._answers: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        #: (detected_at, occurrence) of annunciations
+        self._raised: deque[tuple[int, str]] = deque(maxlen=RAISED_MAX)
+        self._flooded = False
+        #: alarms that found no room
+        self.dropped: set[PointKey] = set()
+        self._waiting: dict[str, list[asyncio.Event]] = {}
+        #: whether everything was read once
+        self.ready = asyncio.Event()
+        #: why what is here may be old; "" while it is followed
+        self.trouble = "not read yet"
+
+    # --- feeding ---
+
+    def stand(self, key: bytes, value: bytes | None) -> PointKey | None:
+        """Take one record of `alarm_standing`; which alarm it is of. What is no such record is skipped."""
+        try:
+            device_id, rule, pin = orjson.loads(key)
+            alarm = None if value is None else orjson.loads(value)
+            point = (str(device_id), str(rule), str(pin))
+            if alarm is not None and (point_of(alarm) != point or not isinstance(alarm["state"], str)):
+                raise ValueError(point)
+        except (ValueError, TypeError, KeyError) as e:
+            log.warning("standing_record_unusable", key=key[:200].decode(errors="replace"), error=repr(e))
+            return None
+        self.put(point, alarm)
+        return point
+
+    def put(self, point: PointKey, alarm: dict[str, Any] | None) -> None:
+        """How an alarm stands now; None: normal."""
+        if alarm is None:
+            self._standing.pop(point, None)
+            self.dropped.discard(point)
+            return
+        before = self._standing.get(point)
+        if before is None and len(self._standing) >= STANDING_MAX:
+            if len(self.dropped) < STANDING_MAX:
+                self.dropped.add(point)
+            return
+        self._standing[point] = alarm
+        if alarm.get("transition") == "raised" and (before is None or before.get("alarm_id") != alarm["alarm_id"]):
+            self._raised.append((alarm["detected_at"], alarm["alarm_id"]))
+
+    def keep(self, points: Iterable[PointKey]) -> None:
+        """Forget all other alarms: after everything was read anew."""
+        kept = set(points)
+        for point in [p for p in self._standing if p not in kept]:
+            del self._standing[point]
+        self.dropped &= kept
+
+    def answer(self, value: bytes | None) -> None:
+        """Take one line of `alarm_answers`; the first answer of an action stays."""
+        try:
+            answer = orjson.loads(value or b"null")
+            action_id = answer["action_id"]
+        except (ValueError, TypeError, KeyError):
+            return
+        if action_id not in self._answers:
+            self._answers[action_id] = answer
+            while len(self._answers) > ANSWERS_MAX:
+                self._answers.popitem(last=False)
+        for event in self._waiting.pop(action_id, ()):
+            event.set()
+
+    # --- asking ---
+
+    @property
+    def complete(self) -> bool:
+        """Whether what is here is everything, and of now."""
+        return self.ready.is_set() and not self.trouble and not self.dropped
+
+    def note(self) -> str | None:
+        """Why it is not, for people."""
+        if self.trouble:
+            return f"The alarm list is not followed now ({self.trouble}): what is shown may be old."
+        if self.dropped:
+            return f"More than {STANDING_MAX:,} alarms stand: {len(self.dropped):,} are not in this list."
+        return None
+
+    def get(self, point: PointKey) -> dict[str, Any] | None:
+        """How an alarm stands; None: normal."""
+        return self._standing.get(point)
+
+    def alarms(self) -> list[dict[str, Any]]:
+        """Every alarm that is not normal."""
+        return [*self._standing.values()]
+
+    def page(self, wanted: Filter, *, order: str = "priority", after: Sequence[Any] | None, limit: int) -> Page:
+        """The first `limit` alarms of a filter behind sort key `after`.
+
+        Raises:
+            TypeError: `after` is no key of that order.
+        """
+        found = [(sort_key(a, order), a) for a in self._standing.values() if wanted.takes(a)]
+        total = len(found)
+        if after is not None:
+            found = [each for each in found if each[0] > tuple(after)]
+        # Not a sort: a page is short, and 20,000 alarms are sorted for nothing otherwise.
+        page = heapq.nsmallest(limit, found, key=lambda each: each[0])
+        return Page([a for _, a in page], list(page[-1][0]) if len(found) > len(page) and page else None, total)
+
+    def counts(self) -> dict[str, Any]:
+        """How many stand: by severity (of those that are annunciated), by state, and how many wait for somebody."""
+        severities: Counter[str] = Counter()
+        states: Counter[str] = Counter()
+        waiting: Counter[str] = Counter()
+        for alarm in self._standing.values():
+            state = alarm["state"]
+            states[state] += 1
+            if state not in _SILENT:
+                severities[alarm["severity"]] += 1
+                if state in _WAITING:
+                    waiting[alarm["severity"]] += 1
+        return {
+            "severity": {name: severities.get(name, 0) for name in SEVERITIES},
+            "waiting": {name: waiting.get(name, 0) for name in SEVERITIES},
+            "state": dict(sorted(states.items())),
+            "total": len(self._standing),
+        }
+
+    def flood(self, now_us: int) -> dict[str, Any]:
+        """Whether alarms come faster than people can work: annunciations of the last ten minutes."""
+        while self._raised and self._raised[0][0] <= now_us - FLOOD_WINDOW_US:
+            self._raised.popleft()
+        # They come in the order of partitions, not of time.
+        raised = sum(at > now_us - FLOOD_WINDOW_US for at, _ in self._raised)
+        self._flooded = raised > FLOOD_BEGINS or (self._flooded and raised >= FLOOD_ENDS)
+        return {"on": self._flooded, "raised": raised, "window_s": FLOOD_WINDOW_US // 1_000_000, "limit": FLOOD_BEGINS}
+
+    def answered(self, action_id: str) -> dict[str, Any] | None:
+        """What became of an action; None where it is not known (yet)."""
+        return self._answers.get(action_id)
+
+    def answers(self, limit: int) -> list[dict[str, Any]]:
+        """The last answers, newest first."""
+        return [answer for answer, _ in zip(reversed(self._answers.values()), range(limit), strict=False)]
+
+    async def wait(self, action_id: str, timeout_s: float) -> dict[str, Any] | None:
+        """The answer of an action, waited for; None where it did not come in time."""
+        if action_id not in self._answers and timeout_s > 0:
+            event = asyncio.Event()
+            self._waiting.setdefault(action_id, []).append(event)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await event.wait()
+            except TimeoutError:
+                pass
+            finally:
+                events = self._waiting.get(action_id, [])
+                if event in events:
+                    events.remove(event)
+                if not events:
+                    self._waiting.pop(action_id, None)
+        return self._answers.get(action_id)
+
+
+# --- following -------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _consumer(settings: Settings, now_us: int) -> AsyncIterator[AIOKafkaConsumer]:
+    """A consumer of both topics, without a group: standing from the beginning, answers from a little while ago."""
+    kafka = settings.kafka
+    names = [topic.full(kafka.topic_prefix) for topic in (topics.ALARM_STANDING, topics.ALARM_ANSWERS)]
+    consumer = AIOKafkaConsumer(
+        *names,
+        bootstrap_servers=kafka.bootstrap_servers,
+        client_id="preservarium-board",
+        group_id=None,
+        auto_offset_reset="earliest",
+        enable_auto_commit=False,
+        request_timeout_ms=REQUEST_TIMEOUT_MS,
+        metadata_max_age_ms=30_000,
+    )
+    try:
+        await consumer.start()
+        assigned = consumer.assignment()
+        if missing := [name for name in names if not any(tp.topic == name for tp in assigned)]:
+            message = f"topic {missing[0]} is not there: run `preservarium migrate`"
+            raise Retry(message)
+        answers = [tp for tp in assigned if tp.topic == names[1]]
+        since_ms = now_us // 1_000 - round(ANSWERS_SINCE_S * 1_000)
+        found = await consumer.offsets_for_times(dict.fromkeys(answers, since_ms))
+        ends = await consumer.end_offsets(answers)
+        for tp in answers:
+            consumer.seek(tp, found[tp].offset if found.get(tp) else ends[tp])
+        yield consumer
+    finally:
+        with suppress(Exception):
+            await consumer.stop()
+
+
+async def follow(
+    board: Board, settings: Settings, *, now_us: int, stopped: Callable[[], bool], once: bool = False
+) -> None:
+    """Read everything into the board, then whatever comes, until `stopped`; with `once`, only what is there now.
+
+    Raises:
+        Retry: a topic is not there.
+        KafkaError, OSError: Kafka cannot be read (TimeoutError among them); what the board has stays.
+    """
+    async with _consumer(settings, now_us) as consumer:
+        ends = await consumer.end_offsets(list(consumer.assignment()))
+        standing = topics.ALARM_STANDING.full(settings.kafka.topic_prefix)
+        seen: set[PointKey] = set()
+        reading = True
+        probed_s = monotonic()
+        while not stopped():
+            if monotonic() - probed_s > PROBE_S:
+                async with asyncio.timeout(PROBE_TIMEOUT_S):
+                    await consumer.end_offsets(list(consumer.assignment())[:1])
+                probed_s = monotonic()
+            if reading and all([await consumer.position(tp) >= end for tp, end in ends.items()]):
+                reading = False
+                board.keep(seen)
+                board.trouble = ""
+                board.ready.set()
+                if once:
+                    return
+            for records in (await consumer.getmany(timeout_ms=POLL_MS)).values():
+                for record in records:
+                    if record.topic != standing:
+                        board.answer(record.value)
+                    elif (point := board.stand(record.key or b"", record.value)) is not None and reading:
+                        # A tombstone, and what stands after it, come in order: the last one counts.
+                        if record.value is None:
+                            seen.discard(point)
+                        else:
+                            seen.add(point)
+
+
+# --- acting ----------------------------------------------------------------------------------------------------------
+
+#: Sends records and returns when Kafka has acknowledged all of them; raises Retry where it cannot.
+Publish = Callable[[Sequence[Send]], Awaitable[Any]]
+
+
+@dataclass(slots=True)
+class Desk:
+    """Where operators act: checks an action and sends it.
+
+    Args:
+        board: what stands, and where answers come in.
+        publish: to Kafka, acknowledged.
+        clock: says when.
+    """
+
+    board: Board
+    publish: Publish
+    clock: Clock = field(default_factory=SystemClock)
+
+    async def act(self, line: Mapping[str, Any]) -> str:
+        """Send an action; its id. `at` is now; an id that was answered already is not sent again.
+
+        Args:
+            line: an `ActionDoc` without `at`; an `action_id` of the sender's makes it safe to repeat.
+
+        Raises:
+            Reject: it is not well formed; the message names the field.
+            Retry: Kafka did not acknowledge it; it may have been taken all the same, so repeat it with the same id.
+        """
+        complete = {**line, "action_id": line.get("action_id") or uuid.uuid4().hex, "at": self.clock.now_us()}
+        action = parse_action(complete)
+        if self.board.answered(action.action_id) is None:
+            await self.publish([Send(topics.ALARM_ACTIONS, action.device_id.encode(), orjson.dumps(complete))])
+        return action.action_id
