@@ -17,6 +17,7 @@ from preservarium.domain.downlinks import (
     plain_payload,
     server_report,
 )
+from preservarium.sandbox.python_scripts import PythonScript
 
 ID = "0123456789abcdef0123456789abcdef"
 EUI = "70b3d57ed0000001"
@@ -80,6 +81,14 @@ def test_what_encoders_return(result, content, payload):
 def test_what_encoders_must_not_return(result, why):
     with pytest.raises(DownlinkError, match=why):
         encoded(orjson.dumps(result).decode(), {})
+
+
+def test_python_encoders_may_return_bytes():
+    source = (
+        "def decode(payload, context):\n    return []\ndef encode(fields, context):\n    return bytes([fields['on']])\n"
+    )
+    text = PythonScript(source, 1.0).call("encode", encoder_arguments("python", EUI, {"fields": {"on": 5}}, {}), 1_000)
+    assert encoded(text, {"port": 1}) == Payload(b"\x05", 1)
 
 
 def test_envelopes():
