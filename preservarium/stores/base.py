@@ -89,7 +89,8 @@ class Store(Protocol):
         """Store the readings and the offsets, or neither.
 
         Of readings with one key the last wins within a write; one that is stored already stays, unless the new one
-        is of a later generation. Writing the same again is harmless.
+        is of a later generation or, in the same, a revision (`revised`). Of several revisions that of the message
+        received last stays, whatever the order in which they come. Writing the same again is harmless.
 
         Raises:
             Moved: the offsets are not what `moves` expects; nothing was written.

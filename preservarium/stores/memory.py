@@ -24,6 +24,8 @@ from preservarium.stores.base import (
 #: (device_id, connector_mode, component_type, pin_position, timestamp)
 RowKey = tuple[str, str, str, str, int]
 
+#: Fields that say which of several revisions is the last.
+_ORDER = ("received_at", "raw_partition", "raw_offset", "raw_index")
 _FROM_MESSAGE = (
     "topic", "received_at", "raw_partition", "raw_offset", "raw_index", "parser", "config_rev", "generation",
 )  # fmt: skip
@@ -40,6 +42,8 @@ class MemoryStore:
     def __init__(self, *, retention_days: int = 90, clock: Clock | None = None) -> None:
         #: natural key -> columns of iot_measurements
         self.rows: dict[RowKey, dict[str, Any]] = {}
+        #: natural key -> what a row must exceed to overwrite it
+        self._ranks: dict[RowKey, tuple[Any, ...]] = {}
         #: (topic, partition) -> next offset
         self.positions: dict[tuple[str, int], int] = {}
         #: While not empty, every call raises Retry with this text.
@@ -64,7 +68,8 @@ class MemoryStore:
         oldest_us = max(TIMESTAMP_MIN_US, now_us - self._retention_days * DAY_US)
         newest_us = min(TIMESTAMP_MAX_US - 1, now_us + FUTURE_MAX_US)
         result = WriteResult()
-        batch: dict[RowKey, dict[str, Any]] = {}
+        #: readings, rows of a later generation, revisions: in the order in which one may overwrite the other
+        parts: tuple[dict[RowKey, tuple[tuple[Any, ...], dict[str, Any]]], ...] = ({}, {}, {})
         total = 0
         for index, message in enumerate(messages):
             for position, reading in enumerate(message["readings"]):
@@ -77,14 +82,19 @@ class MemoryStore:
                     result.rejected.append(Rejected(index, position, *row))
                 else:
                     key = (*_series(message, reading), row["timestamp"])
-                    batch[key] = row
+                    revised = reading.get("revised") is True
+                    rank = (row["generation"], revised, *(row[name] for name in _ORDER if revised))
+                    part = parts[2 if revised else 1 if row["generation"] else 0]
+                    if key not in part or rank >= part[key][0]:
+                        part[key] = rank, row
         if before_commit is not None:
             await before_commit(result.rejected)
-        for key, row in batch.items():
-            stored = self.rows.get(key)
-            if stored is None or stored["generation"] < row["generation"]:
-                self.rows[key] = row
-                result.accepted += 1
+        for part in parts:
+            for key, (rank, row) in part.items():
+                if key not in self.rows or self._ranks[key] < rank:
+                    self.rows[key] = row
+                    self._ranks[key] = rank
+                    result.accepted += 1
         result.duplicates = total - result.accepted - len(result.rejected)
         self.positions.update({key: move.next for key, move in moves.items()})
         return result

@@ -10,13 +10,16 @@ The way of a write:
 5. Anything else is the database's fault, not the data's: `Retry`. Whether the transaction was committed shows in
    `sink_offsets`, which the caller reads again.
 
-Rows of a later generation overwrite (a deliberate replay); they take a path of their own, because ON CONFLICT DO
-UPDATE into compressed chunks decompresses them. Rows older than the compression horizon are staged in
+What overwrites takes paths of its own, because ON CONFLICT DO UPDATE into compressed chunks decompresses them: rows of
+a later generation (a deliberate replay), and revisions (a later verdict on a reading that stands). Whatever the order of
+arrival, the highest generation stays, in it a revision rather than the reading, and of several revisions the one whose
+message was received last. Rows older than the compression horizon are staged in
 `measurements_late` and merged by `maintain`, chunk by chunk.
 """
 
+import asyncio
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -49,6 +52,9 @@ from preservarium.stores.postgres import DATA_ERRORS, MOVED, OffsetStore, Postgr
 #: The names of the series and derivations that are in memory. 200,000 series are about 60 MB; beyond, all are
 #: forgotten and read again as they come.
 CACHE_MAX: Final = 200_000
+#: Messages encoded before others have their turn: a millisecond. So the rows of one flight are made while the database
+#: works on those of another, and nothing else in the process waits for 5,000 rows.
+SLICE_MESSAGES: Final = 500
 #: Staged rows moved in one transaction: some 100 ms, so that live writes never wait long.
 LATE_ROWS_MAX: Final = 20_000
 
@@ -91,10 +97,22 @@ ORDER BY series_id, timestamp ON CONFLICT (series_id, timestamp) DO NOTHING"""
 _MERGE_LATE: Final = f"""
 INSERT INTO measurements_late ({_COLUMN_LIST}) SELECT {_COLUMN_LIST} FROM sink_staging
 ORDER BY series_id, timestamp ON CONFLICT (series_id, timestamp) DO NOTHING"""
+_SET: Final = ", ".join(f"{c} = excluded.{c}" for c in _COLUMNS[2:])
 _CORRECT: Final = f"""
 INSERT INTO measurements AS m ({_COLUMN_LIST}) SELECT {_COLUMN_LIST} FROM sink_staging
 ORDER BY series_id, timestamp ON CONFLICT (series_id, timestamp) DO UPDATE
-SET {", ".join(f"{c} = excluded.{c}" for c in _COLUMNS[2:])} WHERE m.generation < excluded.generation"""
+SET {_SET}, revised = NULL WHERE m.generation < excluded.generation"""
+_REVISE: Final = f"""
+INSERT INTO measurements AS m ({_COLUMN_LIST}, revised) SELECT {_COLUMN_LIST}, true FROM sink_staging
+ORDER BY series_id, timestamp ON CONFLICT (series_id, timestamp) DO UPDATE
+SET {_SET}, revised = true WHERE m.generation < excluded.generation OR (m.generation = excluded.generation AND (
+  m.revised IS NOT TRUE OR (m.received_at, m.raw_partition, m.raw_offset, m.raw_index)
+    < (excluded.received_at, excluded.raw_partition, excluded.raw_offset, excluded.raw_index)))"""
+#: After one of the two: what overwrote a newest reading is the newest reading.
+_CORRECT_LATEST: Final = """
+UPDATE latest AS l SET value = m.value, value_text = m.value_text, quality = m.quality, received_at = m.received_at
+FROM sink_staging AS c JOIN measurements AS m USING (series_id, timestamp)
+WHERE l.series_id = m.series_id AND l.timestamp = m.timestamp"""
 _EPOCH_SQL: Final = "'2000-01-01 00:00+00'::timestamptz"
 
 _DIRTY: Final = f"""
@@ -138,10 +156,28 @@ class _Encoded:
 
     rows: _Rows = field(default_factory=dict)
     late: _Rows = field(default_factory=dict)
-    corrections: _Rows = field(default_factory=dict)
+    corrections: _Rows = field(default_factory=dict)  #: of a later generation than the live one
+    revisions: _Rows = field(default_factory=dict)  #: later verdicts on readings that stand
+    #: of the rows of `corrections` and `revisions`: what decides between two of one key
+    ranks: dict[tuple[bytes, int], tuple[int, ...]] = field(default_factory=dict)
     rejected: list[Rejected] = field(default_factory=list)
     readings: int = 0
     missing: bool = False  #: a series or derivation is not known yet; the rest is incomplete
+
+    def parts(self) -> tuple[tuple[_Rows, str], ...]:
+        """Rows with the statement that merges them, in the order in which one may overwrite the other."""
+        return (
+            (self.rows, _MERGE),
+            (self.late, _MERGE_LATE),
+            (self.corrections, _CORRECT),
+            (self.revisions, _REVISE),
+        )
+
+    def overwrite(self, part: _Rows, key: tuple[bytes, int], row: bytes, rank: tuple[int, ...]) -> None:
+        """Add a correction or revision; of two of one key the higher rank stays, of equal ones the later."""
+        if key not in part or rank >= self.ranks[key]:
+            part[key] = row
+            self.ranks[key] = rank
 
 
 class TimescaleStore(OffsetStore):
@@ -199,7 +235,7 @@ class TimescaleStore(OffsetStore):
             newest=min(TIMESTAMP_MAX_US - 1, now_us + FUTURE_MAX_US),
             late=now_us - sink.compress_after_days * DAY_US if self._stages_late() else TIMESTAMP_MIN_US,
         )
-        encoded = _encode(messages, self._series.get, self._tails.get, bounds, None)
+        encoded = await _encode(messages, self._series.get, self._tails.get, bounds, None)
         async with self._pool.acquire() as connection, self._fence(connection, moves):
             if not self._merge_next:
                 try:
@@ -231,30 +267,23 @@ class TimescaleStore(OffsetStore):
         async with connection.transaction():
             if encoded.missing:
                 names = await self._resolve(connection, messages)
-                encoded = _encode(messages, names.series.get, names.tails.get, bounds, names)
-            rows, late, corrections = encoded.rows, encoded.late, encoded.corrections
+                encoded = await _encode(messages, names.series.get, names.tails.get, bounds, names)
             refused: dict[tuple[bytes, int], str] = {}
+            accepted = 0
             if how == "bisect":
-                accepted = 0
-                for part, statement in ((rows, _MERGE), (late, _MERGE_LATE), (corrections, _CORRECT)):
+                stored = []
+                for part, statement in encoded.parts():
                     accepted += await self._bisect(connection, sorted(part.items()), statement, refused)
-                rows, late, corrections = (
-                    {k: v for k, v in part.items() if k not in refused} for part in (rows, late, corrections)
-                )
-                newest = await self._advance(connection, moves, (rows, late, corrections))
+                    stored.append({k: v for k, v in part.items() if k not in refused})
+                newest = await self._advance(connection, moves, stored)
             else:
-                newest = await self._advance(connection, moves, (rows, late, corrections))
-                accepted = 0
-                if rows:
-                    if how == "copy":
-                        await _copy(connection, "measurements", rows.values())
-                        accepted += len(rows)
-                    else:
-                        accepted += await self._merge(connection, rows.values(), _MERGE)
-                if late:
-                    accepted += await self._merge(connection, late.values(), _MERGE_LATE)
-                if corrections:
-                    accepted += await self._merge(connection, corrections.values(), _CORRECT)
+                newest = await self._advance(connection, moves, [part for part, _ in encoded.parts()])
+                for part, statement in encoded.parts():
+                    if part and how == "copy" and statement is _MERGE:
+                        await _copy(connection, "measurements", part.values())
+                        accepted += len(part)
+                    elif part:
+                        accepted += await self._merge(connection, part.values(), statement)
             rejected = encoded.rejected
             if refused:
                 known = self._series if names is None else names.series
@@ -275,20 +304,8 @@ class TimescaleStore(OffsetStore):
         Raises:
             Moved: without positions: they are read when this transaction is undone.
         """
-        newest: dict[bytes, int] = {}
-        get = newest.get
-        for part in parts:
-            for prefix, timestamp in part:
-                if get(prefix, -1) < timestamp:
-                    newest[prefix] = timestamp
-        latest: list[Any] = [(), (), (), (), (), ()]
-        if newest:
-            # In the order of their keys: two writers in opposite orders would wait for each other.
-            chosen = []
-            for prefix in sorted(newest):
-                key = prefix, newest[prefix]
-                chosen.append(next(part[key] for part in parts if key in part))
-            latest = list(zip(*map(_read_row, chosen), strict=True))
+        newest = _newest(parts)
+        latest = _columns(newest.values()) if newest else [(), (), (), (), (), ()]
         known = await self._move_fresh(connection, moves)
         if not known and not newest:
             return ()
@@ -307,12 +324,16 @@ class TimescaleStore(OffsetStore):
 
     async def _merge(self, connection: Any, rows: Iterable[bytes], statement: str) -> int:
         """Through the temporary table. Returns how many rows were stored."""
-        if statement is _CORRECT and self._pool.engine == "timescaledb":
+        overwrites = statement in (_CORRECT, _REVISE)
+        if overwrites and self._pool.engine == "timescaledb":
             # A replay may touch more compressed rows than the limit that guards against accidents.
             await connection.execute("SET LOCAL timescaledb.max_tuples_decompressed_per_dml_transaction = 0")
         await connection.execute(_CLEAR_STAGING)
         await _copy(connection, "sink_staging", rows)
-        return count_of(await connection.execute(statement))
+        stored = count_of(await connection.execute(statement))
+        if overwrites and stored:
+            await connection.execute(_CORRECT_LATEST)
+        return stored
 
     async def _bisect(
         self,
@@ -487,14 +508,14 @@ class _Bounds:
     late: int  #: rows older than this are staged
 
 
-def _encode(
+async def _encode(
     messages: Sequence[Message],
     series: Callable[[SeriesKey], _Series | None],
     tails: Callable[[tuple[str, int, str | None, int]], bytes | None],
     bounds: _Bounds,
     names: _Names | None,
 ) -> _Encoded:
-    """Rows of the messages. This is the one loop that runs for every reading: it looks dull because it is fast.
+    """Rows of the messages, made in slices between which others have their turn.
 
     Args:
         messages: readings.
@@ -504,10 +525,32 @@ def _encode(
         names: given on the second pass, when everything that can be known is: what is missing then is invalid.
     """
     out = _Encoded()
+    for start in range(0, len(messages), SLICE_MESSAGES):
+        if start:
+            await asyncio.sleep(0)
+        _encode_slice(messages[start : start + SLICE_MESSAGES], start, out, series, tails, bounds, names)
+        if out.missing:
+            break
+    return out
+
+
+def _encode_slice(
+    messages: Sequence[Message],
+    first: int,
+    out: _Encoded,
+    series: Callable[[SeriesKey], _Series | None],
+    tails: Callable[[tuple[str, int, str | None, int]], bytes | None],
+    bounds: _Bounds,
+    names: _Names | None,
+) -> None:
+    """Add the rows of messages to `out`. The one loop that runs for every reading: it looks dull because it is fast.
+
+    `first` is the index of the first message.
+    """
     rows, epoch, negative, positive = out.rows, TIMESTAMP_MIN_US, float("-inf"), float("inf")
     oldest, newest = max(bounds.oldest, bounds.late), bounds.newest
     total = 0
-    for index, message in enumerate(messages):
+    for index, message in enumerate(messages, first):
         total += len(message["readings"])
         position = 0
         reading: Any = None
@@ -517,7 +560,7 @@ def _encode(
             if derivation is None:
                 if names is None:
                     out.missing = True
-                    return out
+                    return
                 text = derivation_fault((message["parser"], message["config_rev"], message.get("experiment_id")))
                 raise ValueError(text or f"generation {generation!r}")
             tail = (
@@ -542,7 +585,7 @@ def _encode(
                 if known is None:
                     if names is None:
                         out.missing = True
-                        return out
+                        return
                     text = series_fault(key, reading["unit"], topic) or "series"
                     out.rejected.append(Rejected(index, position, ReasonCode.STORE_REJECTED, text))
                     continue
@@ -557,6 +600,7 @@ def _encode(
                     and topic == series_topic
                     and not generation
                     and not reading.get("flags")
+                    and "revised" not in reading
                     and type(timestamp) is int
                 ):
                     rows[prefix, timestamp] = (
@@ -565,8 +609,14 @@ def _encode(
                 else:
                     rare = _encode_rare(reading, timestamp, known, topic, bounds)
                     if isinstance(rare, bytes):
-                        part = out.corrections if generation else out.late if timestamp < bounds.late else rows
-                        part[prefix, timestamp] = rare + tail
+                        row_key = prefix, timestamp
+                        if reading.get("revised") is True:
+                            rank = (generation, *(message[name] for name in _RANK))
+                            out.overwrite(out.revisions, row_key, rare + tail, rank)
+                        elif generation:
+                            out.overwrite(out.corrections, row_key, rare + tail, (generation,))
+                        else:
+                            (out.late if timestamp < bounds.late else rows)[row_key] = rare + tail
                     else:
                         out.rejected.append(Rejected(index, position, *rare))
         except (TypeError, ValueError, KeyError, struct.error, OverflowError, AttributeError) as e:
@@ -574,15 +624,22 @@ def _encode(
             out.rejected.append(Rejected(index, position, *_diagnose(message, reading, bounds, e)))
             for later in range(position + 1, len(message["readings"])):
                 single: Any = {**message, "readings": [message["readings"][later]]}
-                sub = _encode([single], series, tails, bounds, names)
+                sub = _Encoded()
+                _encode_slice([single], 0, sub, series, tails, bounds, names)
                 if sub.missing:
-                    return sub
+                    out.missing = True
+                    return
                 rows.update(sub.rows)
                 out.late.update(sub.late)
-                out.corrections.update(sub.corrections)
+                for mine, other in ((out.corrections, sub.corrections), (out.revisions, sub.revisions)):
+                    for row_key, row in other.items():
+                        out.overwrite(mine, row_key, row, sub.ranks[row_key])
                 out.rejected += [Rejected(index, later, r.code, r.text) for r in sub.rejected]
-    out.readings = total
-    return out
+    out.readings += total
+
+
+#: Fields of a message that say which of several revisions of one generation is the last.
+_RANK: Final = ("received_at", "raw_partition", "raw_offset", "raw_index")
 
 
 def _diagnose(message: Any, reading: Any, bounds: _Bounds, error: Exception) -> tuple[ReasonCode, str]:
@@ -639,14 +696,37 @@ def _is_int4(value: Any) -> bool:
     return type(value) is int and -(2**31) <= value < 2**31
 
 
-_FAST_ROW: Final = struct.Struct(">6xi4xq4xh4xd16x4xq42x")
+def _newest(parts: Sequence[_Rows]) -> dict[bytes, bytes]:
+    """The newest row of each series by its prefix, in the order of the series; of equal times that of the last part."""
+    filled = [part for part in parts if part]
+    if len(filled) == 1:
+        # Two writers in opposite orders would wait for each other, so rows are sorted anyway. As bytes they sort like
+        # their keys: series numbers and times since 2000 are positive.
+        return {row[:_PREFIX_BYTES]: row for row in sorted(filled[0].values())}
+    rows = sorted((row for part in filled for row in part.values()), key=_row_key)
+    return {row[:_PREFIX_BYTES]: row for row in rows}
+
+
+_PREFIX_BYTES: Final = struct.calcsize(">hiii")
+_FAST_ROW: Final = struct.Struct(">6xi4xq4xhid16x4xq42x")
+_TAIL_BYTES: Final = struct.calcsize(">iqihiqii") + struct.calcsize(">iiii")
+
+
+def _row_key(row: bytes) -> bytes:
+    return row[: _PREFIX_BYTES + 8]
+
+
+def _columns(rows: Collection[bytes]) -> list[Any]:
+    """series_id, timestamp, value, value_text, quality, received_at of rows; times in µs since 2000."""
+    joined = b"".join(rows)
+    if len(joined) == len(rows) * _FAST_ROW.size:
+        series, timestamps, qualities, lengths, values, received = zip(*_FAST_ROW.iter_unpack(joined), strict=True)
+        if set(map(len, rows)) == {_FAST_ROW.size} and set(lengths) == {8}:
+            return [series, timestamps, values, [None] * len(rows), qualities, received]
+    return list(zip(*map(_read_row, rows), strict=True))
 
 
 def _read_row(row: bytes) -> tuple[int, int, float | None, str | None, int, int]:
-    """series_id, timestamp, value, value_text, quality, received_at of a row; times in µs since 2000."""
-    if len(row) == _FAST_ROW.size and row[_VALUE_AT + 3] == 8:
-        series_id, timestamp, quality, value, received_at = _FAST_ROW.unpack(row)
-        return series_id, timestamp, value, None, quality, received_at
     _, _, series_id, _, timestamp, _, quality = _HEAD(row)
     at = _VALUE_AT
     length = int.from_bytes(row[at : at + 4], signed=True)
@@ -660,9 +740,6 @@ def _read_row(row: bytes) -> tuple[int, int, float | None, str | None, int, int]
         text = row[at + 4 : at + 4 + length].decode()
     received_at = struct.unpack_from(">q", row, len(row) - _TAIL_BYTES + 4)[0]
     return series_id, timestamp, value, text, quality, received_at
-
-
-_TAIL_BYTES: Final = struct.calcsize(">iqihiqii") + struct.calcsize(">iiii")
 
 
 def _find(

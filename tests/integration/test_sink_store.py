@@ -138,6 +138,15 @@ async def test_latest_goes_by_measurement_time_and_not_by_arrival(dsn, store):
     assert (await fetch(dsn, "SELECT value FROM latest_measurements WHERE device_id = 'a'"))[0][0] == 3.0
 
 
+async def test_a_later_verdict_on_the_newest_reading_is_the_newest(dsn, store):
+    await store.write([message("a", 9.0)], {})
+    verdict = {"value": 9.0, "quality": 3, "flags": ["spike"], "timestamp": NOW_US, "revised": True}
+    await store.write([message("a", verdict, at=NOW_US + 1)], {})
+    assert [tuple(r) for r in await fetch(dsn, "SELECT timestamp, value, quality FROM latest")] == [
+        (at(NOW_US), 9.0, 3)
+    ]
+
+
 # --- late lane
 
 
@@ -155,6 +164,18 @@ async def test_late_rows_are_staged_and_merged_chunk_by_chunk(dsn):
     await store.write(messages, {})
     await store.maintain()
     assert (await count(dsn, "measurements"), await count(dsn, "measurements_late")) == (20, 0)
+    await store.close()
+
+
+async def test_a_verdict_on_a_row_that_is_staged_wins_over_it(dsn):
+    store = TimescaleStore(live(postgres={"url": dsn}), late_lane=True)
+    old = NOW_US - 5 * DAY_US
+    verdict = {"value": 1.0, "quality": 3, "flags": ["spike"], "timestamp": old, "revised": True}
+    await store.write([message("a", 1.0, at=old)], {})
+    await store.write([message("a", verdict, at=old + 1)], {})
+    await store.maintain()
+    rows = await fetch(dsn, "SELECT quality, revised FROM measurements")
+    assert ([tuple(r) for r in rows], await count(dsn, "measurements_late")) == ([(3, True)], 0)
     await store.close()
 
 
