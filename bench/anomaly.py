@@ -17,7 +17,8 @@ import orjson
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from preservarium.domain.anomaly import Detector, judge, new_series
+from preservarium.domain.anomaly import detector_of, judge, new_series
+from preservarium.river_models import RiverModel
 
 WEEK_US = 7 * 86_400 * 1_000_000
 
@@ -34,7 +35,7 @@ def instant(text: str) -> int:
 @click.option("--detector", default="{}", help="Parameters that differ from the defaults, as JSON.")
 def main(directory: Path, groups: str, detector: str) -> None:
     """Evaluate."""
-    chosen = Detector(**orjson.loads(detector))
+    chosen = detector_of(orjson.loads(detector))
     labels: dict[str, Any] = orjson.loads((directory / "labels" / "combined_windows.json").read_bytes())
     click.echo(f"{'group':26}{'found':>10}{'false alarms':>14}{'weeks':>8}{'a week':>8}")
     for group in groups.split(","):
@@ -46,9 +47,10 @@ def main(directory: Path, groups: str, detector: str) -> None:
             with (directory / "data" / name).open(encoding="utf-8") as file:
                 rows = [(instant(row["timestamp"]), float(row["value"])) for row in csv.DictReader(file)]
             series = new_series()
-            judgements = ((at, judge(series, at, value, chosen)) for at, value in rows)
+            model = RiverModel(chosen.model, chosen.model_parameters) if chosen.model else None
+            judgements = ((at, judge(series, at, value, chosen, model)) for at, value in rows)  # used at once
             begins = [at for at, judgement in judgements if judgement is not None and judgement.begins]
-            start = rows[min(chosen.warm_up, len(rows) - 1)][0]
+            start = rows[min(chosen.warm_up * (2 if chosen.model else 1), len(rows) - 1)][0]
             windows = [(instant(first), instant(last)) for first, last in spans if instant(last) > start]
             labelled += len(windows)
             found += sum(any(first <= at <= last for at in begins) for first, last in windows)

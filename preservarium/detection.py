@@ -5,25 +5,33 @@ device's state is read once and put once a batch; a device none of whose series 
 """
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any, Final
 
 import orjson
+import structlog
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
 from preservarium.compiled import CompiledDevices, Documents, Known
-from preservarium.domain.anomaly import Judgement, judge, new_series
+from preservarium.domain.anomaly import MODEL, Detector, Judgement, judge, new_series
 from preservarium.domain.device import DeviceDoc
 from preservarium.domain.errors import ReasonCode
 from preservarium.domain.lineage import applied, generation_state, identity, is_applied, position_of
 from preservarium.domain.quality import FAIL, CheckCompiler, DeviceChecks
 from preservarium.domain.reading import ErrorLine
 from preservarium.records import error_line, error_send, pack, parse_trusted
+from preservarium.river_models import MODELS_PER_DEVICE_MAX, RiverModel
 from preservarium.settings import LiveSettings
 from preservarium.stage import Batch, Effects, Record, Send
 from preservarium.validation import RECORDS_A_TURN, StateOf, load_state, passed_headers
 
+log = structlog.get_logger(__name__)
+
 STAGE: Final = "anomaly"
+
+#: Texts of problems that were logged; a registry with more has one line too many anyway.
+PROBLEMS_LOGGED_MAX: Final = 100
 
 #: Version of the state document: {"v": 1, "g": {generation: {"m": marks, "s": {"mode\tcomponent\tpin": series}}}}.
 STATE_VERSION: Final = 1
@@ -53,6 +61,7 @@ class Detection:
         self._documents = documents
         self._live = live
         self._clock = clock
+        self._warned: set[str] = set()
         self._compiler = CheckCompiler(documents.datatype)
         self._compiler_rev = documents.rev
         self.checks: CompiledDevices[DeviceChecks] = CompiledDevices(
@@ -64,6 +73,12 @@ class Detection:
             self._compiler = CheckCompiler(self._documents.datatype)
             self._compiler_rev = self._documents.rev
         return self._compiler.device(device, self._documents.type(device["type"]) if device else None)
+
+    def warn(self, problem: str) -> None:
+        """Log what of a model cannot be used, once."""
+        if problem not in self._warned and len(self._warned) < PROBLEMS_LOGGED_MAX:
+            self._warned.add(problem)
+            log.warning("anomaly_model_unusable", problem=problem)
 
     async def __call__(self, batch: Batch) -> Effects:
         """Judge a batch.
@@ -92,6 +107,8 @@ class _Work:
         self._effects = Effects()
         self._checks: dict[str, DeviceChecks] = {}
         self._states: dict[str, dict[str, Any]] = {}
+        #: by the series' identity: (the series, its model, what it was made as)
+        self._models: dict[int, tuple[list[Any], RiverModel, str]] = {}
         self._judged = self._began = self._duplicates = 0
         self._series_max = stage._live().anomaly.series_per_device_max
 
@@ -126,11 +143,11 @@ class _Work:
             value = self._stage._state_of(self._batch.partition, device_id.encode())
             state = self._states[device_id] = load_state(value, STATE_VERSION) or {"v": STATE_VERSION, "g": {}}
         generation = generation_state(state["g"], message["generation"], _new_generation)
-        source, offset, index = position_of(message)
-        if is_applied(generation["m"], source, offset, index):
+        position = position_of(message)
+        if is_applied(generation["m"], *position):
             self._duplicates += 1
             return
-        applied(generation["m"], source, offset, index)
+        applied(generation["m"], *position)
         for reading in readings:
             value = reading.get("value")
             if (
@@ -152,11 +169,34 @@ class _Work:
                     continue
                 series = generation["s"][key] = new_series()
             at = reading.get("timestamp", message["timestamp"])
-            judgement = judge(series, at, value, detector)
+            model = self._model(series, detector, generation["s"].values()) if detector.model else None
+            judgement = judge(series, at, value, detector, model)
             self._judged += 1
             if judgement is not None:
                 self._began += judgement.begins
                 alerts.append(_alert(message, reading, at, judgement, detector.threshold))
+
+    def _model(self, series: list[Any], detector: Detector, others: Iterable[list[Any]]) -> RiverModel | None:
+        """The series' model, loaded once a batch; None where it cannot be made: then the series is judged without."""
+        known = self._models.get(id(series))
+        if known is not None:
+            return known[1]
+        if len(series) <= MODEL:
+            made = sum(len(one) > MODEL or id(one) in self._models for one in others)
+            if made >= MODELS_PER_DEVICE_MAX:
+                self._stage.warn(f"more than {MODELS_PER_DEVICE_MAX} series of a device with a model: judged without")
+                return None
+        assert detector.model is not None
+        named = f"{detector.model} {orjson.dumps(dict(detector.model_parameters)).decode()}"
+        # Behind the series' own state: [what it was made as, its text].
+        kept = series[MODEL] if len(series) > MODEL else ["", ""]
+        try:
+            model = RiverModel(detector.model, detector.model_parameters, kept[1] if kept[0] == named else "")
+        except (ImportError, ValueError) as e:
+            self._stage.warn(str(e))
+            return None
+        self._models[id(series)] = (series, model, named)
+        return model
 
     def _limited(self, record: Record, index: int, message: dict[str, Any]) -> None:
         self._errors.append(
@@ -183,6 +223,12 @@ class _Work:
     def finish(self) -> Effects:
         """State, errors and metrics of the whole batch."""
         effects = self._effects
+        for series, model, named in self._models.values():
+            try:
+                series[MODEL:] = [[named, model.dump()]]
+            except ValueError as e:
+                self._stage.warn(f"{named}: {e}")
+                del series[MODEL:]  # it begins anew: better than a record that Kafka refuses
         for device_id, state in self._states.items():
             effects.put(self._stage._table, device_id.encode(), orjson.dumps(state))
         for line in self._errors:

@@ -7,6 +7,9 @@ distribution). Where the series is seasonal, what is judged is the rest after th
 weighted mean of each hour of the day, UTC, which an outlier moves by a few deviations at most). Single readings are noise: the
 score that is judged is an exponentially weighted mean of the single scores, each cut off at four thresholds.
 
+A model (of river, an extra) may take the place of the single score. It is given the distance in deviations, begins to learn
+after the warm-up and to judge after as many readings again, and its threshold is on the scale of its scores.
+
 An anomaly begins where the score is over the threshold and ends where it is under half of it. There is no judgement before
 the warm-up. Only readings younger than the last one of their series count, so a history is judged the same however its
 messages are cut into batches. Nothing here waits or reads a clock; the state is changed in place.
@@ -14,7 +17,8 @@ messages are cut into batches. Nothing here waits or reads a clock; the state is
 
 from collections.abc import Mapping
 from math import isfinite
-from typing import Any, Final, NamedTuple
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple, Protocol
 
 #: Readings whose median and deviation are looked at; as numbers of four digits, half of what a series' state may have.
 WINDOW_MAX: Final = 96
@@ -43,6 +47,18 @@ _TAIL_SIGMA: Final = 3.0
 _HOUR_US: Final = 3_600_000_000
 
 
+#: Models that may judge, by the names of their classes in `river.anomaly`. Others take a millisecond for a reading.
+MODELS: Final = ("GaussianScorer", "StandardAbsoluteDeviation", "HalfSpaceTrees", "OneClassSVM")
+
+
+class Model(Protocol):
+    """What judges in place of the single score."""
+
+    def score(self, rest: float) -> float:
+        """Score of a reading, `rest` robust standard deviations off its series' median; then learn it."""
+        ...
+
+
 class Detector(NamedTuple):
     """How a series is judged."""
 
@@ -51,6 +67,8 @@ class Detector(NamedTuple):
     warm_up: int = 288  #: readings before the first judgement
     smoothing: float = 0.2  #: weight of the newest score, 1: no smoothing
     seasonal: bool = True
+    model: str | None = None  #: one of `MODELS`
+    model_parameters: Mapping[str, Any] = MappingProxyType({})  #: of its constructor
 
 
 def detector_of(document: Mapping[str, Any]) -> Detector:
@@ -63,7 +81,15 @@ def detector_of(document: Mapping[str, Any]) -> Detector:
     if unknown:
         text = f"there is no parameter {', '.join(sorted(unknown))}"
         raise ValueError(text)
-    numbers = {name: float(value) for name, value in document.items() if name != "seasonal"}
+    model, parameters = document.get("model"), document.get("model_parameters") or {}
+    if model is not None and (model not in MODELS or "threshold" not in document):
+        text = f"model must be one of {', '.join(MODELS)}, with a threshold on its scale; not {model!r:.100}"
+        raise ValueError(text)
+    if not isinstance(parameters, Mapping) or (parameters and model is None):
+        text = "model_parameters must be parameters of a model"
+        raise ValueError(text)
+    others = ("seasonal", "model", "model_parameters")
+    numbers = {name: float(value) for name, value in document.items() if name not in others}
     if not all(map(isfinite, numbers.values())):
         text = "every parameter must be a finite number"
         raise ValueError(text)
@@ -74,6 +100,8 @@ def detector_of(document: Mapping[str, Any]) -> Detector:
         warm_up=int(numbers.get("warm_up", default.warm_up)),
         smoothing=numbers.get("smoothing", default.smoothing),
         seasonal=bool(document.get("seasonal", default.seasonal)),
+        model=model,
+        model_parameters=parameters,
     )
     if not (detector.threshold > 0 and 0 < detector.smoothing <= 1):
         text = "threshold must be over 0, smoothing over 0 and at most 1"
@@ -86,6 +114,9 @@ def detector_of(document: Mapping[str, Any]) -> Detector:
 
 # A series' state is a list: there are many, and they are written for every batch.
 _AT, _SEEN, _SCORE, _ACTIVE, _MEDIAN, _SPREAD, _RECENT, _PROFILE, _TAIL = range(9)
+
+#: Index behind a series' own state, where the stage keeps its model.
+MODEL: Final = 9
 
 Series = list[Any]
 
@@ -108,7 +139,7 @@ def new_series() -> Series:
     return [0, 0, 0.0, 0, 0.0, 0.0, [], [], 0.0]
 
 
-def judge(series: Series, at: int, value: float, detector: Detector) -> Judgement | None:
+def judge(series: Series, at: int, value: float, detector: Detector, model: Model | None = None) -> Judgement | None:
     """Take a reading in; what it changes, or None. `at` in µs since the epoch, UTC."""
     if at <= series[_AT]:
         return None
@@ -127,7 +158,11 @@ def judge(series: Series, at: int, value: float, detector: Detector) -> Judgemen
     if seen >= detector.warm_up:
         off = abs(rest - series[_MEDIAN])
         spread = max(series[_SPREAD], series[_TAIL] / _TAIL_SIGMA)
-        single = min(off / spread, 4 * detector.threshold)
+        single = min(
+            off / spread if model is None else model.score((rest - series[_MEDIAN]) / spread), 4 * detector.threshold
+        )
+        if model is not None and seen < 2 * detector.warm_up:
+            single = 0.0
         score = series[_SCORE] + detector.smoothing * (single - series[_SCORE])
         series[_SCORE] = score
         if not series[_ACTIVE] and score > detector.threshold:
