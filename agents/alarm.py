@@ -10,13 +10,21 @@ from preservarium.engine import app
 from preservarium.stage import Batch, Effects
 from tables.alarm_states import alarm_states
 
-_alarming = Alarming(alarm_states.get, alarm_states.name, device_lookup.known, catalogue, app.live, app.clock)
+_alarming = Alarming(
+    alarm_states.get,
+    alarm_states.name,
+    device_lookup.known,
+    catalogue,
+    app.live,
+    app.clock,
+    items=alarm_states.items,
+)
 device_lookup.on_change(_alarming.rules.forget)
 
 
-@app.stage(topics.VALIDATED, name="alarm", shares=alarm_states.name)
+@app.stage(topics.VALIDATED, name="alarm", shares=alarm_states.name, on_tick=_alarming.tick)
 async def alarm(batch: Batch) -> Effects:
-    """Raise and clear alarms in event time."""
+    """Raise and clear alarms in event time, and those of silence when their time has come."""
     return await _alarming.observe(batch)
 
 

@@ -182,6 +182,17 @@ class Quality(_Section):
     )
 
 
+class Alarm(_Section):
+    """Alarms (the alarm stage)."""
+
+    settle_s: float = Field(
+        30.0,
+        ge=0,
+        json_schema_extra=RELOAD,
+        description="Silence counts only so long after a worker took a partition over or worked off a backlog.",
+    )
+
+
 class Aggregate(_Section):
     """Windows of each series (the aggregate stage)."""
 
@@ -440,6 +451,7 @@ class Settings(BaseSettings):
     normalize: Normalize = Normalize()
     sandbox: Sandbox = Sandbox()
     quality: Quality = Quality()
+    alarm: Alarm = Alarm()
     aggregate: Aggregate = Aggregate()
     anomaly: Anomaly = Anomaly()
     sink: Sink = Sink()

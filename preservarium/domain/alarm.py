@@ -45,6 +45,8 @@ class Event(StrEnum):
     RETURN = "return"  #: it is no longer true
     RETURN_AUTO = "return_auto"  #: the same, of a rule that asks for no acknowledgement
     RETURN_LATCHING = "return_latching"  #: the same, of a latching rule
+    RAISE_SEVERITY = "raise_severity"  #: the condition is true and became graver: whoever acknowledged is asked again
+    LOWER_SEVERITY = "lower_severity"  #: it is true still and less grave
     ACKNOWLEDGE = "acknowledge"
     CLEAR = "clear"  #: an operator resets a latched alarm
     SHELVE = "shelve"
@@ -86,6 +88,8 @@ TRANSITIONS: Final[Mapping[State, Mapping[Event, State | Refusal]]] = {
         _E.RETURN:          _R.NOT_RAISED,
         _E.RETURN_AUTO:     _R.NOT_RAISED,
         _E.RETURN_LATCHING: _R.NOT_RAISED,
+        _E.RAISE_SEVERITY:  _R.NOT_RAISED,
+        _E.LOWER_SEVERITY:  _R.NOT_RAISED,
         _E.ACKNOWLEDGE:     _R.NOT_RAISED,
         _E.CLEAR:           _R.NOT_RAISED,
         _E.SHELVE:          _S.SHELVED,
@@ -102,6 +106,8 @@ TRANSITIONS: Final[Mapping[State, Mapping[Event, State | Refusal]]] = {
         _E.RETURN:          _S.RETURNED_UNACKNOWLEDGED,
         _E.RETURN_AUTO:     _S.NORMAL,
         _E.RETURN_LATCHING: _S.LATCHED_UNACKNOWLEDGED,
+        _E.RAISE_SEVERITY:  _S.UNACKNOWLEDGED,
+        _E.LOWER_SEVERITY:  _S.UNACKNOWLEDGED,
         _E.ACKNOWLEDGE:     _S.ACKNOWLEDGED,
         _E.CLEAR:           _R.STILL_RAISED,
         _E.SHELVE:          _S.SHELVED,
@@ -118,6 +124,8 @@ TRANSITIONS: Final[Mapping[State, Mapping[Event, State | Refusal]]] = {
         _E.RETURN:          _S.NORMAL,
         _E.RETURN_AUTO:     _S.NORMAL,
         _E.RETURN_LATCHING: _S.LATCHED,
+        _E.RAISE_SEVERITY:  _S.UNACKNOWLEDGED,
+        _E.LOWER_SEVERITY:  _S.ACKNOWLEDGED,
         _E.ACKNOWLEDGE:     _R.ALREADY_ACKNOWLEDGED,
         _E.CLEAR:           _R.STILL_RAISED,
         _E.SHELVE:          _S.SHELVED,
@@ -134,6 +142,8 @@ TRANSITIONS: Final[Mapping[State, Mapping[Event, State | Refusal]]] = {
         _E.RETURN:          _R.ALREADY_RETURNED,
         _E.RETURN_AUTO:     _R.ALREADY_RETURNED,
         _E.RETURN_LATCHING: _R.ALREADY_RETURNED,
+        _E.RAISE_SEVERITY:  _R.ALREADY_RETURNED,
+        _E.LOWER_SEVERITY:  _R.ALREADY_RETURNED,
         _E.ACKNOWLEDGE:     _S.NORMAL,
         _E.CLEAR:           _R.NOT_ACKNOWLEDGED,
         _E.SHELVE:          _S.SHELVED,
@@ -150,6 +160,8 @@ TRANSITIONS: Final[Mapping[State, Mapping[Event, State | Refusal]]] = {
         _E.RETURN:          _R.ALREADY_RETURNED,
         _E.RETURN_AUTO:     _R.ALREADY_RETURNED,
         _E.RETURN_LATCHING: _R.ALREADY_RETURNED,
+        _E.RAISE_SEVERITY:  _R.ALREADY_RETURNED,
+        _E.LOWER_SEVERITY:  _R.ALREADY_RETURNED,
         _E.ACKNOWLEDGE:     _S.LATCHED,
         _E.CLEAR:           _R.NOT_ACKNOWLEDGED,
         _E.SHELVE:          _S.SHELVED,
@@ -166,6 +178,8 @@ TRANSITIONS: Final[Mapping[State, Mapping[Event, State | Refusal]]] = {
         _E.RETURN:          _R.ALREADY_RETURNED,
         _E.RETURN_AUTO:     _R.ALREADY_RETURNED,
         _E.RETURN_LATCHING: _R.ALREADY_RETURNED,
+        _E.RAISE_SEVERITY:  _R.ALREADY_RETURNED,
+        _E.LOWER_SEVERITY:  _R.ALREADY_RETURNED,
         _E.ACKNOWLEDGE:     _R.ALREADY_ACKNOWLEDGED,
         _E.CLEAR:           _S.NORMAL,
         _E.SHELVE:          _S.SHELVED,
@@ -182,6 +196,8 @@ TRANSITIONS: Final[Mapping[State, Mapping[Event, State | Refusal]]] = {
         _E.RETURN:          _S.SHELVED,
         _E.RETURN_AUTO:     _S.SHELVED,
         _E.RETURN_LATCHING: _S.SHELVED,
+        _E.RAISE_SEVERITY:  _S.SHELVED,
+        _E.LOWER_SEVERITY:  _S.SHELVED,
         _E.ACKNOWLEDGE:     _R.IS_SHELVED,
         _E.CLEAR:           _R.IS_SHELVED,
         _E.SHELVE:          _S.SHELVED,
@@ -198,6 +214,8 @@ TRANSITIONS: Final[Mapping[State, Mapping[Event, State | Refusal]]] = {
         _E.RETURN:          _S.SUPPRESSED,
         _E.RETURN_AUTO:     _S.SUPPRESSED,
         _E.RETURN_LATCHING: _S.SUPPRESSED,
+        _E.RAISE_SEVERITY:  _S.SUPPRESSED,
+        _E.LOWER_SEVERITY:  _S.SUPPRESSED,
         _E.ACKNOWLEDGE:     _R.IS_SUPPRESSED,
         _E.CLEAR:           _R.IS_SUPPRESSED,
         _E.SHELVE:          _R.IS_SUPPRESSED,
@@ -214,6 +232,8 @@ TRANSITIONS: Final[Mapping[State, Mapping[Event, State | Refusal]]] = {
         _E.RETURN:          _S.OUT_OF_SERVICE,
         _E.RETURN_AUTO:     _S.OUT_OF_SERVICE,
         _E.RETURN_LATCHING: _S.OUT_OF_SERVICE,
+        _E.RAISE_SEVERITY:  _S.OUT_OF_SERVICE,
+        _E.LOWER_SEVERITY:  _S.OUT_OF_SERVICE,
         _E.ACKNOWLEDGE:     _R.IS_OUT_OF_SERVICE,
         _E.CLEAR:           _R.IS_OUT_OF_SERVICE,
         _E.SHELVE:          _R.IS_OUT_OF_SERVICE,
@@ -234,6 +254,8 @@ TRANSITION_NAMES: Final[Mapping[Event, str]] = {
     Event.RETURN: "cleared",
     Event.RETURN_AUTO: "cleared",
     Event.RETURN_LATCHING: "cleared",
+    Event.RAISE_SEVERITY: "severity_raised",
+    Event.LOWER_SEVERITY: "severity_lowered",
     Event.ACKNOWLEDGE: "acknowledged",
     Event.CLEAR: "reset",
     Event.SHELVE: "shelved",
@@ -249,6 +271,7 @@ TRANSITION_NAMES: Final[Mapping[Event, str]] = {
 SUPERSEDED: Final = "superseded"
 
 RETURNS: Final = frozenset({Event.RETURN, Event.RETURN_AUTO, Event.RETURN_LATCHING})
+SEVERITY_CHANGES: Final = frozenset({Event.RAISE_SEVERITY, Event.LOWER_SEVERITY})
 #: States in which the condition is watched and not annunciated.
 SILENT: Final = frozenset({State.SHELVED, State.SUPPRESSED, State.OUT_OF_SERVICE})
 _LIFTS: Final = frozenset({Event.UNSHELVE, Event.UNSUPPRESS, Event.RESTORE})
@@ -274,13 +297,14 @@ class Alarm:
     alarm_id: str = ""  #: the occurrence; "" while there is none
     sequence: int = 0  #: transitions of the occurrence so far
     occurred_at: int = 0  #: event time
-    severity: str = ""  #: of the rule when it was raised
-    message: str = ""  #: for people, as it was when it was raised
+    severity: str = ""  #: as it stands; of a rule with levels it changes while the alarm is raised
+    message: str = ""  #: for people, as it was when it was raised, or raised to a graver severity
     cleared_at: int | None = None  #: event time
     value: float | None = None  #: of the reading that changed the condition last
     raw: Coordinates | None = None  #: of the message that held it
     shelved_until: int | None = None  #: then it comes back by itself
     one_shot: bool = False  #: shelved until the condition returns to normal
+    first_out: bool = False  #: the occurrence was raised first in its group
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +319,7 @@ class Occasion:
     raw: Coordinates | None = None
     until: int | None = None  #: for SHELVE
     one_shot: bool = False  #: for SHELVE
+    first_out: bool = False  #: for RAISE
 
 
 class Transition(NamedTuple):
@@ -341,6 +366,8 @@ def step(point: Point, alarm: Alarm, event: Event, now: Occasion) -> Step:
         if target in SILENT:
             return Step(alarm, ())
         return _raise(point, alarm, now.at, now)
+    if event in SEVERITY_CHANGES:
+        return _change_severity(alarm, target, event, now)
     transitions: list[Transition] = []
     changes: dict[str, Any] = {"state": target}
     if (event in RETURNS or event is Event.WITHDRAW) and alarm.alarm_id and alarm.cleared_at is None:
@@ -369,7 +396,8 @@ def _raise(point: Point, alarm: Alarm, occurred_at: int, now: Occasion) -> Step:
     """Annunciate: a new occurrence, or the one that stands where its condition never returned."""
     transitions: tuple[Transition, ...] = ()
     if alarm.alarm_id and alarm.cleared_at is None:
-        alarm = replace(alarm, state=State.UNACKNOWLEDGED, sequence=alarm.sequence + 1)
+        severity = now.severity or alarm.severity  # it may have changed while nobody was told
+        alarm = replace(alarm, state=State.UNACKNOWLEDGED, severity=severity, sequence=alarm.sequence + 1)
     else:
         if alarm.alarm_id and alarm.state is not State.NORMAL:
             over = replace(alarm, state=State.NORMAL, active=False, sequence=alarm.sequence + 1)
@@ -383,8 +411,26 @@ def _raise(point: Point, alarm: Alarm, occurred_at: int, now: Occasion) -> Step:
             severity=now.severity,
             message=now.message,
             cleared_at=None,
+            first_out=now.first_out,
         )
     return Step(alarm, (*transitions, Transition(TRANSITION_NAMES[Event.RAISE], alarm)))
+
+
+def _change_severity(alarm: Alarm, target: State, event: Event, now: Occasion) -> Step:
+    """The occurrence goes on, graver or less grave. While it is not annunciated, lifting tells the severity of then."""
+    if target in SILENT:
+        return Step(alarm, ())
+    message = now.message if event is Event.RAISE_SEVERITY else alarm.message
+    alarm = replace(
+        alarm,
+        state=target,
+        severity=now.severity,
+        message=message,
+        value=now.value,
+        raw=now.raw or alarm.raw,
+        sequence=alarm.sequence + 1,
+    )
+    return Step(alarm, (Transition(TRANSITION_NAMES[event], alarm),))
 
 
 # --- the picture -----------------------------------------------------------------------------------------------------

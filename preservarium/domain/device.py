@@ -81,7 +81,7 @@ class RuleDoc(TypedDict):
     enabled: NotRequired[bool]
     component_type: str
     pin_position: NotRequired[str]  #: absent: each pin on its own
-    kind: str  #: high, low; later: rate, deviation, no_data, expression
+    kind: str  #: high, low, rate, deviation, expression, no_data
     severity: Literal["critical", "major", "minor", "warning", "indeterminate"]
     threshold: NotRequired[float]
     deadband: NotRequired[float]  #: clears only beyond threshold ∓ deadband
@@ -93,6 +93,24 @@ class RuleDoc(TypedDict):
     commands: NotRequired[
         list[dict[str, Any]]
     ]  #: what its transitions ask of devices, see commands.check_rule_commands
+    #: graver levels, [{threshold, severity}], each beyond the one before
+    levels: NotRequired[list[dict[str, Any]]]
+    repeat: NotRequired[dict[str, Any]]  #: {count, within_s}: so many readings within the time meet the condition
+    direction: NotRequired[Literal["either", "rise", "fall"]]  #: rate, deviation
+    window_s: NotRequired[float]  #: rate: over which it is taken
+    per_s: NotRequired[float]  #: rate: its unit of time
+    setpoint: NotRequired[float]  #: deviation from a constant
+    reference: NotRequired[dict[str, Any]]  #: deviation from another series: {component_type, pin_position?}
+    expression: NotRequired[str]  #: over `value` and the names of `inputs`
+    inputs: NotRequired[dict[str, dict[str, Any]]]  #: name -> {component_type, pin_position?}
+    inputs_max_age_s: NotRequired[float]  #: an input that is older, compared with the newest, decides nothing
+    no_data_s: NotRequired[float]
+    schedule: NotRequired[dict[str, Any]]  #: {time_zone, hours: [{days, from, to}]}: outside it the rule is inactive
+    outages: NotRequired[list[dict[str, int]]]  #: planned, [{from, to}], µs: the rule is inactive
+    group: NotRequired[str]  #: alarms of a device that have one cause
+    group_master: NotRequired[bool]  #: while it is raised, the others of the group are suppressed
+    first_out_s: NotRequired[float]  #: within which the first alarm of a group is marked
+    lateness_s: NotRequired[float]  #: how long readings wait to be put in order
 
 
 class RecipientDoc(TypedDict):
@@ -117,6 +135,7 @@ class DeviceDoc(TypedDict):
     mapping: NotRequired[dict[str, FieldMapping | None]]  #: overrides the type's
     datatypes: NotRequired[dict[str, dict[str, Any]]]  #: overrides the datatypes' fields
     rules: NotRequired[dict[str, dict[str, Any] | None]]  #: rule -> fields that differ; None: the rule is off
+    outages: NotRequired[list[dict[str, int]]]  #: planned, [{from, to}], µs: no rule watches the device
     variables: NotRequired[dict[str, Any]]  #: handed to scripts
     birth: NotRequired[int]  #: µs; readings before it are of another device
     lateness_s: NotRequired[float]  #: overrides the type's

@@ -5,12 +5,15 @@ the pipeline and the state document of `tables/alarm_states.py`. The alarm agent
 people act through `alarm_actions`, in order with the readings.
 """
 
-from collections.abc import Iterator, Mapping
+from bisect import insort
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, NotRequired, TypedDict
+from math import isfinite
+from typing import Any, Final, NamedTuple, NotRequired, TypedDict
 
 from preservarium.domain.alarm import (
     NEW,
+    SILENT,
     TRANSITION_NAMES,
     Alarm,
     Event,
@@ -22,15 +25,44 @@ from preservarium.domain.alarm import (
     step,
 )
 from preservarium.domain.errors import ReasonCode, Reject
+from preservarium.domain.expressions import ARITHMETIC_ERRORS
 from preservarium.domain.lineage import GENERATION_LIVE, Coordinates, applied, generation_state, is_applied, position_of
 from preservarium.domain.reading import PIN_POSITION_NONE, TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, Quality
-from preservarium.domain.rules import NO_RULES, DeviceRules, Evaluation, Rule, Watch, evaluate, render
+from preservarium.domain.rules import (
+    NO_RULES,
+    DeviceRules,
+    Evaluation,
+    Input,
+    Rule,
+    RuleSet,
+    Verdict,
+    Watch,
+    evaluate,
+    level_of,
+    render,
+    silent,
+    take,
+)
 
 #: Version of the state document; a document of another version is a defect, not something to guess at.
 STATE_VERSION: Final = 1
 
 #: Alarms (rule × pin) of one device that have state: 100 rules on 5 pins, about 100 KiB when every one is raised.
 ALARMS_PER_DEVICE_MAX: Final = 500
+
+#: Series of one device that rules of several series may take in; as many as it may have alarms.
+INPUTS_PER_DEVICE_MAX: Final = ALARMS_PER_DEVICE_MAX
+
+#: Readings of one device that wait to be put in order, for each `lateness_s`; about 100 bytes each. Where there are more,
+#: the oldest waits no longer.
+HELD_PER_DEVICE_MAX: Final = 256
+
+#: An alarm chatters that is raised so often in so short a time (ISA-18.2, section 16: three times a minute) …
+CHATTER_RAISES: Final = 3
+CHATTER_US: Final = 60_000_000
+
+#: … until it was not raised for so long.
+CALM_US: Final = 600_000_000
 
 #: A shelved alarm comes back by itself. A week spans a planned outage; whoever needs longer takes it out of service.
 SHELVE_S_MAX: Final = 7 * 86_400
@@ -264,9 +296,37 @@ class _Live:
 _UNUSED: Final = _Live(Watch(), NEW)
 
 
-# {"v": 1, "g": {generation: {"m": marks, "a": {rule: {pin: row}}}}, "limited": 1 once reported}
-# A row is a list, because there are many of them and they are written for every batch. The last fields are there only
-# while the alarm is not normal.
+class _Sample(NamedTuple):
+    """A reading with where it came from; in this order samples are evaluated."""
+
+    at: int  #: event time
+    component_type: str
+    pin_position: str
+    value: float
+    received_at: int
+    raw_partition: int
+    raw_offset: int
+    raw_index: int
+
+
+_EVENTS: Final[Mapping[Evaluation, Event]] = {
+    Evaluation.RAISED: Event.RAISE,
+    Evaluation.GRAVER: Event.RAISE_SEVERITY,
+    Evaluation.LESS_GRAVE: Event.LOWER_SEVERITY,
+}
+_LIFTS: Final = frozenset({Event.UNSHELVE, Event.RESTORE})
+
+
+# {"v": 1, "g": {generation: kept}, "limited": 1 once reported, "due": when `tick` has something to do}
+# kept, of which only the first two are always there:
+#   "m" marks, "a" {rule: {pin: row}},
+#   "until" end of the shelf that ends first,
+#   "c" {rule: {pin: [chatters, last raises …]}}, "f" {group: when its first alarm was raised},
+#   "s" {group: [[rule, pin] that its master suppresses]},
+#   and for each lateness in µs: "i" {component type: {pin: [at, value]}} (inputs of rules of several series),
+#   "h" {"q": samples that wait, "to": newest event time, "seen": reception of the last message}.
+# A row is a list, because there are many of them and they are written for every batch: three fields of the watch, twelve
+# of the alarm while it is not normal, and a dictionary of what few rules have.
 _Row = list[Any]
 
 
@@ -285,6 +345,8 @@ class DeviceAlarms:
         self._counts: dict[int, int] = {}
         #: generation -> the rules that its state was last compared with
         self._checked: dict[int, DeviceRules] = {}
+        #: as of the last message, action or tick
+        self._rules: DeviceRules | None = None
 
     def document(self) -> dict[str, Any]:
         """The state as JSON-able data."""
@@ -294,7 +356,31 @@ class DeviceAlarms:
                 continue
             for (rule, pin), live in points.items():
                 kept["a"].setdefault(rule, {})[pin] = _pack(live)
+        if self._rules is not None:
+            due = self._due(self._rules)
+            if due is not None:
+                self._document["due"] = due
+            else:
+                self._document.pop("due", None)
         return self._document
+
+    def _due(self, rules: DeviceRules) -> int | None:
+        """When `tick` has something to do, µs; None: never, as things stand. Only the live generation is told of time."""
+        kept = self._document["g"].get(str(GENERATION_LIVE))
+        if kept is None:
+            return None
+        found = [kept["until"]] if "until" in kept else []
+        for one in rules.sets:
+            held = _held(kept, one.lateness_us) if one.lateness_us else None
+            if held is not None and held["q"]:
+                found.append(held["seen"] + one.lateness_us)
+        for rule in rules.no_data:
+            for pin, row in kept["a"].get(rule.name, {}).items():
+                if not row[1] and row[0] and rule.pin_position in (None, pin):
+                    deadline = rule.deadline(row[0])
+                    if deadline is not None:
+                        found.append(deadline + rule.lateness_us + 1)
+        return min(found, default=None)
 
     def alarms(self, generation: int = GENERATION_LIVE) -> Iterator[tuple[Point, Alarm]]:
         """Every alarm that has state, for inspection."""
@@ -323,22 +409,40 @@ class DeviceAlarms:
         applied(kept["m"], source, offset, index)
         if rules is None:
             return outcome
-        self._housekeeping(kept, generation, message, rules, outcome)
-        by_type = rules.by_type
-        if not by_type:
-            return outcome
+        self._housekeeping(kept, generation, message["received_at"], rules, outcome)
+        for one in rules.sets:
+            if not one.lateness_us and not one.ordered:
+                self._observe(kept, generation, message, one, rules, outcome)
+                continue
+            samples = sorted(_samples(message, one))
+            if not one.lateness_us:
+                outcome.evaluated += len(samples)
+                self._evaluate(kept, generation, samples, one, rules, outcome)
+            elif samples or _held(kept, one.lateness_us) is not None:
+                self._hold(kept, generation, message, samples, one, rules, outcome)
+        return outcome
+
+    def _observe(
+        self,
+        kept: dict[str, Any],
+        generation: int,
+        message: Mapping[str, Any],
+        rule_set: RuleSet,
+        rules: DeviceRules,
+        outcome: Outcome,
+    ) -> None:
+        """Readings straight from their message: the way of most."""
+        by_type = rule_set.by_type
         points = self._live.setdefault(generation, {})
         message_at = message["timestamp"]
-        for reading in message["readings"]:
+        readings = message["readings"]
+        if len(readings) > 1 and any("timestamp" in reading for reading in readings):
+            readings = sorted(readings, key=lambda reading: _instant(reading, message_at))
+        for reading in readings:
             watching = by_type.get(reading["component_type"])
-            if watching is None:
+            if watching is None or not _usable(reading):
                 continue
-            value = reading.get("value")
-            if value is None or reading.get("quality", 0) >= _QUALITY_UNUSABLE or reading.get("revised"):
-                continue
-            flags = reading.get("flags")
-            if flags and "unit_unknown" in flags:
-                continue
+            value = reading["value"]
             at = reading.get("timestamp")
             if at is None:
                 at = message_at
@@ -351,22 +455,242 @@ class DeviceAlarms:
                 live = points.get((rule.name, pin)) or self._point(generation, kept, points, rule.name, pin, outcome)
                 if live is None:
                     continue
-                verdict = evaluate(rule, live.watch, value, at)
-                if verdict is None or verdict.evaluation is Evaluation.PENDING:
-                    continue
-                if verdict.evaluation is Evaluation.LATE:
-                    late = True
-                    continue
-                raw = Coordinates(message["raw_partition"], offset, index)
-                now = Occasion(verdict.at, message["received_at"], value=value, raw=raw)
-                if verdict.evaluation is Evaluation.RAISED:
-                    event = Event.RAISE
-                elif rule.latching:
-                    event = Event.RETURN_LATCHING
+                if rule.plain:
+                    verdict = evaluate(rule, live.watch, value, at)
+                    if verdict is None or verdict.evaluation is Evaluation.PENDING:
+                        continue
+                    verdicts: Sequence[Verdict] = (verdict,)
                 else:
-                    event = Event.RETURN if rule.acknowledge else Event.RETURN_AUTO
-                self._apply(Point(self._device_id, rule.name, pin, generation), live, event, now, rule, rules, outcome)
+                    verdicts = take(rule, live.watch, value, at)
+                    if not verdicts:
+                        continue
+                sample = _Sample(at, "", pin, value, message["received_at"], *_coordinates(message))
+                late = self._told(generation, live, rule, pin, verdicts, sample, rules, outcome) or late
             outcome.late += late
+
+    def _hold(
+        self,
+        kept: dict[str, Any],
+        generation: int,
+        message: Mapping[str, Any],
+        samples: Sequence[_Sample],
+        rule_set: RuleSet,
+        rules: DeviceRules,
+        outcome: Outcome,
+    ) -> None:
+        """Keep readings until none that is older is to be expected, then evaluate them in the order of event time."""
+        outcome.evaluated += len(samples)
+        held = kept.setdefault("h", {}).setdefault(str(rule_set.lateness_us), {"q": [], "to": 0, "seen": 0})
+        queue: list[Any] = held["q"]
+        for sample in samples:
+            insort(queue, list(sample))
+        held["to"] = max([held["to"], *(sample.at for sample in samples)])
+        held["seen"] = max(held["seen"], message["received_at"])
+        ready = held["to"] - rule_set.lateness_us
+        count = next((i for i, sample in enumerate(queue) if sample[0] >= ready), len(queue))
+        self._release(kept, generation, max(count, len(queue) - HELD_PER_DEVICE_MAX), rule_set, rules, outcome)
+
+    def _release(
+        self,
+        kept: dict[str, Any],
+        generation: int,
+        count: int,
+        rule_set: RuleSet,
+        rules: DeviceRules,
+        outcome: Outcome,
+    ) -> None:
+        queue: list[Any] = kept["h"][str(rule_set.lateness_us)]["q"]
+        samples = [_Sample(*sample) for sample in queue[:count]]
+        del queue[:count]
+        self._evaluate(kept, generation, samples, rule_set, rules, outcome)
+
+    def _evaluate(
+        self,
+        kept: dict[str, Any],
+        generation: int,
+        samples: Sequence[_Sample],
+        rule_set: RuleSet,
+        rules: DeviceRules,
+        outcome: Outcome,
+    ) -> None:
+        """Samples in order. What one instant says is taken in as a whole, masters of groups first."""
+        start = 0
+        while start < len(samples):
+            end = start
+            while end < len(samples) and samples[end].at == samples[start].at:
+                end += 1
+            together = samples[start:end]
+            inputs = self._take_inputs(kept, together, rule_set, outcome) if rule_set.several else {}
+            late = dict.fromkeys(together, False)
+            for masters in (True, False):
+                for sample in together:
+                    for rule in rule_set.by_type.get(sample.component_type, ()):
+                        if rule.group_master is masters and rule.pin_position in (None, sample.pin_position):
+                            late[sample] |= self._single(kept, generation, rule, sample, rules, outcome)
+                for (name, pin), sample in inputs.items():
+                    rule = rules.by_name[name]
+                    if rule.group_master is masters:
+                        self._several(kept, generation, rule, pin, sample, rules, outcome)
+            outcome.late += sum(late.values())
+            start = end
+
+    def _single(
+        self,
+        kept: dict[str, Any],
+        generation: int,
+        rule: Rule,
+        sample: _Sample,
+        rules: DeviceRules,
+        outcome: Outcome,
+    ) -> bool:
+        points = self._live.setdefault(generation, {})
+        live = self._point(generation, kept, points, rule.name, sample.pin_position, outcome)
+        if live is None:
+            return False
+        verdicts = take(rule, live.watch, sample.value, sample.at)
+        return self._told(generation, live, rule, sample.pin_position, verdicts, sample, rules, outcome)
+
+    def _take_inputs(
+        self, kept: dict[str, Any], samples: Sequence[_Sample], rule_set: RuleSet, outcome: Outcome
+    ) -> dict[tuple[str, str], _Sample]:
+        """Remember what rules of several series take in; (rule, pin) that it concerns -> the newest of the samples."""
+        known: dict[str, dict[str, list[Any]]] = kept.setdefault("i", {}).setdefault(str(rule_set.lateness_us), {})
+        concerned: dict[tuple[str, str], _Sample] = {}
+        for sample in samples:
+            watching = rule_set.several.get(sample.component_type)
+            if watching is None:
+                continue
+            pins = known.setdefault(sample.component_type, {})
+            held = pins.get(sample.pin_position)
+            if held is None:
+                if sum(map(len, known.values())) >= INPUTS_PER_DEVICE_MAX:
+                    self._limited(outcome)
+                    continue
+            elif sample.at <= held[0]:
+                outcome.late += 1
+                continue
+            pins[sample.pin_position] = [sample.at, sample.value]
+            for rule in watching:
+                for pin in self._pins(rule, sample, known):
+                    concerned[rule.name, pin] = sample
+        return concerned
+
+    def _pins(self, rule: Rule, sample: _Sample, known: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """The pins of a rule of several series that a sample says something of."""
+        if rule.pin_position is not None:
+            return [rule.pin_position]
+        own = known.get(rule.component_type, {})
+        found = {sample.pin_position} if sample.pin_position in own else set()
+        for taken in rule.inputs:
+            if (taken.component_type, taken.pin_position) == (sample.component_type, sample.pin_position):
+                found.update(own)
+        return sorted(found)
+
+    def _several(
+        self,
+        kept: dict[str, Any],
+        generation: int,
+        rule: Rule,
+        pin: str,
+        sample: _Sample,
+        rules: DeviceRules,
+        outcome: Outcome,
+    ) -> None:
+        """Evaluate a rule of several series, at the instant of the newest of them."""
+        known = kept["i"][str(rule.lateness_us)]
+        series = (Input(rule.component_type, pin), *rule.inputs)
+        found = [
+            known.get(one.component_type, {}).get(pin if one.pin_position is None else one.pin_position)
+            for one in series
+        ]
+        points = self._live.setdefault(generation, {})
+        if found[0] is None:
+            return  # its own series is not there yet: no alarm to keep a state for
+        live = self._point(generation, kept, points, rule.name, pin, outcome)
+        if live is None:
+            return
+        at = max(one[0] for one in found if one is not None)
+        value = None
+        if all(one is not None and at - one[0] <= rule.inputs_max_age_us for one in found):
+            value = _computed(rule, [one[1] for one in found])
+        verdicts = take(rule, live.watch, value, at)
+        self._told(generation, live, rule, pin, verdicts, sample._replace(value=found[0][1]), rules, outcome)
+
+    def _told(
+        self,
+        generation: int,
+        live: _Live,
+        rule: Rule,
+        pin: str,
+        verdicts: Sequence[Verdict],
+        sample: _Sample,
+        rules: DeviceRules,
+        outcome: Outcome,
+    ) -> bool:
+        """Let the machine know what a reading changed; whether the reading was late."""
+        late = False
+        for verdict in verdicts:
+            if verdict.evaluation is Evaluation.LATE:
+                late = True
+            elif verdict.evaluation is Evaluation.RETURNED:
+                event = Event.RETURN if rule.acknowledge else Event.RETURN_AUTO
+                event = Event.RETURN_LATCHING if rule.latching else event
+                self._happens(generation, live, rule, pin, event, verdict, sample, rules, outcome)
+            elif verdict.evaluation is not Evaluation.PENDING:
+                self._happens(generation, live, rule, pin, _EVENTS[verdict.evaluation], verdict, sample, rules, outcome)
+        return late
+
+    def _happens(
+        self,
+        generation: int,
+        live: _Live,
+        rule: Rule,
+        pin: str,
+        event: Event,
+        verdict: Verdict,
+        sample: _Sample,
+        rules: DeviceRules,
+        outcome: Outcome,
+    ) -> None:
+        value: float | None = sample.value if verdict.value is None else verdict.value
+        raw: Coordinates | None = Coordinates(sample.raw_partition, sample.raw_offset, sample.raw_index)
+        if rule.no_data_us and event is Event.RAISE:
+            value = raw = None  # nothing came: that is the evidence
+        severity = rule.severity_of(verdict.level)
+        now = Occasion(verdict.at, sample.received_at, severity, value=value, raw=raw)
+        self._apply(Point(self._device_id, rule.name, pin, generation), live, event, now, rule, rules, outcome)
+
+    def tick(self, now_us: int, rules: DeviceRules | None) -> Outcome:
+        """Let time pass: shelves end, silence is noticed, readings that waited for others are evaluated.
+
+        Of the live generation only: a replay's time is that of its messages. Nothing is done twice, so a tick that is
+        repeated after a crash tells the same.
+
+        Args:
+            now_us: the worker's clock. Everything that was received before must have been observed: silence is only
+                silence when nothing is on its way.
+            rules: the device's rules; None where the device is unknown now: nothing happens.
+        """
+        outcome = Outcome()
+        kept = self._document["g"].get(str(GENERATION_LIVE))
+        if rules is None or kept is None:
+            return outcome
+        self._housekeeping(kept, GENERATION_LIVE, now_us, rules, outcome)
+        points = self._live.setdefault(GENERATION_LIVE, {})
+        for one in rules.sets:
+            held = _held(kept, one.lateness_us) if one.lateness_us else None
+            if held is not None and held["q"] and held["seen"] + one.lateness_us <= now_us:
+                self._release(kept, GENERATION_LIVE, len(held["q"]), one, rules, outcome)
+        for rule in rules.no_data:
+            pins = {*kept["a"].get(rule.name, {}), *(pin for name, pin in points if name == rule.name)}
+            for pin in sorted(pins):
+                if rule.pin_position not in (None, pin):
+                    continue
+                live = self._point(GENERATION_LIVE, kept, points, rule.name, pin, outcome)
+                verdict = silent(rule, live.watch, now_us - rule.lateness_us) if live is not None else None
+                if live is not None and verdict is not None:
+                    nothing = _Sample(verdict.at, "", pin, 0.0, now_us, 0, 0, 0)
+                    self._told(GENERATION_LIVE, live, rule, pin, (verdict,), nothing, rules, outcome)
         return outcome
 
     def act(self, action: Action, rules: DeviceRules | None, source: str, offset: int, index: int) -> Outcome:
@@ -395,6 +719,7 @@ class DeviceAlarms:
                 return outcome
             remembered.append(action.action_id)
             del remembered[:-ACTIONS_REMEMBERED]
+        self._rules = rules or self._rules
         rule = (rules or NO_RULES).by_name.get(action.rule)
         if rules is None or rule is None or rule.pin_position not in (None, action.pin_position):
             outcome.refusal = Refusal.UNKNOWN_ALARM
@@ -462,25 +787,28 @@ class DeviceAlarms:
             return live
         count = self._count(generation, kept)
         if count >= ALARMS_PER_DEVICE_MAX:
-            if "limited" not in self._document:
-                self._document["limited"] = 1
-                outcome.limited = True
+            self._limited(outcome)
             return None
         self._counts[generation] = count + 1
         live = points[rule, pin] = _Live(Watch(), NEW)
         return live
 
+    def _limited(self, outcome: Outcome) -> None:
+        if "limited" not in self._document:
+            self._document["limited"] = 1
+            outcome.limited = True
+
     def _housekeeping(
         self,
         kept: dict[str, Any],
         generation: int,
-        message: Mapping[str, Any],
+        now: int,
         rules: DeviceRules,
         outcome: Outcome,
     ) -> None:
         """What time and the registry did since the last message: shelves that ran out, rules that are gone."""
+        self._rules = rules
         points = self._live.setdefault(generation, {})
-        now = message["received_at"]
         until = kept.get("until")
         if until is not None and until <= now:
             self._unshelve(kept, points, generation, now, rules, outcome)
@@ -500,6 +828,13 @@ class DeviceAlarms:
                 if points.pop((name, pin), None) is not None:
                     self._counts[generation] -= 1
             kept["a"].pop(name, None)
+            kept.get("c", {}).pop(name, None)
+        for group in sorted(kept.get("s", {})):
+            self._regroup(kept, generation, group, Occasion(now, now), rules, outcome)
+        waited = {str(one.lateness_us) for one in rules.sets}
+        for part in ("h", "i"):
+            for lateness in [one for one in kept.get(part, {}) if one not in waited]:
+                del kept[part][lateness]
 
     def _unshelve(
         self,
@@ -539,26 +874,181 @@ class DeviceAlarms:
         outcome: Outcome,
         action: Action | None = None,
     ) -> None:
-        if rule is not None:
-            value = live.alarm.value if now.value is None else now.value
-            now = replace(now, severity=rule.severity, message=_message(point, rule, rules, value))
+        """Let an event happen to an alarm, as its group has it."""
+        if rule is None or not rule.group:
+            self._step(point, live, event, now, rule, rules, outcome, action)
+            return
+        kept = self._document["g"][str(point.generation)]
+        if rule.group_master:
+            self._step(point, live, event, now, rule, rules, outcome, action)
+            self._regroup(kept, point.generation, rule.group, now, rules, outcome)
+            return
+        suppressed = kept.get("s", {}).get(rule.group)
+        if suppressed is not None:
+            shelf_ends = event is Event.UNSHELVE and live.alarm.state is State.SHELVED
+            if shelf_ends or (event is Event.RAISE and live.alarm.state not in SILENT):
+                suppressed.append([point.rule, point.pin_position])
+                self._step(point, live, Event.SUPPRESS, now, rule, rules, outcome, action)
+            if shelf_ends:
+                return
+        self._step(point, live, event, now, rule, rules, outcome, action)
+        if suppressed is not None and event is Event.RESTORE and live.alarm.state is State.UNACKNOWLEDGED:
+            suppressed.append([point.rule, point.pin_position])
+            self._step(point, live, Event.SUPPRESS, now, rule, rules, outcome)
+
+    def _step(
+        self,
+        point: Point,
+        live: _Live,
+        event: Event,
+        now: Occasion,
+        rule: Rule | None,
+        rules: DeviceRules,
+        outcome: Outcome,
+        action: Action | None = None,
+    ) -> None:
+        kept = self._document["g"][str(point.generation)]
         before = live.alarm
+        if rule is not None:
+            value = before.value if now.value is None else now.value
+            severity = now.severity or rule.severity_of(level_of(live.watch))
+            now = replace(now, severity=severity, message=_message(point, rule, rules, value, severity))
+            if event is Event.RAISE and before.state not in SILENT:
+                if rule.group:
+                    now = replace(now, first_out=_first_out(kept, rule, rules, now.at))
+                _count_raise(kept, point, now.at)
         result = step(point, before, event, now)
         live.alarm = result.alarm
         outcome.refusal = result.refusal
         if result.alarm.shelved_until is not None:
-            kept = self._document["g"][str(point.generation)]
             kept["until"] = min(kept.get("until", result.alarm.shelved_until), result.alarm.shelved_until)
+        chattering = _chatters(kept, point, now.at)
         for transition in result.transitions:
-            outcome.transitions.append(_line(point, transition, now, rule, rules, action))
+            outcome.transitions.append(_line(point, transition, now, rule, rules, action, chattering))
         if result.alarm != before and point.generation == GENERATION_LIVE:
             done = result.transitions[-1].name if result.transitions else TRANSITION_NAMES[event]
             outcome.standing[point.rule, point.pin_position] = _standing(
-                point, Transition(done, result.alarm), now, rule, rules, action
+                point, Transition(done, result.alarm), now, rule, rules, action, chattering
             )
 
+    def _regroup(
+        self,
+        kept: dict[str, Any],
+        generation: int,
+        group: str,
+        now: Occasion,
+        rules: DeviceRules,
+        outcome: Outcome,
+    ) -> None:
+        """Suppress the group's alarms, or let them come back, where its masters have changed."""
+        points = self._live.setdefault(generation, {})
+        members: list[tuple[Rule, str, _Live]] = []
+        for rule in rules.groups.get(group, ()):
+            for pin in sorted({*kept["a"].get(rule.name, {}), *(p for r, p in points if r == rule.name)}):
+                live = self._point(generation, kept, points, rule.name, pin, outcome)
+                if live is not None:
+                    members.append((rule, pin, live))
+        stands = any(
+            rule.group_master and live.alarm.active and live.alarm.state is not State.OUT_OF_SERVICE
+            for rule, _, live in members
+        )
+        occasion = Occasion(now.at, now.detected_at)
+        suppressed = kept.get("s", {})
+        if stands and group not in suppressed:
+            kept.setdefault("s", {})[group] = []
+            for rule, pin, live in members:
+                # A normal alarm is suppressed when it would be raised; what an operator set aside stays with the operator.
+                if not rule.group_master and live.alarm.state is not State.NORMAL and live.alarm.state not in SILENT:
+                    kept["s"][group].append([rule.name, pin])
+                    point = Point(self._device_id, rule.name, pin, generation)
+                    self._step(point, live, Event.SUPPRESS, occasion, rule, rules, outcome)
+        elif not stands and group in suppressed:
+            by_master = {(rule, pin) for rule, pin in suppressed.pop(group)}
+            if not suppressed:
+                del kept["s"]
+            for rule, pin, live in members:
+                if (rule.name, pin) in by_master and live.alarm.state is State.SUPPRESSED:
+                    point = Point(self._device_id, rule.name, pin, generation)
+                    self._step(point, live, Event.UNSUPPRESS, occasion, rule, rules, outcome)
 
-def _message(point: Point, rule: Rule, rules: DeviceRules, value: float | None) -> str:
+
+def _instant(reading: Mapping[str, Any], message_at: int) -> int:
+    at: int | None = reading.get("timestamp")
+    return message_at if at is None else at
+
+
+def _usable(reading: Mapping[str, Any]) -> bool:
+    """Whether a reading says something of the process."""
+    if reading.get("value") is None or reading.get("quality", 0) >= _QUALITY_UNUSABLE or reading.get("revised"):
+        return False
+    flags = reading.get("flags")
+    return not (flags and "unit_unknown" in flags)
+
+
+def _coordinates(message: Mapping[str, Any]) -> tuple[int, int, int]:
+    return message["raw_partition"], message["raw_offset"], message["raw_index"]
+
+
+def _samples(message: Mapping[str, Any], rule_set: RuleSet) -> Iterator[_Sample]:
+    """The readings that a set of rules takes."""
+    by_type, several = rule_set.by_type, rule_set.several
+    for reading in message["readings"]:
+        component_type = reading["component_type"]
+        if (component_type in by_type or component_type in several) and _usable(reading):
+            at = _instant(reading, message["timestamp"])
+            found = (component_type, reading["pin_position"], reading["value"], message["received_at"])
+            yield _Sample(at, *found, *_coordinates(message))
+
+
+def _held(kept: Mapping[str, Any], lateness_us: int) -> dict[str, Any] | None:
+    held: dict[str, Any] | None = kept.get("h", {}).get(str(lateness_us))
+    return held
+
+
+def _computed(rule: Rule, values: Sequence[float]) -> float | None:
+    """What a rule's function says; None where the numbers do not allow an answer."""
+    assert rule.function is not None
+    try:
+        value = float(rule.function(*values))
+    except ARITHMETIC_ERRORS:
+        return None
+    return value if isfinite(value) else None
+
+
+def _first_out(kept: dict[str, Any], rule: Rule, rules: DeviceRules, at: int) -> bool:
+    """Whether no alarm of the group was raised within its window before; notes that one is now."""
+    window_us = max(one.first_out_us for one in rules.groups[rule.group])
+    firsts: dict[str, int] = kept.setdefault("f", {})
+    for group in [one for one in firsts if one not in rules.groups]:
+        del firsts[group]
+    first = firsts.get(rule.group)
+    if first is not None and abs(at - first) <= window_us:
+        return False
+    firsts[rule.group] = at
+    return True
+
+
+def _count_raise(kept: dict[str, Any], point: Point, at: int) -> None:
+    """Note that an alarm is raised, and forget what was long ago."""
+    raises: dict[str, dict[str, list[int]]] = kept.setdefault("c", {})
+    for rule in list(raises):
+        for pin in [pin for pin, found in raises[rule].items() if at - found[-1] > CALM_US]:
+            del raises[rule][pin]
+        if not raises[rule]:
+            del raises[rule]
+    found = raises.setdefault(point.rule, {}).setdefault(point.pin_position, [0])
+    found[1:] = [*found[1:], at][-CHATTER_RAISES:]
+    if len(found) > CHATTER_RAISES and found[-1] - found[1] <= CHATTER_US:
+        found[0] = 1
+
+
+def _chatters(kept: Mapping[str, Any], point: Point, at: int) -> bool:
+    found = kept.get("c", {}).get(point.rule, {}).get(point.pin_position)
+    return bool(found and found[0] and at - found[-1] <= CALM_US)
+
+
+def _message(point: Point, rule: Rule, rules: DeviceRules, value: float | None, severity: str) -> str:
+    threshold = rule.threshold_of(severity)
     fields = {
         "device_id": point.device_id,
         "name": rules.device_name,
@@ -567,8 +1057,8 @@ def _message(point: Point, rule: Rule, rules: DeviceRules, value: float | None) 
         "pin_position": point.pin_position,
         "value": "" if value is None else value,
         "unit": rule.unit,
-        "threshold": rule.threshold,
-        "severity": rule.severity,
+        "threshold": "" if threshold is None else threshold,
+        "severity": severity,
     }
     return render(rule.message, fields)
 
@@ -580,6 +1070,7 @@ def _line(
     rule: Rule | None,
     rules: DeviceRules,
     action: Action | None,
+    chattering: bool,
 ) -> TransitionDoc:
     alarm = transition.alarm
     raw = alarm.raw
@@ -592,7 +1083,7 @@ def _line(
         "rule": point.rule,
         "rule_rev": rule.rev if rule else 0,
         "kind": rule.kind if rule else "",
-        "group": "",
+        "group": rule.group if rule else "",
         "component_type": rule.component_type if rule else "",
         "pin_position": point.pin_position,
         "severity": alarm.severity,
@@ -604,7 +1095,7 @@ def _line(
         "transition_at": now.at,
         "value": alarm.value,
         "unit": rule.unit if rule else "",
-        "threshold": rule.threshold if rule else None,
+        "threshold": rule.threshold_of(alarm.severity) if rule else None,
         "message": alarm.message,
         "recipients": list(rule.recipients) if rule else [],
         "actor": action.actor if action else None,
@@ -612,20 +1103,26 @@ def _line(
         "raw_partition": raw.partition if raw else None,
         "raw_offset": raw.offset if raw else None,
         "raw_index": raw.line if raw else None,
-        "first_out": False,
-        "chattering": False,
+        "first_out": alarm.first_out,
+        "chattering": chattering,
         "generation": point.generation,
     }
 
 
 def _standing(
-    point: Point, last: Transition, now: Occasion, rule: Rule | None, rules: DeviceRules, action: Action | None
+    point: Point,
+    last: Transition,
+    now: Occasion,
+    rule: Rule | None,
+    rules: DeviceRules,
+    action: Action | None,
+    chattering: bool,
 ) -> StandingDoc | None:
     alarm = last.alarm
     if alarm.state is State.NORMAL:
         return None
     return {
-        **_line(point, last, now, rule, rules, action),
+        **_line(point, last, now, rule, rules, action, chattering),
         "severity": alarm.severity or now.severity,
         "message": alarm.message or now.message,
         "active": alarm.active,
@@ -643,18 +1140,37 @@ def _pack(live: _Live) -> _Row:
             alarm.state.value, alarm.active_at, alarm.alarm_id, alarm.sequence, alarm.occurred_at, alarm.severity, alarm.message,
             alarm.cleared_at, alarm.value, alarm.raw and list(alarm.raw), alarm.shelved_until, int(alarm.one_shot),
         ]  # fmt: skip
+    more: dict[str, Any] = {}
+    if watch.higher:
+        more["h"] = [[int(one.active), one.since] for one in watch.higher]
+    if watch.times:
+        more["t"] = watch.times
+    if watch.past:
+        more["p"] = watch.past
+    if alarm.first_out:
+        more["f"] = 1
+    if more:
+        row.append(more)
     return row
 
 
 def _unpack(row: _Row) -> _Live:
-    watch = Watch(row[0], bool(row[1]), row[2])
-    if len(row) == 3:
+    more: dict[str, Any] = row[-1] if len(row) in (4, 16) else {}
+    watch = Watch(
+        row[0],
+        bool(row[1]),
+        row[2],
+        [Watch(0, bool(active), since) for active, since in more.get("h", ())],
+        list(more.get("t", ())),
+        [list(one) for one in more.get("p", ())],
+    )
+    if len(row) <= 4:
         return _Live(watch, NEW)
     (state, active_at, occurrence, sequence, occurred_at, severity, text, cleared_at, value, raw, until, one_shot) = (
-        row[3:]
+        row[3:15]
     )
     alarm = Alarm(
         State(state), watch.active, active_at, occurrence, sequence, occurred_at, severity, text, cleared_at, value,
-        None if raw is None else Coordinates(*raw), until, bool(one_shot),
+        None if raw is None else Coordinates(*raw), until, bool(one_shot), bool(more.get("f")),
     )  # fmt: skip
     return _Live(watch, alarm)

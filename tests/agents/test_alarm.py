@@ -8,6 +8,7 @@ from quality_support import S, T, World, batch, catalogue, errors, lines, live, 
 from preservarium import topics
 from preservarium.alarming import ACTION_BYTES_MAX, Alarming
 from preservarium.publish import partition_of
+from preservarium.stage import Tick
 
 TEMP: dict[str, Any] = {"name": "temp", "kind": "number", "unit": "°C"}
 HOT: dict[str, Any] = {"name": "hot", "component_type": "temp", "kind": "high", "severity": "major", "threshold": 30}
@@ -228,3 +229,116 @@ async def test_an_action_that_is_sent_twice_is_done_once_and_answered_once():
     await stage.actions(record(3, *many))
     state = orjson.loads(stage.world.tables["a", PARTITION, b"dev-1"])
     assert len(state["g"]["0"]["acts"]) == 16
+
+
+# --- time
+
+
+GONE: dict[str, Any] = {
+    "name": "gone",
+    "component_type": "temp",
+    "kind": "no_data",
+    "severity": "minor",
+    "no_data_s": 60,
+}
+
+
+class Silent(Stage):
+    """A stage whose device is also watched for silence; its clock starts at T."""
+
+    def __init__(self, settle_s: float = 30.0) -> None:
+        super().__init__()
+        offer(self.world.documents, "rule", **GONE)
+        self.world.devices["dev-1"]["rules"]["gone"] = {}
+        self.settle_s = settle_s
+        self.restart()
+
+    def restart(self) -> None:
+        self.alarming = Alarming(
+            self.world.state_of("a"),
+            "a",
+            self.world.known,
+            self.world.documents,
+            live(alarm={"settle_s": self.settle_s}),
+            self.world.clock,
+            items=lambda partition: iter([(k, v) for (_, p, k), v in self.world.tables.items() if p == partition]),
+        )
+        self.first = True
+
+    async def tick(self, at: float, *, behind: bool = False, crash: bool = False) -> list[Any]:
+        effects = await self.alarming.tick(Tick(PARTITION, T + round(at * S), self.first, behind))
+        self.first = False
+        return effects.sends if crash else self.world.carry_out(effects, PARTITION)
+
+
+async def test_silence_is_told_within_a_tick_of_its_deadline():
+    stage = Silent()
+    assert told(await stage.tick(0)) == []
+    await stage.readings(record(1, value(1, 20)))  # at T + 1 s
+    assert told(await stage.tick(60)) == []
+    sends = await stage.tick(65)
+    assert told(sends) == [("raised", "unacknowledged")]
+    assert {(s.key, s.partition) for s in sends if s.topic is topics.ALERTS} == {(b"dev-1", PARTITION)}
+    assert lines(sends, topics.ALERTS)[0]["occurred_at"] == T + 61 * S
+    assert told(await stage.tick(70)) == []
+    assert told(await stage.readings(record(2, value(2, 20, timestamp=T + 80 * S)))) == [
+        ("cleared", "returned_unacknowledged")
+    ]
+
+
+async def test_a_tick_that_crashes_is_told_again_with_the_same_ids():
+    stage = Silent()
+    await stage.tick(0)
+    await stage.readings(record(1, value(1, 20)))
+    first = await stage.tick(65, crash=True)
+    again = await stage.tick(65)
+    assert [s.value for s in first] == [s.value for s in again]
+    assert told(again) == [("raised", "unacknowledged")]
+    assert await stage.tick(66) == []
+
+
+async def test_a_worker_that_takes_over_finds_the_deadlines_and_waits_for_what_may_be_on_its_way():
+    stage = Silent()
+    await stage.readings(record(1, value(1, 20)))
+    stage.restart()
+    assert told(await stage.tick(100)) == []
+    assert told(await stage.tick(129)) == []
+    assert told(await stage.tick(130, behind=True)) == []
+    assert told(await stage.tick(131)) == [("raised", "unacknowledged")]
+    assert lines_of(stage) == [T + 61 * S]
+
+
+async def test_nothing_is_silent_while_a_backlog_is_worked_off():
+    stage = Silent()
+    await stage.tick(0)
+    stage.world.clock.advance(1_000.0)
+    clock_s = (stage.world.clock.now_us() - T) / S
+    await stage.readings(record(1, value(1, 20)))  # received a thousand seconds ago
+    assert told(await stage.tick(clock_s + 5)) == []
+    assert told(await stage.tick(clock_s + 31)) == [("raised", "unacknowledged")]
+
+
+async def test_a_device_that_is_not_known_now_is_left_alone():
+    stage = Silent()
+    await stage.tick(0)
+    await stage.readings(record(1, value(1, 20)))
+    stage.world.devices.clear()
+    stage.alarming.rules.forget("dev-1")
+    assert await stage.tick(65) == []
+
+
+async def test_ticks_cost_nothing_where_nothing_is_due():
+    stage = Silent()
+    await stage.tick(0)
+    for i in range(1, 400):
+        await stage.readings(record(i, value(i, 20)))
+    index = stage.alarming._deadlines[PARTITION]
+    assert len(index._queue) == 1
+    assert index._at == {"dev-1": T + (399 + 60) * S + 1}
+    effects = await stage.alarming.tick(Tick(PARTITION, T + 400 * S, False, False))
+    assert (effects.sends, effects.puts) == ([], {})
+
+
+def lines_of(stage: Silent) -> list[int]:
+    state = orjson.loads(stage.world.tables["a", PARTITION, b"dev-1"])
+    return [row[7] for rule, pins in state["g"]["0"]["a"].items() if rule == "gone" for row in pins.values()]
