@@ -22,10 +22,12 @@ Nothing here waits or reads a clock. Functions change the state documents that t
 """
 
 import re
+from base64 import b85decode, b85encode
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import fsum
 from typing import Any, Final, NamedTuple
+from zlib import compress, decompress
 
 import orjson
 
@@ -193,10 +195,15 @@ def _find(panes: Iterable[Pane], hop_s: int, start_s: int) -> Pane | None:
 #
 # {"v": 1, "g": {generation: {"m": marks, "a": latest instant, "c": closed up to, "n": next end of a window,
 #   "s": {"mode\tcomponent\tpin\tunit": [open panes, closed]}}}, "limited": 1 once reported}
-# `closed` is the JSON text of [panes, {window: revision}]: it is read only when something closes or comes late, and a
-# text costs nothing to carry from batch to batch. "w" names the windows: where they were others, they begin anew.
+# `closed` is the JSON text of [panes, {window: revision}], packed where it is long: it is read only when something closes
+# or comes late, and a text costs nothing to carry from batch to batch. "w" names the windows: where they were others, they begin anew.
 
 _OPEN, _CLOSED = range(2)
+
+#: Digits pack to half their size. A short text is not worth the time; a long one is of small windows, which close often.
+_PACKED_BYTES: Final = range(513, 8_193)
+#: JSON never begins with it.
+_PACKED: Final = "z"
 
 
 def new_state() -> State:
@@ -214,7 +221,7 @@ def dump_state(state: State) -> bytes:
         for series in generation["s"].values():
             if type(series[_CLOSED]) is list:
                 panes, revisions = series[_CLOSED]
-                series[_CLOSED] = orjson.dumps([panes, revisions]).decode() if panes or revisions else ""
+                series[_CLOSED] = _packed(orjson.dumps([panes, revisions])) if panes or revisions else ""
     return orjson.dumps(state)
 
 
@@ -223,10 +230,20 @@ def next_end_us(state: State) -> int | None:
     return min((g["n"] for g in state["g"].values() if g["n"] is not None), default=None)
 
 
+def _packed(text: bytes) -> str:
+    if len(text) not in _PACKED_BYTES:
+        return text.decode()
+    return _PACKED + b85encode(compress(text, 1)).decode()
+
+
+def _unpacked(text: str) -> Any:
+    return orjson.loads(decompress(b85decode(text[1:])) if text[0] == _PACKED else text)
+
+
 def _closed(series: list[Any]) -> list[Any]:
     closed: Any = series[_CLOSED]
     if type(closed) is str:
-        closed = series[_CLOSED] = orjson.loads(closed) if closed else [[], {}]
+        closed = series[_CLOSED] = _unpacked(closed) if closed else [[], {}]
     result: list[Any] = closed
     return result
 
