@@ -10,6 +10,7 @@ if not (Path(__file__).parent.parent / "preservarium").is_dir():
 #: Every agent, in the order of the flow.
 AGENTS: Final = (
     "registry",
+    "employees",
     "normalize",
     "validate",
     "aggregate",

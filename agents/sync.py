@@ -1,40 +1,50 @@
-"""sync: validated readings and alarm transitions into ClickHouse, exactly once and as columns.
+"""sync: what the topics hold into ClickHouse, exactly once and as columns.
 
-Two stages with a consumer group each. Nothing is read again that was written: the group's offset and the bounds of the
-batch under way are all that sync remembers, and Kafka keeps them.
+A stage with a consumer group for each topic, so that none holds up another. Nothing is read again that was written: the
+group's offset and the bounds of the batch under way are all that sync remembers, and Kafka keeps them.
 """
 
-from preservarium import topics
 from preservarium.engine import app
+from preservarium.feeds import Memory
+from preservarium.stage import GroupHandler
 from preservarium.stores.clickhouse import ClickHouseStore
-from preservarium.sync import AlarmSync, ReadingSync
+from preservarium.sync import (
+    EMPLOYEES,
+    EVENTS,
+    MEASUREMENTS,
+    TASK_EVENTS,
+    EmployeeSync,
+    EventSync,
+    ReadingSync,
+    Table,
+    TaskSync,
+)
 
 #: Readings of one message, taken for turning the limit on rows into one on records. A message with more makes a larger
 #: insert, which is cut.
 _READINGS_PER_MESSAGE = 5
+#: Records of events and tasks handed over at once: parsed one by one, 2,000 are some 20 ms of the event loop.
+_EVENTS_MAX = 2_000
+
+
+def _declare(table: Table, handler: GroupHandler, records_max: int | None = None, memory: Memory | None = None) -> None:
+    app.group_stage(
+        table.topic,
+        name=table.stage,
+        group=table.stage,
+        records_max=lambda: records_max or max(1, app.live().sync.rows_max // _READINGS_PER_MESSAGE),
+        linger_s=lambda: app.live().sync.linger_s,
+        flights=1,
+        planned=True,
+        memory=memory,
+    )(handler)
+
 
 if app.live().clickhouse.enabled:
     store = app.resource(ClickHouseStore(app.live, clock=app.clock))
-    readings = ReadingSync("sync", store, app.live, clock=app.clock)
-    alarms = AlarmSync("sync-alarms", store, app.live, clock=app.clock)
-
-    app.group_stage(
-        topics.VALIDATED,
-        name="sync",
-        group="sync",
-        records_max=lambda: max(1, app.live().sync.rows_max // _READINGS_PER_MESSAGE),
-        linger_s=lambda: app.live().sync.linger_s,
-        flights=1,
-        planned=True,
-        memory=readings,
-    )(readings)
-
-    app.group_stage(
-        topics.ALERTS,
-        name="sync-alarms",
-        group="sync-alarms",
-        records_max=lambda: 1_000,
-        linger_s=lambda: app.live().sync.linger_s,
-        flights=1,
-        planned=True,
-    )(alarms)
+    readings = ReadingSync(store, app.live, clock=app.clock)
+    _declare(MEASUREMENTS, readings, memory=readings)
+    for _table in EVENTS:
+        _declare(_table, EventSync(_table, store, app.live, clock=app.clock), _EVENTS_MAX)
+    _declare(TASK_EVENTS, TaskSync(store, app.live, clock=app.clock), _EVENTS_MAX)
+    _declare(EMPLOYEES, EmployeeSync(store, app.live, clock=app.clock), _EVENTS_MAX)

@@ -650,6 +650,20 @@ def loads(text: bytes) -> Any:
     return value
 
 
+def lines_of(value: bytes | None) -> Iterator[bytes | None]:
+    """The lines of a record that others wrote; None for a tombstone. An object that is written over several lines is one of them."""
+    if value is None:
+        yield None
+        return
+    if b"\n" in value:
+        try:
+            orjson.loads(value)
+        except orjson.JSONDecodeError:
+            yield from (line for line in value.split(b"\n") if line.strip())
+            return
+    yield value
+
+
 def payload_of(data: bytes) -> Any:
     """What a device sent: a JSON object or array as such, anything else as the bytes that it is.
 

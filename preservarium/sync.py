@@ -10,19 +10,22 @@ offset: a batch that is done again starts from the same ones, and is the same.
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
 import orjson
 
-from preservarium import metrics
+from preservarium import metrics, topics
 from preservarium.clock import Clock, SystemClock
-from preservarium.domain.errors import ReasonCode
+from preservarium.domain.errors import ReasonCode, Reject
 from preservarium.domain.reading import ErrorLine
-from preservarium.records import error_line, error_send, parse_trusted
+from preservarium.domain.tasks import employee_row, task_rows
+from preservarium.records import error_line, error_send, lines_of, loads, parse_trusted
 from preservarium.settings import Settings
 from preservarium.stage import Batch, Effects, Record
 from preservarium.stores.clickhouse import ClickHouseStore
+from preservarium.topics import Topic
 
 #: Rows of one insert. Fixed, and not a setting: a batch that is done again must be cut as before.
 INSERT_ROWS_MAX: Final = 100_000
@@ -34,7 +37,19 @@ SEEN_MAX: Final = 40
 _TEXT: Final = "LowCardinality(String)"
 _TIME: Final = "DateTime64(6, 'UTC')"
 
-MEASUREMENT_TYPES: Final[Mapping[str, str]] = {
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One topic's table in ClickHouse: with its migration, all that a further topic of events needs."""
+
+    topic: Topic
+    stage: str  #: name of the stage and of its consumer group
+    name: str
+    #: column -> type; for events (`EventSync`) also the names of the line's fields
+    types: Mapping[str, str]
+
+
+MEASUREMENTS: Final = Table(topics.VALIDATED, "sync", "measurements", {
     "timestamp": _TIME,
     "device_id": _TEXT,
     "connector_mode": _TEXT,
@@ -54,9 +69,9 @@ MEASUREMENT_TYPES: Final[Mapping[str, str]] = {
     "raw_partition": "UInt32",
     "raw_offset": "UInt64",
     "raw_index": "UInt32",
-}
+})  # fmt: skip
 
-ALARM_EVENT_TYPES: Final[Mapping[str, str]] = {
+ALARM_EVENTS: Final = Table(topics.ALERTS, "sync-alarms", "alarm_events", {
     "transition_id": "String",
     "alarm_id": "String",
     "device_id": _TEXT,
@@ -78,7 +93,88 @@ ALARM_EVENT_TYPES: Final[Mapping[str, str]] = {
     "raw_partition": "UInt32",
     "raw_offset": "UInt64",
     "raw_index": "UInt32",
-}
+    "sequence": "UInt32",
+    "transition_at": f"Nullable({_TIME})",
+    "kind": _TEXT,
+    "actor": _TEXT,
+    "comment": "String",
+})  # fmt: skip
+
+#: Of a window that comes again the highest revision stays once the table has merged.
+AGGREGATES: Final = Table(topics.AGGREGATES, "sync-aggregates", "aggregates", {
+    "window_id": "String",
+    "revision": "UInt32",
+    "device_id": _TEXT,
+    "connector_mode": _TEXT,
+    "component_type": _TEXT,
+    "pin_position": _TEXT,
+    "unit": _TEXT,
+    "window_start": _TIME,
+    "window_end": _TIME,
+    "size_s": "UInt32",
+    "hop_s": "UInt32",
+    "count": "UInt64",
+    "min": "Float64",
+    "max": "Float64",
+    "mean": "Float64",
+    "sum": "Float64",
+    "last": "Float64",
+    "last_at": _TIME,
+    "consumption": "Nullable(Float64)",
+    "closed_by": _TEXT,
+    "generation": "UInt32",
+})  # fmt: skip
+
+ANOMALIES: Final = Table(topics.ANOMALIES, "sync-anomalies", "anomalies", {
+    "anomaly_id": "String",
+    "device_id": _TEXT,
+    "connector_mode": _TEXT,
+    "component_type": _TEXT,
+    "pin_position": _TEXT,
+    "state": _TEXT,
+    "timestamp": _TIME,
+    "value": "Nullable(Float64)",
+    "unit": _TEXT,
+    "expected": "Nullable(Float64)",
+    "score": "Nullable(Float64)",
+    "threshold": "Nullable(Float64)",
+    "generation": "UInt32",
+    "raw_partition": "UInt32",
+    "raw_offset": "UInt64",
+    "raw_index": "UInt32",
+})  # fmt: skip
+
+#: Topics of events that only we write: a line is a row, its fields the columns.
+EVENTS: Final[tuple[Table, ...]] = (ALARM_EVENTS, AGGREGATES, ANOMALIES)
+
+#: Columns in the order of TaskRow and EmployeeRow.
+TASK_EVENTS: Final = Table(topics.TASK_EVENTS, "sync-tasks", "task_events", {
+    "file_id": "String",
+    "event_id": "String",
+    "assigned_at": _TIME,
+    "version": "UInt256",
+    "stage": _TEXT,
+    "status": _TEXT,
+    "employee_code": _TEXT,
+    "employee_name": _TEXT,
+    "started_at": f"Nullable({_TIME})",
+    "completed_at": f"Nullable({_TIME})",
+    "changed_at": _TIME,
+    "task_id": "String",
+    "experiment_id": _TEXT,
+    "deleted": "UInt8",
+})  # fmt: skip
+
+EMPLOYEES: Final = Table(topics.EMPLOYEES, "sync-employees", "employees", {
+    "employee_code": "String",
+    "version": "UInt256",
+    "name": "String",
+    "email": "String",
+    "department": _TEXT,
+    "active": "UInt8",
+    "updated_at": _TIME,
+    "deleted": "UInt8",
+})  # fmt: skip
 
 Columns = dict[str, list[Any]]
 #: (generation, raw partition) -> (raw offset, raw index) of the last message applied, the newest pairs last.
@@ -88,13 +184,11 @@ Seen = dict[tuple[int, int], tuple[int, int]]
 class _Stage:
     """What the sync stages have in common: one insert a partition, tokens, plans, error lines."""
 
-    table: str
-    types: Mapping[str, str]
-
     def __init__(
-        self, name: str, store: ClickHouseStore, settings: Callable[[], Settings], *, clock: Clock | None = None
+        self, table: Table, store: ClickHouseStore, settings: Callable[[], Settings], *, clock: Clock | None = None
     ) -> None:
-        self.name = name
+        self.name = table.stage
+        self.table = table
         self._store = store
         self._settings = settings
         self._clock = clock or SystemClock()
@@ -127,22 +221,18 @@ class _Stage:
         return effects
 
     async def _batch(self, batch: Batch, effects: Effects) -> None:
-        columns: Columns = {name: [] for name in self.types}
+        columns: Columns = {name: [] for name in self.table.types}
         seen = dict(self._seen.get(batch.partition, {}))
-        parsed, errors = parse_trusted(batch, stage=self.name, now_us=self._clock.now_us())
-        for record, lines in zip(batch.records, parsed, strict=True):
-            for index, line in enumerate(lines):
-                try:
-                    self._append(columns, line, seen)
-                except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as e:
-                    errors.append(self._refused(batch, record, index, line, e))
+        errors = self._fill(columns, batch, seen)
         first, end = batch.records[0].offset, batch.records[-1].offset + 1
         token = f"{batch.topic}-{batch.partition}-{first}-{end}"
         rows = len(columns[next(iter(columns))])
         for start in range(0, rows, INSERT_ROWS_MAX):
             whole = rows <= INSERT_ROWS_MAX
             part = columns if whole else {n: c[start : start + INSERT_ROWS_MAX] for n, c in columns.items()}
-            await self._store.insert(self.table, part, self.types, token=token if whole else f"{token}#{start}")
+            await self._store.insert(
+                self.table.name, part, self.table.types, token=token if whole else f"{token}#{start}"
+            )
         metrics.READINGS.labels(self.name).inc(rows)
         limit = self._settings().kafka.record_bytes_max
         for error in errors:
@@ -151,17 +241,33 @@ class _Stage:
         # Once it is acknowledged: a batch that is tried again must find what it found before.
         effects.after.append(partial(self._seen.__setitem__, batch.partition, seen))
 
-    def _refused(self, batch: Batch, record: Record, index: int, line: Any, error: Exception) -> ErrorLine:
+    def _fill(self, columns: Columns, batch: Batch, seen: Seen) -> list[ErrorLine]:
+        """Put a batch's rows into the columns; gives an error line for every line that is none."""
+        parsed, errors = parse_trusted(batch, stage=self.name, now_us=self._clock.now_us())
+        for record, lines in zip(batch.records, parsed, strict=True):
+            for index, line in enumerate(lines):
+                try:
+                    self._append(columns, line, seen)
+                except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as e:
+                    text = f"{type(e).__name__}: {e}"
+                    errors.append(
+                        self._refused(batch, record, index, orjson.dumps(line), ReasonCode.STORE_REJECTED, text)
+                    )
+        return errors
+
+    def _refused(
+        self, batch: Batch, record: Record, index: int, raw: bytes, code: ReasonCode, message: str
+    ) -> ErrorLine:
         return error_line(
             self.name,
-            ReasonCode.STORE_REJECTED,
-            f"{type(error).__name__}: {error}",
+            code,
+            message,
             topic=batch.topic,
             partition=batch.partition,
             now_us=self._clock.now_us(),
             record=record,
             index=index,
-            raw=orjson.dumps(line),
+            raw=raw,
             device_id=record.key.decode("utf-8", "replace") if record.key else None,
         )
 
@@ -177,8 +283,8 @@ _RELEASED: Final = -1
 class ReadingSync(_Stage):
     """Validated messages into `measurements`."""
 
-    table = "measurements"
-    types = MEASUREMENT_TYPES
+    def __init__(self, store: ClickHouseStore, settings: Callable[[], Settings], *, clock: Clock | None = None) -> None:
+        super().__init__(MEASUREMENTS, store, settings, clock=clock)
 
     def _append(self, columns: Columns, line: Any, seen: Seen) -> None:
         released = line.get("released")
@@ -243,21 +349,75 @@ _OF_READING: Final = (
 )
 
 
-class AlarmSync(_Stage):
-    """Alarm transitions into `alarm_events`; a transition that Kafka holds twice is one row once the table has merged."""
-
-    table = "alarm_events"
-    types = ALARM_EVENT_TYPES
+class EventSync(_Stage):
+    """Events that only we write, into their table; one that Kafka holds twice is one row once the table has merged."""
 
     def _append(self, columns: Columns, line: Any, seen: Seen) -> None:
         row: list[Any] = []
-        for name, kind in self.types.items():
+        for name, kind in self.table.types.items():
             value = line.get(name)
-            if kind.startswith("Nullable"):
-                row.append(value if value is None or name == "cleared_at" else float(value))
-            elif kind in (_TEXT, "String"):
+            if kind in (_TEXT, "String"):
                 row.append("" if value is None else str(value))
+            elif kind == "Nullable(Float64)":
+                row.append(None if value is None else float(value))
+            elif kind == "Float64":
+                row.append(float(line[name]))
+            elif kind.startswith("Nullable"):
+                row.append(None if value is None else int(value))
+            elif value is None and name in _OPTIONAL:
+                row.append(0)
             else:
                 row.append(int(line[name]))
-        for name, value in zip(self.types, row, strict=True):
+        for name, value in zip(self.table.types, row, strict=True):
             columns[name].append(value)
+
+
+#: Whole numbers that a line may lack: an operator's action was brought by no message.
+_OPTIONAL: Final = frozenset({"raw_partition", "raw_offset", "raw_index", "sequence"})
+
+
+class _ForeignSync(_Stage):
+    """Records that others write: parsed one by one, tombstones too, and each line that is of no use told with its reason."""
+
+    def _fill(self, columns: Columns, batch: Batch, seen: Seen) -> list[ErrorLine]:
+        errors: list[ErrorLine] = []
+        for record in batch.records:
+            for index, raw in enumerate(lines_of(record.value)):
+                try:
+                    rows = self._rows(record, None if raw is None else loads(raw), index)
+                except Reject as e:
+                    errors.append(self._refused(batch, record, index, raw or b"", e.code, str(e)))
+                    continue
+                for row in rows:
+                    for name, value in row.items():
+                        columns[name].append(value)
+        return errors
+
+    def _rows(self, record: Record, value: Any, index: int) -> Sequence[Mapping[str, Any]]:
+        """The rows of a parsed line, their fields named as the columns are.
+
+        Raises:
+            Reject: it cannot be used.
+        """
+        raise NotImplementedError
+
+
+class TaskSync(_ForeignSync):
+    """Task events into `task_events`, and through its materialized views into the current row of each file."""
+
+    def __init__(self, store: ClickHouseStore, settings: Callable[[], Settings], *, clock: Clock | None = None) -> None:
+        super().__init__(TASK_EVENTS, store, settings, clock=clock)
+
+    def _rows(self, record: Record, value: Any, index: int) -> Sequence[Mapping[str, Any]]:
+        return task_rows(record.key, value, offset=record.offset, index=index, recorded_at=record.timestamp * 1_000)
+
+
+class EmployeeSync(_ForeignSync):
+    """Employees into `employees`; of one employee the newest change stays once the table has merged."""
+
+    def __init__(self, store: ClickHouseStore, settings: Callable[[], Settings], *, clock: Clock | None = None) -> None:
+        super().__init__(EMPLOYEES, store, settings, clock=clock)
+
+    def _rows(self, record: Record, value: Any, index: int) -> Sequence[Mapping[str, Any]]:
+        row = employee_row(record.key, value, offset=record.offset, index=index, recorded_at=record.timestamp * 1_000)
+        return () if row is None else (row,)

@@ -27,6 +27,9 @@ from preservarium.domain.errors import ReasonCode, Reject
 from preservarium.domain.instant import instant_us
 from preservarium.domain.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US
 
+#: A task of such a status is completed, also where its source has no `completed_at`: then when it was changed.
+DONE_STATUSES: Final = frozenset({"completed", "complete", "done", "finished", "closed"})
+
 #: Names and codes are for people to read; a longer one is a mistake or an attack.
 NAME_CHARS_MAX: Final = 255
 
@@ -77,7 +80,7 @@ class TaskRow(TypedDict):
     employee_name: str
     started_at: int | None
     completed_at: int | None
-    changed_at: int  #: when the source changed it; where it does not say, when Kafka took it
+    changed_at: int  #: when the source changed it; where it does not say, when it was assigned
     task_id: str
     experiment_id: str
     deleted: int  #: 1: the file has no current row while this is its newest event
@@ -155,7 +158,7 @@ def task_rows(key: bytes | None, value: Any, *, offset: int, index: int, recorde
     if value is None:
         file_id, is_row = _key_field(key, "file_id")
         if file_id:
-            return [_task({"file_id": file_id}, f"{offset}-{index}", recorded_at, deleted=True)]
+            return [_task({"file_id": file_id}, f"{offset}-{index}", None, recorded_at, deleted=True)]
         if is_row:
             # Debezium's second record for a deletion; the first has said which file.
             return []
@@ -163,23 +166,20 @@ def task_rows(key: bytes | None, value: Any, *, offset: int, index: int, recorde
     change = _change(value)
     if change is None:
         return []
-    place = change.place
-    rows: list[TaskRow] = []
     before, after = change.before, change.after
+    here = f"{offset}-{index}"
     if after is not None:
-        rows.append(
-            _task(after, place or _place(after, offset, index), change.at or recorded_at, deleted=change.deleted)
-        )
-        moved = before is not None and before.get("file_id") not in (None, "", after.get("file_id"))
-        if moved and before is not None:
-            rows.append(_task(before, place or f"{offset}-{index}", change.at or recorded_at, deleted=True))
+        place = change.place or _place(after) or here
+        rows = [_task(after, place, change.at, recorded_at, deleted=change.deleted)]
+        if before is not None and before.get("file_id") not in (None, "", after.get("file_id")):
+            rows.append(_task(before, place, change.at, recorded_at, deleted=True))
         return rows
     gone = dict(before or {})
     if not gone.get("file_id"):
         gone["file_id"] = _key_field(key, "file_id")[0]
         if not gone["file_id"]:
             _reject("a deletion that does not name its file: the source must send the whole row as `before`")
-    return [_task(gone, place or f"{offset}-{index}", change.at or recorded_at, deleted=True)]
+    return [_task(gone, change.place or here, change.at, recorded_at, deleted=True)]
 
 
 def employee_row(key: bytes | None, value: Any, *, offset: int, index: int, recorded_at: int) -> EmployeeRow | None:
@@ -315,10 +315,10 @@ def _source_place(source: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     return ""
 
 
-def _place(row: Mapping[str, Any], offset: int, index: int) -> str:
-    """The event id of a row that names none: when it changed, else where it stands in Kafka."""
+def _place(row: Mapping[str, Any]) -> str:
+    """The event id of a row that names none: when it changed, "" where it does not say."""
     updated_at = _instant(row, "updated_at")
-    return f"{offset}-{index}" if updated_at is None else f"{updated_at}-{_low(row)}"
+    return "" if updated_at is None else f"{updated_at}-{_low(row)}"
 
 
 def _low(row: Mapping[str, Any]) -> int:
@@ -332,7 +332,7 @@ def _low(row: Mapping[str, Any]) -> int:
     return 0
 
 
-def _task(row: Mapping[str, Any], event_id: str, changed_at: int, *, deleted: bool) -> TaskRow:
+def _task(row: Mapping[str, Any], event_id: str, at: int | None, recorded_at: int, *, deleted: bool) -> TaskRow:
     file_id = _named("file_id", row.get("file_id"))
     if not file_id:
         _reject("file_id is missing")
@@ -346,7 +346,11 @@ def _task(row: Mapping[str, Any], event_id: str, changed_at: int, *, deleted: bo
         if assigned_at is None:
             raise Reject(ReasonCode.TIMESTAMP_INVALID, "assigned_at is missing")
     elif assigned_at is None:
-        assigned_at = _within("the time of the deletion", changed_at)
+        assigned_at = _within("the time of the deletion", at or recorded_at)
+    changed_at = assigned_at if at is None else _within("updated_at", at)
+    completed_at = _instant(row, "completed_at")
+    if completed_at is None and status.casefold() in DONE_STATUSES:
+        completed_at = changed_at
     result = TaskRow(
         file_id=file_id,
         event_id=event_id,
@@ -357,8 +361,8 @@ def _task(row: Mapping[str, Any], event_id: str, changed_at: int, *, deleted: bo
         employee_code=_named("employee_code", row.get("employee_code")),
         employee_name=_named("employee_name", row.get("employee_name")),
         started_at=_instant(row, "started_at"),
-        completed_at=_instant(row, "completed_at"),
-        changed_at=_within("updated_at", changed_at),
+        completed_at=completed_at,
+        changed_at=changed_at,
         task_id=_named("task_id", next((row[n] for n in ("task_id", "id", "_id") if row.get(n) is not None), "")),
         experiment_id=_named("experiment_id", row.get("experiment_id")),
         deleted=int(deleted),

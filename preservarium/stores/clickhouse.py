@@ -95,6 +95,8 @@ class ClickHouseStore:
                     column_oriented=True,
                     settings={
                         "insert_deduplication_token": token,
+                        # A repetition also completes what an insert that broke off left out of its views' tables.
+                        "deduplicate_blocks_in_dependent_materialized_views": 1,
                         # On by default in current servers; it would answer for a buffer that tokens do not cover.
                         "async_insert": 0,
                         # A back-fill is one batch over many days, and its partition would wait for ever.

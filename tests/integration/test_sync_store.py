@@ -11,8 +11,8 @@ from preservarium import topics
 from preservarium.clock import ManualClock
 from preservarium.domain.errors import Retry
 from preservarium.stores.clickhouse import ClickHouseStore
-from preservarium.stores.migrate import migrate_clickhouse
-from preservarium.sync import AlarmSync, ReadingSync
+from preservarium.stores.migrate import DEDUP_BLOCKS, migrate_clickhouse
+from preservarium.sync import AGGREGATES, ALARM_EVENTS, ANOMALIES, EventSync, ReadingSync
 
 T = topics.VALIDATED.name
 
@@ -35,7 +35,7 @@ async def store(settings: Any) -> AsyncIterator[ClickHouseStore]:
 
 @pytest.fixture
 def sync(settings: Any, store: ClickHouseStore) -> ReadingSync:
-    return ReadingSync("sync", store, settings, clock=ManualClock(NOW_US))
+    return ReadingSync(store, settings, clock=ManualClock(NOW_US))
 
 
 async def command(store: ClickHouseStore, text: str) -> None:
@@ -177,13 +177,13 @@ async def test_a_server_that_is_down_is_retried_and_a_missing_table_waited_for(s
     gone = live(clickhouse={"url": "http://127.0.0.1:9", "timeout_s": 2})
     down = ClickHouseStore(gone)
     with pytest.raises(Retry):
-        await ReadingSync("sync", down, gone)([batch(T, 0, records(0, 2))])
+        await ReadingSync(down, gone)([batch(T, 0, records(0, 2))])
     await down.close()
     await command(store, "DROP TABLE measurements SYNC")
     with pytest.raises(Retry):
-        await ReadingSync("sync", store, settings)([batch(T, 0, records(0, 2))])
+        await ReadingSync(store, settings)([batch(T, 0, records(0, 2))])
     await migrate_clickhouse_again(store)
-    await ReadingSync("sync", store, settings)([batch(T, 0, records(0, 2))])
+    await ReadingSync(store, settings)([batch(T, 0, records(0, 2))])
     assert await count(store) == (4, 4)
 
 
@@ -202,7 +202,7 @@ async def test_alarm_transitions(store, settings):
             "raw_index": 0, "generation": 0,
         } | fields  # fmt: skip
 
-    stage = AlarmSync("sync-alarms", store, settings)
+    stage = EventSync(ALARM_EVENTS, store, settings)
     part = [
         batch(
             topics.ALERTS.name,
@@ -213,6 +213,64 @@ async def test_alarm_transitions(store, settings):
     for _ in range(2):
         await stage(part)
     assert await count(store, "alarm_events") == (3, 3)
+
+
+def window(start: int, revision: int, total: float, **fields: Any) -> dict[str, Any]:
+    return {
+        "window_id": f"w{start}", "revision": revision, "device_id": "d1", "connector_mode": "LoRaWAN",
+        "component_type": "temperature", "pin_position": "0", "unit": "Cel", "window_start": start, "window_end": start + 10,
+        "size_s": 3600, "hop_s": 3600, "count": 2, "min": 1.0, "max": 2, "mean": 1.5, "sum": total, "last": 2.0,
+        "last_at": start + 9, "closed_by": "watermark", "generation": 0,
+    } | fields  # fmt: skip
+
+
+async def test_of_a_window_the_highest_revision_stays_whenever_it_came(store, settings):
+    stage = EventSync(AGGREGATES, store, settings)
+    part = [batch(topics.AGGREGATES.name, 0, [record(0, window(NOW_US, 2, 7.0)), record(1, window(NOW_US, 1, 5.0))])]
+    for _ in range(2):
+        await stage(part)
+    await stage([batch(topics.AGGREGATES.name, 0, [record(2, window(NOW_US, 0, 3.0), window(NOW_US + 10, 0, 1.0))])])
+    rows = await store.query("SELECT revision, sum, consumption FROM aggregates FINAL ORDER BY window_start")
+    assert [tuple(r) for r in rows] == [(2, 7.0, None), (0, 1.0, None)]
+    # A replay's windows come in a later generation, and begin with revision 0 again.
+    await stage([batch(topics.AGGREGATES.name, 0, [record(3, window(NOW_US, 0, 9.0, generation=1, consumption=4.0))])])
+    rows = await store.query("SELECT revision, sum, consumption FROM aggregates FINAL ORDER BY window_start LIMIT 1")
+    assert [tuple(r) for r in rows] == [(0, 9.0, 4.0)]
+
+
+async def test_anomalies(store, settings):
+    line = {
+        "anomaly_id": "a1", "device_id": "d1", "connector_mode": "LoRaWAN", "component_type": "temperature", "pin_position": "0",
+        "state": "begins", "timestamp": NOW_US, "value": 41.0, "unit": "Cel", "expected": 20.5, "score": 9.25, "threshold": 6.0,
+        "raw_partition": 1, "raw_offset": 7, "raw_index": 0, "generation": 0,
+    }  # fmt: skip
+    stage = EventSync(ANOMALIES, store, settings)
+    part = [batch(topics.ANOMALIES.name, 0, [record(0, line), record(1, line | {"anomaly_id": "a2", "state": "ends"})])]
+    for _ in range(2):
+        await stage(part)
+    assert await count(store, "anomalies") == (2, 2)
+    refused = await stage([batch(topics.ANOMALIES.name, 0, [record(2, line | {"score": "high"})])])
+    assert refused.refused == {"store_rejected": 1}
+
+
+async def test_last_values_and_daily_counts_follow_each_insert_once(store, sync):
+    for _ in range(3):
+        await sync([batch(T, 0, records(0, 20))])
+    await sync([batch(T, 0, [record(20, message("d1", 7.0, at=NOW_US - 5, offset=20))])])
+    rows = await store.query("SELECT device_id, pin_position, value FROM latest_values FINAL ORDER BY 1, 2 LIMIT 4")
+    assert [tuple(r) for r in rows] == [("d0", "0", 15.0), ("d0", "1", -15.0), ("d1", "0", 16.0), ("d1", "1", -16.0)]
+    assert (await store.query("SELECT sum(rows) FROM measurement_days"))[0][0] == 41
+
+
+def test_the_window_of_tokens_covers_what_can_be_in_flight():
+    """A batch is repeated by the partition's next owner, while the others go on: the most blocks that can come between."""
+    s = live()()
+    takeover_s = (
+        s.kafka.session_timeout_s + 60 + s.clickhouse.timeout_s
+    )  # found out, rebalanced, and the last insert's time
+    inserts = s.kafka.partitions * takeover_s / s.sync.linger_s
+    # Of live data an insert touches the present day, and around midnight the one before.
+    assert inserts * 2 < DEDUP_BLOCKS
 
 
 async def test_random_repetitions_with_the_same_borders(store, sync):

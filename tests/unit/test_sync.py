@@ -10,7 +10,7 @@ from test_runner import Rec
 from preservarium.domain.errors import Retry
 from preservarium.settings import Settings
 from preservarium.stage import Batch
-from preservarium.sync import SEEN_MAX, AlarmSync, ReadingSync
+from preservarium.sync import ALARM_EVENTS, SEEN_MAX, EventSync, ReadingSync
 
 
 class Store:
@@ -50,7 +50,7 @@ def batch(messages: Sequence[dict[str, Any]], first: int = 0, topic: str = "iot_
 
 
 def stage(store: Store) -> ReadingSync:
-    return ReadingSync("sync", store, Settings)  # type: ignore[arg-type]
+    return ReadingSync(store, Settings)  # type: ignore[arg-type]
 
 
 async def run(sync: ReadingSync, given: Batch) -> Any:
@@ -137,7 +137,7 @@ async def test_alarm_transitions_become_columns() -> None:
         "detected_at": 6, "cleared_at": None, "value": 1, "unit": "V", "threshold": None, "message": "m",
         "generation": 0, "raw_partition": 0, "raw_offset": 1, "raw_index": 0,
     }  # fmt: skip
-    sync = AlarmSync("sync-alarms", store, Settings)  # type: ignore[arg-type]
+    sync = EventSync(ALARM_EVENTS, store, Settings)  # type: ignore[arg-type]
     await run(sync, batch([line], topic="iot_alerts"))  # type: ignore[arg-type]
     assert store.column("transition_id") == ["t1"]
     assert store.column("value") == [1.0]

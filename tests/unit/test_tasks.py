@@ -51,6 +51,12 @@ def test_an_event_without_an_id_is_as_new_as_its_change_or_its_offset(fields, ev
     assert rows(TASK | fields)[0]["event_id"] == event_id
 
 
+def test_a_status_that_says_done_is_a_completion():
+    assert rows(TASK | {"status": "Done"})[0]["completed_at"] == AT
+    assert rows(TASK | {"status": "done", "updated_at": AT + 4})[0]["completed_at"] == AT + 4
+    assert rows(TASK | {"status": "open"})[0]["completed_at"] is None
+
+
 def envelope(op: str, before: Any, after: Any, source: dict[str, Any]) -> dict[str, Any]:
     return {"before": before, "after": after, "op": op, "ts_ms": AT // 1000, "source": source}
 
