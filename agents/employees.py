@@ -1,8 +1,8 @@
 """employees: the topic of the same name into a look-up table of this worker's partitions."""
 
 from preservarium import topics
-from preservarium.engine import app
 from preservarium.employees import fold_employees
+from preservarium.engine import app
 from preservarium.stage import Batch, Effects
 from tables.employees import employees
 
