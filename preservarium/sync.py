@@ -61,6 +61,7 @@ MEASUREMENTS: Final = Table(topics.VALIDATED, "sync", "measurements", {
     "topic": _TEXT,
     "quality": "UInt8",
     "flags": _TEXT,
+    "revised": "UInt8",
     "parser": _TEXT,
     "config_rev": "Int64",
     "experiment_id": _TEXT,
@@ -312,6 +313,7 @@ class ReadingSync(_Stage):
                     reading.get("unit") or "",
                     int(reading.get("quality", 2)),
                     ",".join(flags) if flags else "",
+                    1 if reading.get("revised") else 0,
                 )
             )
         count = len(rows)
@@ -325,9 +327,9 @@ class ReadingSync(_Stage):
                 ("experiment_id", line.get("experiment_id") or ""),
                 ("generation", source[0]),
                 ("received_at", int(line["received_at"])),
-                ("raw_partition", source[1]),
-                ("raw_offset", at[0]),
-                ("raw_index", at[1]),
+                ("raw_partition", int(line["raw_partition"])),
+                ("raw_offset", int(line["raw_offset"])),
+                ("raw_index", int(line["raw_index"])),
             )
             for name, values in zip(_OF_READING, zip(*rows, strict=True), strict=True):
                 columns[name].extend(values)
@@ -346,6 +348,7 @@ _OF_READING: Final = (
     "unit",
     "quality",
     "flags",
+    "revised",
 )
 
 

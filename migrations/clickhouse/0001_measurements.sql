@@ -2,7 +2,8 @@
 --
 -- Batches arrive exactly once by their tokens (docs/decisions/0004-clickhouse-exactly-once.md), which the engine only
 -- heeds where the table has a window for them (its size and why: DEDUP_BLOCKS in preservarium/stores/migrate.py).
--- ReplacingMergeTree is the second net: of equal keys the newest generation stays, in it what was received first.
+-- ReplacingMergeTree is the second net: of equal keys the newest generation stays, in it the latest verdict on the reading
+-- (revised), else what was received first.
 
 CREATE TABLE IF NOT EXISTS measurements {{clickhouse.on_cluster}} (
   timestamp      DateTime64(6, 'UTC')      CODEC(DoubleDelta, ZSTD(1)),
@@ -24,7 +25,9 @@ CREATE TABLE IF NOT EXISTS measurements {{clickhouse.on_cluster}} (
   raw_partition  UInt32,
   raw_offset     UInt64                    CODEC(Delta, ZSTD(1)),
   raw_index      UInt32,
-  version        Int64 MATERIALIZED toInt64(generation) * 10000000000000000 - toUnixTimestamp64Micro(received_at)
+  revised        UInt8                     DEFAULT 0,
+  version        Int64 MATERIALIZED toInt64(generation) * 10000000000000000
+                   + if(revised = 1, 1, -1) * toUnixTimestamp64Micro(received_at)
 ) ENGINE = {{clickhouse.replicated}}ReplacingMergeTree(version)
 PARTITION BY toYYYYMMDD(timestamp)
 ORDER BY (device_id, component_type, pin_position, connector_mode, timestamp)

@@ -1,6 +1,6 @@
 -- What dashboards ask of all measurements, kept ready by each insert. Every statement can be run again.
 
--- The last value of each series: of equal times the newest generation, in it what was received first.
+-- The last value of each series: of equal times as in measurements.
 CREATE TABLE IF NOT EXISTS latest_values {{clickhouse.on_cluster}} (
   device_id      LowCardinality(String),
   component_type LowCardinality(String),
@@ -21,7 +21,7 @@ CREATE MATERIALIZED VIEW IF NOT EXISTS latest_values_mv {{clickhouse.on_cluster}
 SELECT device_id, component_type, pin_position, connector_mode, m.timestamp AS timestamp, value, value_text, unit, quality,
        received_at,
        bitShiftLeft(toUInt256(toUnixTimestamp64Micro(m.timestamp)), 128) + bitShiftLeft(toUInt256(generation), 64)
-         + (9223372036854775807 - toUnixTimestamp64Micro(received_at)) AS version
+         + toUInt64(9223372036854775807 + if(revised = 1, 1, -1) * toUnixTimestamp64Micro(received_at)) AS version
 FROM measurements AS m
 -- Of an insert's rows of one series only the last can be it.
 ORDER BY version DESC

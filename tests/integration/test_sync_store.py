@@ -148,6 +148,23 @@ async def test_of_equal_keys_the_later_generation_stays(store, sync):
     assert [r[0] for r in await store.query("SELECT value FROM measurements FINAL")] == [2.0]
 
 
+async def test_a_later_verdict_replaces_the_reading_that_it_is_about(store, sync):
+    first = message("a", {"value": 1.0, "quality": 1}, offset=1)
+    verdict = message(
+        "a", {"value": 1.0, "quality": 3, "flags": ["spike"], "revised": True}, offset=2, received_at=NOW_US + 900_000
+    )
+    await sync([batch(T, 0, [record(0, first), record(1, verdict)])])
+    assert [r[0] for r in await store.query("SELECT quality FROM measurements FINAL")] == [3]
+    assert [r[0] for r in await store.query("SELECT quality FROM latest_values FINAL")] == [3]
+
+
+async def test_messages_that_were_put_into_order_keep_their_coordinates(store, sync):
+    lines = [message("a", float(i), at=NOW_US + i, offset=9 - i, released=[20, i]) for i in range(3)]
+    await sync([batch(T, 0, [record(0, *lines), record(1, *lines)])])
+    rows = await store.query("SELECT raw_partition, raw_offset FROM measurements ORDER BY timestamp")
+    assert [tuple(r) for r in rows] == [(3, 9), (3, 8), (3, 7)]
+
+
 async def test_what_is_no_message_goes_to_the_errors_and_the_rest_is_stored(store, sync):
     bad = [
         message("a", "warm", offset=2),
