@@ -26,6 +26,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "decode",
     "dlq",
     "doctor",
+    "alarms",
 )
 
 #: A wrong setting, as for wrong arguments: nothing was done.

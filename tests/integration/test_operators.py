@@ -1,0 +1,170 @@
+"""What operators do, against a real worker: through HTTP, the command line and a link; and what is kept of it."""
+
+import asyncio
+from typing import Any
+
+import aiohttp
+import asyncpg
+import orjson
+import pytest
+from click.testing import CliRunner, Result
+from operators_support import Plant
+from worker_support import until
+
+from preservarium.__main__ import cli
+from preservarium.notices.links import acknowledge_link
+from preservarium.stores import events
+
+DEVICES = ("dev-1", "dev/2", "dev-3", "dev-4", "dev-5")
+
+
+@pytest.fixture
+async def plant(kafka: str, topic_prefix: str, pg_dsn: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    made = Plant(kafka, topic_prefix, pg_dsn, tmp_path)
+    for name, value in made.environment.items():
+        monkeypatch.setenv(name, value)
+    await made.open(*DEVICES)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def http() -> Any:
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+async def listed(http: Any, url: str, query: str = "") -> dict[str, Any]:
+    async with http.get(f"{url}/api/alarms?{query}") as response:
+        page = await response.json()
+        assert response.status == 200, page
+        return {a["device_id"]: a for a in page["alarms"]}
+
+
+async def act(http: Any, url: str, device: str, action: str, **fields: Any) -> dict[str, Any]:
+    line = {"device_id": device, "rule": "hot", "action": action, "actor": "ann", **fields}
+    async with http.post(f"{url}/api/alarms/actions", json=line) as response:
+        said = await response.json()
+        assert response.status == 202, said
+    async with http.get(f"{url}{said['answer']}?wait_s=20") as response:
+        return await response.json()
+
+
+async def command(*arguments: str) -> Result:
+    # In a thread: commands have an event loop of their own.
+    return await asyncio.to_thread(CliRunner().invoke, cli, ["alarms", *arguments])
+
+
+async def chain(dsn: str, device: str, length: int) -> list[Any]:
+    connection = await asyncpg.connect(dsn)
+    found: list[Any] = []
+
+    async def long_enough() -> bool:
+        found[:] = await events.read(connection, f"alarm/{device}")
+        return len(found) >= length
+
+    try:
+        await until(long_enough, 30, lambda: str(found))
+        assert (await events.verify(connection)).faults == []
+        return found
+    finally:
+        await connection.close()
+
+
+async def test_operators_work_through_any_worker_any_way_and_all_is_kept(plant: Plant, http: Any, pg_dsn: str) -> None:
+    url = await plant.start()
+    for device in DEVICES:
+        await plant.reads(device, 31)
+
+    async def all_there() -> bool:
+        return set(await listed(http, url)) == set(DEVICES)
+
+    await until(all_there, 40, plant.log)
+
+    # HTTP: done, refused with the reason, done once.
+    answer = await act(http, url, "dev-1", "acknowledge", comment="on my way", action_id="one")
+    assert (answer["outcome"], answer["state"], answer["actor"]) == ("done", "acknowledged", "ann")
+    answer = await act(http, url, "dev-1", "acknowledge")
+    assert (answer["outcome"], answer["code"], answer["reason"]) == (
+        "refused", "already_acknowledged", "the alarm is acknowledged already",
+    )  # fmt: skip
+    assert (await act(http, url, "dev-1", "acknowledge", action_id="one"))["outcome"] == "done"
+    other = await act(http, url, "dev-1", "comment", comment="x", alarm_id="another")
+    assert (other["outcome"], other["code"]) == ("refused", "other_occurrence")
+
+    # The command line, on the same state, without the worker's web port.
+    done = await command("acknowledge", "dev/2", "hot", "--actor", "bob", "--json")
+    assert done.exit_code == 0, done.output
+    assert orjson.loads(done.stdout)["state"] == "acknowledged"
+    refused = await command("clear", "dev/2", "hot")
+    assert (refused.exit_code, "refused: the condition is still true" in refused.stderr) == (1, True)
+    shelved = await command("shelve", "dev-3", "hot", "--for", "30m", "--comment", "noisy")
+    assert (shelved.exit_code, shelved.stdout) == (0, "done: dev-3 hot is shelved\n")
+    unknown = await command("acknowledge", "dev-9", "hot")
+    assert (unknown.exit_code, "no such rule watches the device" in unknown.stderr) == (1, True)
+    page = orjson.loads((await command("list", "--json")).stdout)
+    assert {a["device_id"]: a["state"] for a in page["alarms"]} == {
+        "dev-1": "acknowledged", "dev/2": "acknowledged", "dev-3": "shelved", "dev-4": "unacknowledged", "dev-5": "unacknowledged",
+    }  # fmt: skip
+    assert [a["device_id"] for a in page["alarms"]][-1] == "dev-3"
+    assert "dev-4" in (await command("list", "--state", "waiting")).stdout
+    assert "dev-1" not in (await command("list", "--state", "waiting")).stdout
+
+    # A link.
+    alarms = await listed(http, url)
+    settings = plant.settings.model_copy(update={"web": plant.settings.web.model_copy(update={"public_url": url})})
+    link = acknowledge_link(alarms["dev-4"], "eve@example.org", settings)
+    async with http.get(link) as response:
+        assert "Acknowledge this alarm?" in await response.text()
+    assert (await listed(http, url))["dev-4"]["state"] == "unacknowledged"
+    async with http.post(f"{url}/ack", data={"token": link.partition("token=")[2]}) as response:
+        assert "Acknowledged." in await response.text()
+    assert (await listed(http, url))["dev-4"]["actor"] == "eve@example.org"
+
+    # What never was raised can be taken out of service, and shows.
+    await plant.reads("dev-5", 20)
+    assert (await act(http, url, "dev-5", "acknowledge"))["state"] == "normal"
+    assert (await act(http, url, "dev-5", "out_of_service"))["outcome"] == "done"
+    assert (await listed(http, url, "state=out-of-service"))["dev-5"]["alarm_id"] == ""
+
+    # Who did what when.
+    kept = await chain(pg_dsn, "dev-1", 3)
+    assert [(e.type, e.actor, e.data["action"], e.data["comment"]) for e in kept] == [
+        ("action_done", "ann", "acknowledge", "on my way"),
+        ("action_refused", "ann", "acknowledge", ""),
+        ("action_refused", "ann", "comment", "x"),
+    ]
+    async with http.get(f"{url}/api/alarms/dev%2F2/hot/-1") as response:
+        found = await response.json()
+    assert (found["state"], found["history"] is not None) == ("acknowledged", True)
+    shown = await command("show", "dev/2", "hot")
+    assert "bob" in shown.stdout
+    assert "refused: the condition is still true" in shown.stdout
+
+
+async def test_another_worker_shows_and_does_the_same_and_a_restart_forgets_nothing(plant: Plant, http: Any) -> None:
+    first = await plant.start()
+    for device in DEVICES:
+        await plant.reads(device, 31)
+
+    async def all_there(url: str) -> bool:
+        return set(await listed(http, url)) == set(DEVICES)
+
+    await until(lambda: all_there(first), 40, plant.log)
+    answer = await act(http, first, "dev-1", "acknowledge", action_id="through-the-first")
+    assert answer["outcome"] == "done"
+    second = await plant.start()
+    await until(lambda: all_there(second), 40, lambda: plant.log(1))
+    assert (await listed(http, second))["dev-1"]["state"] == "acknowledged"
+    # An answer to what was sent through another worker is known here, too.
+    async with http.get(f"{second}/api/alarms/actions/through-the-first?wait_s=10") as response:
+        assert (await response.json())["outcome"] == "done"
+    for device in DEVICES[1:]:
+        assert (await act(http, second, device, "acknowledge"))["outcome"] == "done"
+    for device in DEVICES:
+        await plant.reads(device, 20)
+
+    async def empty() -> bool:
+        return await listed(http, first) == {} == await listed(http, second)
+
+    await until(empty, 40, plant.log)
