@@ -1,0 +1,784 @@
+"""Whether ClickHouse holds what PostgreSQL holds: compared by device and day, repaired row by row, rebuilt by partition.
+
+**Comparing.** Each engine counts the rows of a day and adds up a 64-bit hash of each; only where the sums differ is the
+day looked at device by device. The hash is the beginning of MD5 over the row's bytes, and both engines write the same bytes:
+integers and instants as 8 bytes, most significant first, numbers as IEEE 754 bits (so -0 differs from 0, and no decimal text
+is involved), texts in UTF-8 ended by NUL, which no PostgreSQL text holds. A sum tells a doubled row, and rows moved
+between devices; both sums are exact (numeric, Int256). ClickHouse is read with FINAL, as its readers do.
+
+**What is still on its way** is left out on both sides: rows that were received in the last `settle_s` seconds.
+
+**Repairing** works on rows, while the worker runs:
+
+- What is missing is read from PostgreSQL and inserted with a token that was never used: the engine remembers the tokens and
+  the content of earlier inserts, and would drop the very rows that somebody deleted since (`insert_deduplicate=0` does
+  not keep current versions from it).
+- A row that should not be there is deleted by its key and its hash, so that only what was looked at goes, and never what the
+  worker has written since. The right row is inserted before the wrong one is deleted: nobody sees neither.
+- Nothing is deleted before PostgreSQL has everything that sync had written when it was looked at (`settled`): a row that
+  the sink is yet to store is not surplus.
+
+The worker's tokens stay what they are: a batch of it that comes again is recognised, or merged away by the table's key.
+
+**Rebuilding** fills a shadow table with one partition from PostgreSQL, adds what ClickHouse has received since, and puts it
+in the place of the live partition in one step (REPLACE PARTITION). Partitions older than what PostgreSQL keeps stay as
+they are, which exchanging whole tables would lose. What the worker inserted between the last two steps is found missing
+by the comparison that follows, and repaired.
+
+Memory does not depend on the rows: ranges of devices, ranges of time and batches have limits.
+"""
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, Final, Literal
+
+import orjson
+import structlog
+
+from preservarium.domain.errors import PreservariumError
+from preservarium.settings import Settings
+from preservarium.sync import ALARM_EVENT_TYPES, MEASUREMENT_TYPES
+
+log = structlog.get_logger(__name__)
+
+#: Devices compared by one query: a range of them is some megabytes of answers.
+DEVICES_MAX: Final = 5_000
+#: Rows of a device whose keys are compared in memory; a longer range is halved.
+ROWS_MAX: Final = 10_000
+#: Rows named in one DELETE: some 100 KiB of text, below the server's limit for a statement.
+DELETE_ROWS_MAX: Final = 1_000
+#: Rows of one insert of a rebuild.
+INSERT_ROWS_MAX: Final = 50_000
+#: Rows read from PostgreSQL at once.
+FETCH_ROWS: Final = 5_000
+#: A row received in the last minute may be on its way; workers at half their load need a second.
+SETTLE_S: Final = 60.0
+#: A wrong row may hide another one that was never merged.
+PASSES_MAX: Final = 3
+#: One statement over a day's rows, on a busy server.
+STATEMENT_S: Final = 600.0
+DAY_US: Final = 86_400_000_000
+#: PostgreSQL's epoch, 2000-01-01, in µs since ours: `timestamptz_send` counts from there.
+_EPOCH_US: Final = 946_684_800_000_000
+
+Kind = Literal["text", "integer", "instant", "number"]
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A column that both engines have."""
+
+    name: str  #: ClickHouse's
+    kind: Kind
+    postgres: str  #: expression over the row
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A table that both engines have."""
+
+    name: str
+    sink: str  #: name of the sink's stage, as `sink_offsets` has it
+    group: str  #: suffix of sync's consumer group
+    topic: str
+    source: str  #: PostgreSQL's FROM
+    devices: str  #: PostgreSQL's table to find the names of devices in
+    fields: tuple[Field, ...]
+    key: tuple[str, ...]  #: besides device_id and the instant
+    at: str  #: the instant whose day counts
+    received: str  #: the instant that says whether a row may be on its way
+    partition: str  #: strftime of a partition's id
+    types: Mapping[str, str]  #: ClickHouse's columns
+    select: str  #: PostgreSQL's columns of a whole row
+    columns: Callable[[Any], list[Any]]  #: of a PostgreSQL row: values in the order of `types`
+
+    def postgres(self, name: str) -> str:
+        """PostgreSQL's expression of a column."""
+        return next(f.postgres for f in self.fields if f.name == name)
+
+
+_LATE_COLUMNS: Final = (
+    "timestamp, received_at, raw_offset, value, series_id, derivation_id, raw_index, generation, raw_partition, quality,"
+    " value_text, flags, unit, topic"
+)
+#: Rows that wait for their chunk are rows.
+_MEASUREMENTS_SOURCE: Final = f"""(
+  SELECT {_LATE_COLUMNS} FROM measurements UNION ALL
+  SELECT {_LATE_COLUMNS} FROM measurements_late l WHERE NOT EXISTS (
+    SELECT FROM measurements x WHERE x.series_id = l.series_id AND x.timestamp = l.timestamp)
+) m JOIN series s USING (series_id) JOIN derivations d USING (derivation_id)"""
+
+_MEASUREMENT_FIELDS: Final = (
+    Field("device_id", "text", "s.device_id"),
+    Field("connector_mode", "text", "s.connector_mode"),
+    Field("component_type", "text", "s.component_type"),
+    Field("pin_position", "text", "s.pin_position"),
+    Field("timestamp", "instant", "m.timestamp"),
+    Field("value", "number", "m.value"),
+    Field("value_text", "text", "coalesce(m.value_text, '')"),
+    Field("unit", "text", "coalesce(m.unit, s.unit)"),
+    Field("topic", "text", "coalesce(m.topic, s.topic)"),
+    Field("quality", "integer", "m.quality"),
+    Field("flags", "text", "coalesce(array_to_string(m.flags, ','), '')"),
+    Field("parser", "text", "d.parser"),
+    Field("config_rev", "integer", "d.config_rev"),
+    Field("experiment_id", "text", "d.experiment_id"),
+    Field("generation", "integer", "m.generation"),
+    Field("received_at", "instant", "m.received_at"),
+    Field("raw_partition", "integer", "m.raw_partition"),
+    Field("raw_offset", "integer", "m.raw_offset"),
+    Field("raw_index", "integer", "m.raw_index"),
+)
+
+
+_ALARM_FIELDS: Final = (
+    Field("device_id", "text", "e.device_id"),
+    Field("transition_id", "text", "e.transition_id"),
+    Field("alarm_id", "text", "e.alarm_id"),
+    Field("rule", "text", "e.rule"),
+    Field("transition", "text", "e.transition"),
+    Field("state", "text", "e.state"),
+    Field("severity", "text", "e.severity"),
+    Field("occurred_at", "instant", "e.occurred_at"),
+    Field("detected_at", "instant", "e.detected_at"),
+    Field("value", "number", "e.value"),
+    Field("message", "text", "coalesce(e.detail->>'message', '')"),
+    Field("generation", "integer", "e.generation"),
+    Field("raw_partition", "integer", "coalesce(e.raw_partition, 0)"),
+    Field("raw_offset", "integer", "coalesce(e.raw_offset, 0)"),
+    Field("raw_index", "integer", "coalesce(e.raw_index, 0)"),
+)
+
+
+def _us(sql: str) -> str:
+    return f"(extract(epoch FROM {sql}) * 1000000)::bigint"
+
+
+def _selected(fields: Sequence[Field]) -> str:
+    return ", ".join(f"{_us(f.postgres) if f.kind == 'instant' else f.postgres} AS {f.name}" for f in fields)
+
+
+def _measurement_columns(row: Any) -> list[Any]:
+    return [row[name] for name in MEASUREMENT_TYPES]
+
+
+def _alarm_columns(row: Any) -> list[Any]:
+    # The columns win over the document: jsonb's numbers know no -0.
+    line = orjson.loads(row["detail"]) | {f.name: row[f.name] for f in _ALARM_FIELDS}
+    values: list[Any] = []
+    for name, kind in ALARM_EVENT_TYPES.items():
+        value = line.get(name)
+        if kind.startswith("Nullable"):
+            values.append(value if value is None or name == "cleared_at" else float(value))
+        elif kind.endswith(("String", "String)")):
+            values.append("" if value is None else str(value))
+        else:
+            values.append(int(value or 0))
+    return values
+
+
+MEASUREMENTS: Final = Compared(
+    "measurements",
+    "sink",
+    "sync",
+    "iot_validated_data",
+    _MEASUREMENTS_SOURCE,
+    "series",
+    _MEASUREMENT_FIELDS,
+    ("connector_mode", "component_type", "pin_position"),
+    "timestamp",
+    "received_at",
+    "%Y%m%d",
+    MEASUREMENT_TYPES,
+    _selected(_MEASUREMENT_FIELDS),
+    _measurement_columns,
+)
+
+ALARM_EVENTS: Final = Compared(
+    "alarm_events",
+    "sink-alarms",
+    "sync-alarms",
+    "iot_alerts",
+    "alarm_events e",
+    "alarm_events",
+    _ALARM_FIELDS,
+    ("transition_id",),
+    "occurred_at",
+    "detected_at",
+    "%Y%m",
+    ALARM_EVENT_TYPES,
+    _selected(_ALARM_FIELDS) + ", e.detail",
+    _alarm_columns,
+)
+
+TABLES: Final = {t.name: t for t in (MEASUREMENTS, ALARM_EVENTS)}
+
+
+class VerificationError(PreservariumError):
+    """The stores cannot be compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Rows, and the sum of their hashes."""
+
+    rows: int = 0
+    checksum: int = 0
+
+
+@dataclass(slots=True)
+class Difference:
+    """A device's day that is not the same in both, and what was done about it."""
+
+    table: str
+    device_id: str
+    day: date  #: UTC
+    postgres: Sums
+    clickhouse: Sums
+    inserted: int = 0  #: rows that were missing or wrong, inserted from PostgreSQL
+    deleted: int = 0  #: rows that were wrong or surplus, deleted
+    kept: int = 0  #: surplus or wrong rows that stay, because PostgreSQL may be yet to store them
+    repaired: bool = False  #: both are the same now
+
+    @property
+    def what(self) -> str:
+        """In a word: missing, surplus or altered rows in ClickHouse."""
+        if self.clickhouse.rows < self.postgres.rows:
+            return "missing"
+        return "surplus" if self.clickhouse.rows > self.postgres.rows else "altered"
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What a comparison found."""
+
+    days: int = 0
+    rows: int = 0  #: of PostgreSQL, compared
+    differences: list[Difference] = field(default_factory=list)  #: the first DIFFERENCES_KEPT
+    differing: int = 0  #: device-days that differ, those repaired not among them
+    repaired: int = 0
+    #: table -> rows that ClickHouse holds more than once, until it merges; readers with FINAL do not see them
+    unmerged: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def same(self) -> bool:
+        """Whether both stores hold the same now."""
+        return self.differing == 0
+
+
+#: Differences that are listed one by one; a table that is lost altogether is told by its number of them.
+DIFFERENCES_KEPT: Final = 10_000
+
+#: Says whether PostgreSQL has by now everything that sync had written when it was asked.
+Settled = Callable[[Compared], Awaitable[bool]]
+Progress = Callable[[int, int, str], None]  #: (days done, days, what is looked at)
+
+
+# --- expressions ------------------------------------------------------------------------------------------------------
+
+
+def postgres_hash(table: Compared) -> str:
+    """PostgreSQL's expression for the hash of a row, a bigint."""
+    parts = []
+    for f in table.fields:
+        e = f.postgres
+        if f.kind == "text":
+            parts.append(f"convert_to({e}, 'UTF8') || '\\x00'::bytea")
+        elif f.kind == "integer":
+            parts.append(f"int8send(({e})::bigint)")
+        elif f.kind == "instant":
+            parts.append(f"timestamptz_send({e})")
+        else:
+            parts.append(f"CASE WHEN {e} IS NULL THEN '\\x00'::bytea ELSE '\\x01'::bytea || float8send({e}) END")
+    return f"('x' || substr(md5({' || '.join(parts)}), 1, 16))::bit(64)::bigint"
+
+
+def clickhouse_hash(table: Compared) -> str:
+    """ClickHouse's expression for the hash of a row, an Int64; the same number."""
+    parts = []
+    for f in table.fields:
+        if f.kind == "text":
+            parts.append(f"toString({f.name}), '\\0'")
+        elif f.kind == "integer":
+            parts.append(f"reinterpretAsFixedString(byteSwap(toInt64({f.name})))")
+        elif f.kind == "instant":
+            parts.append(f"reinterpretAsFixedString(byteSwap(toUnixTimestamp64Micro({f.name}) - {_EPOCH_US}))")
+        else:
+            bits = f"reinterpretAsFixedString(byteSwap(reinterpretAsUInt64(assumeNotNull({f.name}))))"
+            # Both branches are evaluated, and assumeNotNull gives an arbitrary number for what is thrown away.
+            parts.append(f"if(isNull({f.name}), '\\0', concat('\\x01', {bits}))")
+    return f"reinterpretAsInt64(byteSwap(reinterpretAsUInt64(substring(MD5(concat({', '.join(parts)})), 1, 8))))"
+
+
+def _datetime(us: int) -> datetime:
+    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=us)
+
+
+def _day_us(day: date) -> int:
+    return (day - date(1970, 1, 1)).days * DAY_US
+
+
+_FINAL_SETTINGS: Final = {
+    # A key names its day, so rows of different partitions never replace each other.
+    "do_not_merge_across_partitions_select_final": 1,
+}
+
+
+class Verifier:
+    """Compares, repairs and rebuilds. For one task at a time.
+
+    Args:
+        settings: where the stores are.
+        settled: see `Settled`; without it nothing is ever deleted.
+        settle_s: rows received less than so long ago are not compared.
+    """
+
+    def __init__(self, settings: Settings, *, settled: Settled | None = None, settle_s: float = SETTLE_S) -> None:
+        long = settings.clickhouse.model_copy(update={"timeout_s": max(settings.clickhouse.timeout_s, STATEMENT_S)})
+        self._settings = settings.model_copy(update={"clickhouse": long})
+        self._settled = settled
+        self._settle_s = settle_s
+        self._postgres: Any = None
+        self._clickhouse: Any = None
+
+    async def __aenter__(self) -> "Verifier":
+        """Connect.
+
+        Raises:
+            MigrationError: a store cannot be reached.
+        """
+        from preservarium.stores.migrate import connect_clickhouse, connect_postgres
+
+        self._postgres = await connect_postgres(self._settings)
+        try:
+            await self._postgres.execute("SET timezone = 'UTC'")
+            # The optimiser's compiler costs more than it saves on an expression this long.
+            await self._postgres.execute("SET jit = off")
+            self._clickhouse = await connect_clickhouse(self._settings, database=self._settings.clickhouse.database)
+        except BaseException:
+            await self._postgres.close(timeout=5)
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Disconnect."""
+        await self._clickhouse.close()
+        await self._postgres.close(timeout=5)
+
+    # --- comparing
+
+    def default_range(self) -> tuple[date, date]:
+        """First and last day that PostgreSQL keeps whole: [first, last]."""
+        today = datetime.now(UTC).date()
+        return today - timedelta(days=self._settings.sink.retention_days - 1), today + timedelta(days=1)
+
+    async def verify(
+        self,
+        tables: Sequence[Compared],
+        first: date,
+        last: date,
+        *,
+        repair: bool = False,
+        progress: Progress = lambda *_: None,
+    ) -> Verdict:
+        """Compare the days from `first` to `last`, both included; repair what differs where `repair`.
+
+        Raises:
+            VerificationError: a store refuses a query.
+        """
+        verdict = Verdict(days=(last - first).days + 1)
+        cutoff_us = time.time_ns() // 1_000 - round(self._settle_s * 1e6)
+        total = verdict.days * len(tables)
+        done = 0
+        for table in tables:
+            for number in range(verdict.days):
+                day = first + timedelta(days=number)
+                progress(done, total, f"{table.name} {day}")
+                async for difference in self._day(table, day, cutoff_us, verdict, repair=repair):
+                    if difference.repaired:
+                        verdict.repaired += 1
+                    else:
+                        verdict.differing += 1
+                    if len(verdict.differences) < DIFFERENCES_KEPT:
+                        verdict.differences.append(difference)
+                done += 1
+        progress(done, total, "")
+        return verdict
+
+    async def _day(
+        self, table: Compared, day: date, cutoff_us: int, verdict: Verdict, *, repair: bool
+    ) -> AsyncIterator[Difference]:
+        from_us = _day_us(day)
+        span = from_us, from_us + DAY_US
+        (postgres, clickhouse), stored = await asyncio.gather(
+            self._sums(table, span, cutoff_us), self._stored(table, span, cutoff_us)
+        )
+        verdict.rows += postgres.rows
+        if postgres != clickhouse:
+            async for device, ours, theirs in self._devices(table, span, cutoff_us):
+                difference = Difference(table.name, device, day, ours, theirs)
+                if repair:
+                    await self._repair(table, difference, span, cutoff_us)
+                yield difference
+        surplus = stored - clickhouse.rows
+        if surplus > 0:
+            if repair:
+                await self._command(f"OPTIMIZE TABLE {table.name} PARTITION ID '{day.strftime(table.partition)}' FINAL")
+                surplus = await self._stored(table, span, cutoff_us)
+                surplus -= (await self._clickhouse_sums(table, span, cutoff_us)).rows
+            verdict.unmerged[table.name] = verdict.unmerged.get(table.name, 0) + surplus
+
+    async def _sums(
+        self, table: Compared, span: tuple[int, int], cutoff_us: int, device: str | None = None
+    ) -> tuple[Sums, Sums]:
+        return await asyncio.gather(
+            self._postgres_sums(table, span, cutoff_us, device), self._clickhouse_sums(table, span, cutoff_us, device)
+        )
+
+    async def _postgres_sums(
+        self, table: Compared, span: tuple[int, int], cutoff_us: int, device: str | None = None
+    ) -> Sums:
+        where, arguments = self._postgres_where(table, span, cutoff_us, device)
+        row = await self._fetch(
+            f"SELECT count(*), coalesce(sum({postgres_hash(table)}), 0)::text FROM {table.source} WHERE {where}",
+            *arguments,
+        )
+        return Sums(row[0][0], int(row[0][1]))
+
+    async def _clickhouse_sums(
+        self, table: Compared, span: tuple[int, int], cutoff_us: int, device: str | None = None
+    ) -> Sums:
+        row = await self._query(
+            f"SELECT count(), toString(sum(toInt256({clickhouse_hash(table)}))) FROM {table.name} FINAL"
+            f" WHERE {self._clickhouse_where(table)}{'' if device is None else ' AND device_id = {device:String}'}",
+            self._parameters(span, cutoff_us) | ({} if device is None else {"device": device}),
+        )
+        return Sums(row[0][0], int(row[0][1]))
+
+    async def _stored(self, table: Compared, span: tuple[int, int], cutoff_us: int) -> int:
+        """Rows of ClickHouse, those among them that a merge will remove."""
+        row = await self._query(
+            f"SELECT count() FROM {table.name} WHERE {self._clickhouse_where(table)}", self._parameters(span, cutoff_us)
+        )
+        return int(row[0][0])
+
+    async def _devices(
+        self, table: Compared, span: tuple[int, int], cutoff_us: int
+    ) -> AsyncIterator[tuple[str, Sums, Sums]]:
+        """Devices whose rows differ, in the order of their names' bytes, a range of them at a time."""
+        low: str | None = None
+        while True:
+            high = await self._next_device(table, low)
+            bounds = self._parameters(span, cutoff_us) | {"low": low or "", "high": high or ""}
+            where, arguments = self._postgres_where(table, span, cutoff_us, None)
+            device = table.postgres("device_id")
+            if low is not None:
+                arguments.append(low)
+                where += f' AND {device} > ${len(arguments)} COLLATE "C"'
+            if high is not None:
+                arguments.append(high)
+                where += f' AND {device} <= ${len(arguments)} COLLATE "C"'
+            ours, theirs = await asyncio.gather(
+                self._fetch(
+                    f"SELECT {device}, count(*), sum({postgres_hash(table)})::text FROM {table.source}"
+                    f" WHERE {where} GROUP BY 1",
+                    *arguments,
+                ),
+                self._query(
+                    f"SELECT device_id, count(), toString(sum(toInt256({clickhouse_hash(table)}))) FROM {table.name} FINAL"
+                    f" WHERE {self._clickhouse_where(table)}"
+                    f"{'' if low is None else ' AND device_id > {low:String}'}"
+                    f"{'' if high is None else ' AND device_id <= {high:String}'} GROUP BY device_id",
+                    bounds,
+                ),
+            )
+            left = {r[0]: Sums(r[1], int(r[2])) for r in ours}
+            right = {r[0]: Sums(r[1], int(r[2])) for r in theirs}
+            for name in sorted(left.keys() | right.keys(), key=str.encode):
+                if left.get(name) != right.get(name):
+                    yield name, left.get(name, Sums()), right.get(name, Sums())
+            if high is None:
+                return
+            low = high
+
+    async def _next_device(self, table: Compared, low: str | None) -> str | None:
+        """The last name of the next range; None where the range is the last."""
+        rows = await self._fetch(
+            f'SELECT device_id FROM (SELECT DISTINCT device_id COLLATE "C" AS device_id FROM {table.devices}'
+            f' WHERE $1::text IS NULL OR device_id > $1 COLLATE "C") s ORDER BY 1 OFFSET {DEVICES_MAX - 1} LIMIT 1',
+            low,
+        )
+        return rows[0][0] if rows else None
+
+    # --- repairing
+
+    async def _repair(self, table: Compared, difference: Difference, span: tuple[int, int], cutoff_us: int) -> None:
+        for _ in range(PASSES_MAX):
+            await self._repair_range(table, difference, span, cutoff_us)
+            ours, theirs = await self._sums(table, span, cutoff_us, difference.device_id)
+            if ours == theirs:
+                difference.repaired = True
+                log.info("device_day_repaired", table=table.name, device_id=difference.device_id, day=str(difference.day),
+                         inserted=difference.inserted, deleted=difference.deleted)  # fmt: skip
+                return
+            if difference.kept:
+                return
+
+    async def _repair_range(
+        self, table: Compared, difference: Difference, span: tuple[int, int], cutoff_us: int
+    ) -> None:
+        """Halve the time until what differs is short enough to be compared row by row."""
+        ours, theirs = await self._sums(table, span, cutoff_us, difference.device_id)
+        if ours == theirs:
+            return
+        if max(ours.rows, theirs.rows) > ROWS_MAX and span[1] - span[0] > 1:
+            middle = (span[0] + span[1]) // 2
+            await self._repair_range(table, difference, (span[0], middle), cutoff_us)
+            await self._repair_range(table, difference, (middle, span[1]), cutoff_us)
+            return
+        await self._repair_rows(table, difference, span, cutoff_us)
+
+    async def _repair_rows(
+        self, table: Compared, difference: Difference, span: tuple[int, int], cutoff_us: int
+    ) -> None:
+        device = difference.device_id
+        theirs = {
+            tuple(r[:-1]): r[-1]
+            for r in await self._query(
+                f"SELECT {self._clickhouse_key(table)}, {clickhouse_hash(table)} FROM {table.name} FINAL"
+                f" WHERE {self._clickhouse_where(table)} AND device_id = {{device:String}}",
+                self._parameters(span, cutoff_us) | {"device": device},
+            )
+        }
+        ours = await self._postgres_rows(table, span, cutoff_us, device)
+        right = [row for key, (hashed, row) in ours.items() if theirs.get(key) != hashed]
+        wrong = [(*key, hashed) for key, hashed in theirs.items() if key not in ours or ours[key][0] != hashed]
+        if wrong:
+            if self._settled is not None and await self._settled(table):
+                # What the sink has stored since is no surplus.
+                ours = await self._postgres_rows(table, span, cutoff_us, device)
+                right = [row for key, (hashed, row) in ours.items() if theirs.get(key) != hashed]
+                wrong = [w for w in wrong if w[:-1] not in ours or ours[w[:-1]][0] != w[-1]]
+            else:
+                difference.kept += len(wrong)
+                stay = {w[:-1] for w in wrong}
+                right = [row for key, (_, row) in ours.items() if key not in theirs and key not in stay]
+                wrong = []
+        if right:
+            await self._insert(table, table.name, [table.columns(row) for row in right])
+            difference.inserted += len(right)
+        for start in range(0, len(wrong), DELETE_ROWS_MAX):
+            part = wrong[start : start + DELETE_ROWS_MAX]
+            listed = ", ".join("(" + ", ".join(_literal(v) for v in row) + ")" for row in part)
+            await self._command(
+                f"DELETE FROM {table.name} WHERE device_id = {_literal(device)}"
+                f" AND {table.at} >= fromUnixTimestamp64Micro({span[0]}, 'UTC')"
+                f" AND {table.at} < fromUnixTimestamp64Micro({span[1]}, 'UTC')"
+                f" AND ({self._clickhouse_key(table)}, {clickhouse_hash(table)}) IN ({listed})"
+            )
+            difference.deleted += len(part)
+
+    async def _postgres_rows(
+        self, table: Compared, span: tuple[int, int], cutoff_us: int, device: str
+    ) -> dict[tuple[Any, ...], tuple[int, Any]]:
+        """Key -> (hash, row)."""
+        where, arguments = self._postgres_where(table, span, cutoff_us, device)
+        key = ", ".join(f"{table.postgres(name)} AS key_{n}" for n, name in enumerate(table.key))
+        rows = await self._fetch(
+            f"SELECT {key}, {_us(table.postgres(table.at))} AS key_at, {postgres_hash(table)} AS hashed, {table.select}"
+            f" FROM {table.source} WHERE {where}",
+            *arguments,
+        )
+        names = [f"key_{n}" for n in range(len(table.key))]
+        return {(*(r[n] for n in names), r["key_at"]): (r["hashed"], r) for r in rows}
+
+    # --- rebuilding
+
+    async def rebuild(
+        self, table: Compared, first: date, last: date, *, progress: Progress = lambda *_: None
+    ) -> dict[str, int]:
+        """Make the partitions that lie in [first, last] anew from PostgreSQL; partition id -> rows.
+
+        A partition of which PostgreSQL has nothing stays as it is. Interrupted, it can be started again from the partition
+        that it was at: those before it are done, and that one is as it was.
+
+        Raises:
+            VerificationError: a store refuses a statement.
+        """
+        shadow = f"{table.name}_rebuild"
+        partitions = _partitions(table, first, last)
+        made: dict[str, int] = {}
+        await self._command(f"DROP TABLE IF EXISTS {shadow} SYNC")
+        engine = (
+            await self._query(
+                "SELECT engine_full FROM system.tables WHERE database = currentDatabase() AND name = {n:String}",
+                {"n": table.name},
+            )
+        )[0][0]
+        try:
+            for number, (identity, from_us, to_us) in enumerate(partitions):
+                progress(number, len(partitions), f"{table.name} {identity}")
+                await self._command(
+                    f"CREATE TABLE IF NOT EXISTS {shadow} AS {table.name} ENGINE = {unreplicated(engine)}"
+                )
+                started_us = time.time_ns() // 1_000
+                rows = await self._fill(table, shadow, (from_us, to_us))
+                if rows:
+                    since_us = started_us - round(SETTLE_S * 1e6)
+                    await self._command(
+                        f"INSERT INTO {shadow} SELECT * FROM {table.name}"
+                        f" WHERE {table.at} >= fromUnixTimestamp64Micro({from_us}, 'UTC')"
+                        f" AND {table.at} < fromUnixTimestamp64Micro({to_us}, 'UTC')"
+                        f" AND {table.received} >= fromUnixTimestamp64Micro({since_us}, 'UTC')",
+                        insert_deduplication_token=_token(),
+                    )
+                    await self._command(f"ALTER TABLE {table.name} REPLACE PARTITION ID '{identity}' FROM {shadow}")
+                    made[identity] = rows
+                    log.info("partition_rebuilt", table=table.name, partition=identity, rows=rows)
+                await self._command(f"DROP TABLE IF EXISTS {shadow} SYNC")
+        finally:
+            await self._command(f"DROP TABLE IF EXISTS {shadow} SYNC")
+        progress(len(partitions), len(partitions), "")
+        return made
+
+    async def _fill(self, table: Compared, target: str, span: tuple[int, int]) -> int:
+        where, arguments = self._postgres_where(table, span, None, None)
+        rows = 0
+        waiting: list[list[Any]] = []
+        # Read only, one picture: rows that come meanwhile are taken from ClickHouse afterwards.
+        async with self._postgres.transaction(isolation="repeatable_read", readonly=True):
+            query = f"SELECT {table.select} FROM {table.source} WHERE {where}"
+            async for row in self._postgres.cursor(query, *arguments, prefetch=FETCH_ROWS, timeout=STATEMENT_S):
+                waiting.append(table.columns(row))
+                if len(waiting) >= INSERT_ROWS_MAX:
+                    await self._insert(table, target, waiting)
+                    rows += len(waiting)
+                    waiting = []
+        if waiting:
+            await self._insert(table, target, waiting)
+        return rows + len(waiting)
+
+    # --- both engines
+
+    def _postgres_where(
+        self, table: Compared, span: tuple[int, int], cutoff_us: int | None, device: str | None
+    ) -> tuple[str, list[Any]]:
+        at = table.postgres(table.at)
+        where, arguments = f"{at} >= $1 AND {at} < $2", [_datetime(span[0]), _datetime(span[1])]
+        values: list[Any] = arguments
+        if cutoff_us is not None:
+            values.append(_datetime(cutoff_us))
+            where += f" AND {table.postgres(table.received)} < ${len(values)}"
+        if device is not None:
+            values.append(device)
+            where += f" AND {table.postgres('device_id')} = ${len(values)}"
+        return where, values
+
+    @staticmethod
+    def _clickhouse_where(table: Compared) -> str:
+        return (
+            f"{table.at} >= fromUnixTimestamp64Micro({{from:Int64}}, 'UTC') AND {table.at} <"
+            f" fromUnixTimestamp64Micro({{to:Int64}}, 'UTC') AND {table.received} <"
+            f" fromUnixTimestamp64Micro({{cutoff:Int64}}, 'UTC')"
+        )
+
+    @staticmethod
+    def _parameters(span: tuple[int, int], cutoff_us: int) -> dict[str, Any]:
+        return {"from": span[0], "to": span[1], "cutoff": cutoff_us}
+
+    @staticmethod
+    def _clickhouse_key(table: Compared) -> str:
+        return ", ".join([*(f"toString({name})" for name in table.key), f"toUnixTimestamp64Micro({table.at})"])
+
+    async def _fetch(self, query: str, *arguments: Any) -> list[Any]:
+        import asyncpg
+
+        try:
+            rows: list[Any] = await self._postgres.fetch(query, *arguments, timeout=STATEMENT_S)
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as e:
+            message = f"PostgreSQL: {type(e).__name__}: {e}"
+            raise VerificationError(message) from e
+        return rows
+
+    async def _query(self, query: str, parameters: Mapping[str, Any]) -> list[Any]:
+        return list(
+            (await self._asked(self._clickhouse.query(query, parameters=dict(parameters), settings=_FINAL_SETTINGS)))
+            .result_rows
+        )  # fmt: skip
+
+    async def _command(self, statement: str, **settings: Any) -> None:
+        await self._asked(self._clickhouse.command(statement, settings=settings))
+
+    async def _insert(self, table: Compared, target: str, rows: Sequence[Sequence[Any]]) -> None:
+        await self._asked(
+            self._clickhouse.insert(
+                target,
+                list(zip(*rows, strict=True)),
+                column_names=list(table.types),
+                column_type_names=list(table.types.values()),
+                column_oriented=True,
+                settings={
+                    "async_insert": 0,
+                    "insert_deduplication_token": _token(),
+                    "max_partitions_per_insert_block": 0,
+                },
+            )
+        )
+
+    @staticmethod
+    async def _asked(answer: Awaitable[Any]) -> Any:
+        from clickhouse_connect.driver.exceptions import ClickHouseError
+
+        from preservarium.stores.clickhouse import INFRASTRUCTURE_ERRORS
+
+        try:
+            return await answer
+        except (ClickHouseError, *INFRASTRUCTURE_ERRORS) as e:
+            message = f"ClickHouse: {(str(e) or repr(e)).splitlines()[0][:300]}"
+            raise VerificationError(message) from e
+
+
+def _partitions(table: Compared, first: date, last: date) -> list[tuple[str, int, int]]:
+    """(id, from, to in µs) of the partitions that lie wholly in [first, last], in order."""
+    found: list[tuple[str, int, int]] = []
+    day = first
+    while day <= last:
+        if table.partition == "%Y%m":
+            begin = day.replace(day=1)
+            end = (begin + timedelta(days=32)).replace(day=1)
+        else:
+            begin, end = day, day + timedelta(days=1)
+        if begin >= first and (end - timedelta(days=1) <= last or end > datetime.now(UTC).date()):
+            found.append((begin.strftime(table.partition), _day_us(begin), _day_us(end)))
+        day = end
+    return found
+
+
+_REPLICATED: Final = re.compile(r"^Replicated(\w*MergeTree)(?:\('[^']*',\s*'[^']*'(?:,\s*)?)?")
+
+
+def unreplicated(engine: str) -> str:
+    """An engine as `system.tables` gives it, without replication: a shadow is filled and gone before a replica would have it."""
+    match = _REPLICATED.match(engine)
+    if match is None:
+        return engine
+    rest = engine[match.end() :]
+    had_arguments = match[0].endswith(("'", ",", " "))
+    # 'path', 'replica' were the first arguments; what is left of the list follows.
+    return f"{match[1]}({rest}" if had_arguments else f"{match[1]}{rest}"
+
+
+def _token() -> str:
+    return f"repair-{uuid.uuid4().hex}"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, int):
+        return str(value)
+    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
