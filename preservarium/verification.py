@@ -174,7 +174,7 @@ def _alarm_columns(row: Any) -> list[Any]:
     for name, kind in ALARM_EVENT_TYPES.items():
         value = line.get(name)
         if kind.startswith("Nullable"):
-            values.append(value if value is None or name == "cleared_at" else float(value))
+            values.append(float(value) if value is not None and "Float" in kind else value)
         elif kind.endswith(("String", "String)")):
             values.append("" if value is None else str(value))
         else:
