@@ -167,8 +167,8 @@ async def _table(client: Any, database: str, stage: StageStatus) -> None:
     stage.dedup_window = int(window[1]) if window else 0
     rows, size, inserted = (
         await client.query(
-            # A part's level is 0 until it is merged.
-            "SELECT sum(rows), sum(bytes_on_disk), toUnixTimestamp(maxIf(modification_time, level = 0)) FROM system.parts"
+            # A part of one block was not merged yet.
+            "SELECT sum(rows), sum(bytes_on_disk), toUnixTimestamp(maxIf(modification_time, min_block_number = max_block_number)) FROM system.parts"
             " WHERE database = {d:String} AND table = {t:String} AND active",
             parameters=where,
         )
