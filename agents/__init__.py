@@ -16,6 +16,7 @@ AGENTS: Final = (
     "aggregate",
     "anomaly",
     "alarm",
+    "notices",
     "notify",
     "commands",
     "downlink",

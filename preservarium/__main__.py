@@ -28,6 +28,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "sync",
     "doctor",
     "alarms",
+    "notices",
 )
 
 #: A wrong setting, as for wrong arguments: nothing was done.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, cast
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import orjson
 from pydantic import (
@@ -30,7 +31,7 @@ from ruamel.yaml.constructor import RoundTripConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
-from preservarium.domain import quality, units
+from preservarium.domain import notices, quality, units
 from preservarium.domain.commands import check_downlink, check_rule_commands
 from preservarium.domain.decoders import KINDS, compile_parser, examples
 from preservarium.domain.decoders.scripts import FUNCTIONS
@@ -230,6 +231,13 @@ class DeviceType(_Model):
     downlink: Downlink | None = None
 
 
+class Escalation(_Model):
+    """Who else is told where nobody has acknowledged in time."""
+
+    after_s: Annotated[float, Field(gt=0, le=7 * 86_400, allow_inf_nan=False)]
+    recipients: Annotated[list[Name], Field(min_length=1)]
+
+
 class Rule(_Model):
     """RuleDoc as a file says it."""
 
@@ -245,6 +253,7 @@ class Rule(_Model):
     off_delay_s: NotNegative | None = None
     message: Line | None = None
     recipients: list[Name] | None = None
+    escalation: Annotated[list[Escalation], Field(max_length=10)] | None = None
     parameters: dict[str, Any] | None = None
     commands: RuleCommands | None = None
 
@@ -256,13 +265,70 @@ class Rule(_Model):
         return self
 
 
+Severity = Literal["critical", "major", "minor", "warning", "indeterminate"]
+#: Up to a month; a group that is looked at more often than each second is looked at with each record.
+Interval = Annotated[float, Field(ge=1, le=31 * 86_400, allow_inf_nan=False)]
+
+
+def _time_of_day(value: str) -> str:
+    notices.minute_of_day(value)
+    return value
+
+
+#: HH:MM. YAML's 1.2 rules leave it a text.
+TimeOfDay = Annotated[str, AfterValidator(_time_of_day)]
+
+
+class QuietHours(_Model):
+    """Hours in which only severities that break through are told."""
+
+    since: TimeOfDay
+    until: TimeOfDay
+    days: Annotated[list[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]], Field(min_length=1)] | None = None
+
+
+class Digest(_Model):
+    """Everything in one notice a period."""
+
+    every: Literal["hour", "day"]
+    at: TimeOfDay | None = None
+
+
+class NoticeLimit(_Model):
+    """At most so many notices in any window."""
+
+    notices: Annotated[int, Field(ge=1, le=notices.LIMIT_MAX)]
+    window_s: Interval
+
+
 class Recipient(_Model):
     """RecipientDoc as a file says it."""
 
     name: Name
-    channel: Literal["mail", "webhook"]
+    channel: Literal["mail", "webhook", "apprise"]
     address: Line
-    severities: list[Literal["critical", "major", "minor", "warning", "indeterminate"]] | None = None
+    severities: list[Severity] | None = None
+    group_by: list[Literal[notices.LABELS]] | None = None  # type: ignore[valid-type]
+    group_wait_s: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] | None = None
+    group_interval_s: Interval | None = None
+    repeat_interval_s: Interval | None = None
+    cleared: bool | None = None
+    timezone: Line | None = None
+    quiet_hours: Annotated[list[QuietHours], Field(max_length=20)] | None = None
+    through: list[Severity] | None = None
+    digest: Digest | None = None
+    limit: NoticeLimit | None = None
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                ZoneInfo(value)
+            except (ZoneInfoNotFoundError, ValueError, OSError):
+                message = f"there is no time zone {value!r}; they are named like Europe/Berlin"
+                raise ValueError(message) from None
+        return value
 
     @model_validator(mode="after")
     def _address(self) -> "Recipient":
@@ -271,6 +337,9 @@ class Recipient(_Model):
             raise ValueError(message)
         if self.channel == "webhook" and not self.address.startswith(("http://", "https://")):
             message = "a webhook's address starts with http:// or https://"
+            raise ValueError(message)
+        if self.channel == "apprise" and "://" not in self.address:
+            message = "an Apprise address is a URL, e.g. ntfy://host/topic"
             raise ValueError(message)
         return self
 
@@ -757,6 +826,9 @@ def check_references(file: RegistryFile, known: Mapping[str, Iterable[str]]) -> 
         need("datatype", doc["component_type"], "rule", i, "component_type")
         for recipient in doc.get("recipients", ()):
             need("recipient", recipient, "rule", i, "recipients")
+        for step in doc.get("escalation", ()):
+            for recipient in step["recipients"]:
+                need("recipient", recipient, "rule", i, "escalation")
     for kind in ("type", "device"):
         for i, doc in enumerate(file.documents.get(kind, ())):
             for field_name, mapping in doc.get("mapping", {}).items():

@@ -345,6 +345,69 @@ class Commands(_Section):
     puback_timeout_s: float = Field(10.0, gt=0, description="The broker must acknowledge within this time.")
 
 
+class Notices(_Section):
+    """When people are told of alarms, and through which channels; a recipient in the registry may say otherwise."""
+
+    group_by: str = Field(
+        "rule",
+        description="What a notice puts together, separated by commas: device, rule, severity, group, area, type, component_type, pin, alarm; empty: everything.",
+    )
+    group_wait_s: float = Field(
+        30.0,
+        ge=0,
+        json_schema_extra=RELOAD,
+        description="The first notice of a group waits so long for further alarms.",
+    )
+    group_interval_s: float = Field(
+        300.0, ge=1, json_schema_extra=RELOAD, description="What is new in a group is told this often."
+    )
+    repeat_interval_s: float = Field(
+        14_400.0,
+        ge=1,
+        json_schema_extra=RELOAD,
+        description="A group with an active alarm that nobody has acknowledged is told again after this time.",
+    )
+    through: str = Field(
+        "critical",
+        json_schema_extra=RELOAD,
+        description="Severities, separated by commas, that neither quiet hours nor a digest hold back.",
+    )
+    limit_notices: int = Field(
+        60, ge=1, le=1_000, json_schema_extra=RELOAD, description="Most notices to one recipient in a window."
+    )
+    limit_window_s: float = Field(3_600.0, ge=1, json_schema_extra=RELOAD, description="That window.")
+    timezone: str = Field("UTC", description="Time zone of quiet hours, digests and the times in notices.")
+    webhook_secret: SecretStr = Field(
+        SecretStr(""),
+        description="Signs webhooks, 16 characters or more; each recipient's key is made of it (`preservarium notices key`).",
+    )
+    endpoint_timeout_s: float = Field(10.0, gt=0, description="A webhook must have answered within this time.")
+    endpoint_retry_s: float = Field(
+        3_600.0,
+        ge=0,
+        json_schema_extra=RELOAD,
+        description="A webhook that is down is tried for so long; other webhooks of its partition wait.",
+    )
+    plot_hours: float = Field(
+        24.0,
+        ge=0,
+        le=24 * 31,
+        json_schema_extra=RELOAD,
+        description="A mail draws the series over so long; 0: not at all.",
+    )
+    plot_timeout_s: float = Field(
+        2.0, gt=0, description="The database must have answered within this time, or the mail goes without the picture."
+    )
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _long_enough(cls, secret: SecretStr) -> SecretStr:
+        if 0 < len(secret.get_secret_value()) < LINK_SECRET_CHARS_MIN:
+            message = f"must have at least {LINK_SECRET_CHARS_MIN} characters"
+            raise ValueError(message)
+        return secret
+
+
 class Mqtt(_Section):
     """The MQTT connector."""
 
@@ -460,6 +523,7 @@ class Settings(BaseSettings):
     breaker: Breaker = Breaker()
     mail: Mail = Mail()
     commands: Commands = Commands()
+    notices: Notices = Notices()
     mqtt: Mqtt = Mqtt()
     http: Http = Http()
     web: Web = Web()

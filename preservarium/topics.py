@@ -40,6 +40,10 @@ AGGREGATES = Topic("iot_aggregates", "device address", "closed window of one ser
 COMMANDS = Topic("device_commands", "device address", "request, cancel or report of a command", 7 * DAY_MS)
 COMMAND_EVENTS = Topic("command_events", "device address", "transition of a command", 14 * DAY_MS)
 DOWNLINKS = Topic("device_downlinks", "device address", "try of a command, to be sent", 7 * DAY_MS)
+#: As long as what they tell about: iot_alerts.
+NOTICE_EVENTS = Topic("notice_events", "recipient", "transition that a recipient is to hear of", 14 * DAY_MS)
+NOTICES = Topic("notices", "recipient", "notice to one recipient", 14 * DAY_MS)
+NOTICE_RECEIPTS = Topic("notice_receipts", "recipient", "what became of a notice", 14 * DAY_MS)
 DEVICE_REGISTRY = Topic("iot_device_registry", "device address", "device configuration", None, compacted=True)
 TYPE_REGISTRY = Topic(
     "iot_type_registry", "kind/name", "datatype, parser, device type, rule or recipient", None, compacted=True
@@ -58,6 +62,7 @@ DECODED = Topic("decoded_iot_data", "any", "old service's message", 24 * HOUR_MS
 TOPICS: Final[tuple[Topic, ...]] = (
     RAW, STANDARDIZED, VALIDATED, ERRORS, REDRIVEN, ALERTS, ANOMALIES, AGGREGATES, COMMANDS,
     COMMAND_EVENTS, DOWNLINKS,
+    NOTICE_EVENTS, NOTICES, NOTICE_RECEIPTS,
     DEVICE_REGISTRY, TYPE_REGISTRY, ALARM_ACTIONS, ALARM_ANSWERS, ALARM_STANDING, TASK_EVENTS, EMPLOYEES, DECODED,
 )  # fmt: skip
 

@@ -16,7 +16,19 @@ from preservarium.stores.breaker import breakers
 STALLED_S: Final = 120.0
 
 #: The way of the data; stages that are not named stand behind.
-ORDER: Final = ("normalize", "validate", "alarm", "notify", "sink", "sync", "aggregate", "anomaly", "registry")
+ORDER: Final = (
+    "normalize",
+    "validate",
+    "alarm",
+    "route",
+    "group",
+    "notify",
+    "sink",
+    "sync",
+    "aggregate",
+    "anomaly",
+    "registry",
+)
 
 _BREAKER: Final = {0: "up", 1: "trying", 2: "down"}
 

@@ -73,6 +73,13 @@ class DeviceTypeDoc(TypedDict):
     downlink: NotRequired[dict[str, Any]]  #: how its devices take commands, see commands.check_downlink
 
 
+class Escalation(TypedDict):
+    """Who else is told where nobody has acknowledged in time."""
+
+    after_s: float  #: since the alarm was detected
+    recipients: list[str]
+
+
 class RuleDoc(TypedDict):
     """An alarm rule. Thresholds are in the datatype's canonical unit."""
 
@@ -89,6 +96,7 @@ class RuleDoc(TypedDict):
     off_delay_s: NotRequired[float]
     message: NotRequired[str]  #: template: {device_id} {name} {value} {unit} {threshold}
     recipients: NotRequired[list[str]]
+    escalation: NotRequired[list[Escalation]]
     parameters: NotRequired[dict[str, Any]]
     commands: NotRequired[
         list[dict[str, Any]]
@@ -113,14 +121,46 @@ class RuleDoc(TypedDict):
     lateness_s: NotRequired[float]  #: how long readings wait to be put in order
 
 
+class QuietHours(TypedDict):
+    """Hours in which only severities that break through are told."""
+
+    since: str  #: HH:MM, local
+    until: str  #: HH:MM; over midnight where it is not later
+    days: NotRequired[list[str]]  #: mon … sun, on which they begin; absent: all
+
+
+class Digest(TypedDict):
+    """Everything in one notice a period."""
+
+    every: Literal["hour", "day"]
+    at: NotRequired[str]  #: HH:MM, local, of a day; absent: midnight
+
+
+class NoticeLimit(TypedDict):
+    """At most so many notices in any window."""
+
+    notices: int
+    window_s: float
+
+
 class RecipientDoc(TypedDict):
-    """Who is told."""
+    """Who is told, and how. What is absent is as the settings say (`notices`)."""
 
     name: str
     rev: int
-    channel: Literal["mail", "webhook"]
-    address: str
+    channel: Literal["mail", "webhook", "apprise"]
+    address: str  #: mail address; URL; URL as Apprise has it
     severities: NotRequired[list[str]]  #: absent: all
+    group_by: NotRequired[list[str]]  #: of domain/notices.LABELS; empty: everything in one group
+    group_wait_s: NotRequired[float]
+    group_interval_s: NotRequired[float]
+    repeat_interval_s: NotRequired[float]
+    cleared: NotRequired[bool]  #: tell when alarms are over; absent: yes
+    timezone: NotRequired[str]  #: of quiet hours, digest and the times in mails, e.g. Europe/Berlin
+    quiet_hours: NotRequired[list[QuietHours]]
+    through: NotRequired[list[str]]  #: severities that neither quiet hours nor a digest hold back; absent: critical
+    digest: NotRequired[Digest]
+    limit: NotRequired[NoticeLimit]
 
 
 class DeviceDoc(TypedDict):

@@ -1,152 +1,185 @@
-"""Notices by mail: one message to one address, through SMTP (RFC 5321).
+"""Notices by mail: one message to one address, through SMTP (RFC 5321)."""
 
-What a server answers sorts into three: the server is in trouble (`Retry`: everything waits), this recipient is refused
-for now (`RefusedForNow`), or this notice is refused for good (`Reject`).
-"""
-
-from datetime import UTC, datetime
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from datetime import tzinfo
 from email.message import EmailMessage
 from email.policy import SMTP as SMTP_POLICY
 from email.utils import format_datetime
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import aiosmtplib
-import jinja2
 
-from preservarium.domain.errors import PreservariumError, ReasonCode, Reject, Retry
-from preservarium.notices.notice import Notice
+from preservarium.domain.errors import ReasonCode, Reject, Retry
+from preservarium.domain.lineage import identity
+from preservarium.notices.channel import Notice, RefusedForNow, answer
+from preservarium.notices.words import Link, instant, tell
 from preservarium.settings import Mail
 
-#: RFC 5322, 2.1.1: a line has 998 characters; subjects are cut where mail programs stop showing them anyway.
-SUBJECT_CHARS_MAX: Final = 150
-
-_templates: Final = jinja2.Environment(
-    loader=jinja2.PackageLoader("preservarium.notices"),
-    autoescape=jinja2.select_autoescape(["html"]),
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+#: A connection that nobody has used for so long is closed: servers close them after minutes.
+IDLE_S: Final = 10.0
 
 
-class RefusedForNow(PreservariumError):
-    """The server refuses this recipient for now; later it may not."""
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture for the HTML part."""
+
+    png: bytes
+    text: str  #: what it shows, for who does not see it
 
 
-def instant(us: int) -> datetime:
-    """µs since the epoch as a UTC datetime, exact."""
-    seconds, rest = divmod(us, 1_000_000)
-    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest)
+#: Draws the series of a notice; None where there is nothing to draw, or nothing to draw it of.
+Draw = Callable[[Mapping[str, Any]], Awaitable[Picture | None]]
 
 
-def _shown(us: int | None) -> str:
-    return "" if us is None else f"{instant(us):%Y-%m-%d %H:%M:%S} UTC"
+def _domain(sender: str) -> str:
+    return sender.rpartition("@")[2].strip("> ") or "localhost"
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.12g}"
-
-
-def compose(notice: Notice, sender: str) -> EmailMessage:
-    """The message: plain text and HTML, the same bytes' worth of content every time."""
-    transition = notice.transition
-    domain = sender.rpartition("@")[2].strip("> ") or "localhost"
-    word = "ALARM" if transition["transition"] == "raised" else "cleared"
-    values = {
-        "t": transition,
-        "word": word,
-        "raised": transition["transition"] == "raised",
-        "device": transition.get("device_name") or transition["device_id"],
-        "occurred_at": _shown(transition["occurred_at"]),
-        "cleared_at": _shown(transition.get("cleared_at")),
-        "value": _number(transition.get("value")),
-        "threshold": _number(transition.get("threshold")),
-    }
+def compose(notice: Notice, sender: str, zone: tzinfo, link: Link, picture: Picture | None = None) -> EmailMessage:
+    """The message: plain text and HTML, the same words every time; a picture stands in the HTML only."""
+    delivery = notice.delivery
+    domain = _domain(sender)
+    cid = f"plot.{notice.id}@{domain}"
+    words = tell(delivery, zone, link, plot=f"cid:{cid}" if picture else "", plot_text=picture.text if picture else "")
     message = EmailMessage(policy=SMTP_POLICY)
-    subject = f"[{transition['severity']}] {word}: {transition.get('message') or transition['rule']}"
-    message["Subject"] = " ".join("".join(c if c.isprintable() else " " for c in subject).split())[:SUBJECT_CHARS_MAX]
+    message["Subject"] = words.subject
     message["From"] = sender
     message["To"] = notice.address
-    # The transition's own time, not that of sending: a second copy is the same message.
-    message["Date"] = format_datetime(instant(transition["detected_at"]))
-    message["Message-ID"] = f"<{transition['transition_id']}.{notice.id[:12]}@{domain}>"
-    # Mail programs show what is told of one alarm as one thread.
-    message["References"] = f"<{transition['alarm_id']}@{domain}>"
+    # The time of the plan, not that of sending: a second copy is the same message.
+    message["Date"] = format_datetime(instant(delivery["planned_at"]))
+    message["Message-ID"] = f"<{notice.id}@{domain}>"
+    alarms = [line["alarm_id"] for line in delivery["lines"]]
+    # Mail programs show what is told of one alarm, or of one group, as one thread.
+    thread = alarms[0] if len(alarms) == 1 else identity("group", delivery["recipient"], *delivery["group"].values())
+    message["References"] = f"<{thread}@{domain}>"
     message["Auto-Submitted"] = "auto-generated"
-    message["X-Preservarium-Alarm"] = transition["alarm_id"]
-    message["X-Preservarium-Transition"] = transition["transition_id"]
+    message["X-Preservarium-Notice"] = notice.id
+    if len(alarms) == 1:
+        message["X-Preservarium-Alarm"] = alarms[0]
+        message["X-Preservarium-Transition"] = delivery["lines"][0]["transition_id"]
     # Quoted-printable keeps to 7 bits and short lines, which every server takes.
-    message.set_content(_templates.get_template("notice.txt").render(values), cte="quoted-printable")
-    html = _templates.get_template("notice.html").render(values)
-    message.add_alternative(html, subtype="html", cte="quoted-printable")
+    message.set_content(words.text, cte="quoted-printable")
+    message.add_alternative(words.html, subtype="html", cte="quoted-printable")
+    if picture:
+        html = message.get_payload()[1]  # type: ignore[index]
+        assert isinstance(html, EmailMessage)
+        html.add_related(picture.png, "image", "png", cid=f"<{cid}>", disposition="inline", filename="plot.png")
     return message
 
 
-class Session:
-    """One SMTP connection, opened with the first message; used by one task at a time."""
+class MailChannel:
+    """Mail through one server: a connection is kept for the next message, and closed when none comes.
 
-    def __init__(self, settings: Mail) -> None:
-        self._settings = settings
-        self._client: aiosmtplib.SMTP | None = None
+    Args:
+        settings: asked for each message.
+        zone: of a recipient.
+        link: (line, recipient) -> where it acknowledges the alarm.
+        draw: the picture.
+    """
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    def __init__(
+        self,
+        settings: Callable[[], Mail],
+        zone: Callable[[str], tzinfo],
+        link: Callable[[Mapping[str, Any], str], str | None],
+        draw: Draw | None = None,
     ) -> None:
-        client, self._client = self._client, None
-        if client is None:
-            return
-        try:
-            await client.quit()
-        except (aiosmtplib.SMTPException, OSError):
-            client.close()  # the server has gone; what it had taken it has acknowledged
+        self._settings = settings
+        self._zone = zone
+        self._link = link
+        self._draw = draw
+        self._client: tuple[Mail, aiosmtplib.SMTP] | None = None
+        self._turn = asyncio.Lock()
+        self._idle: asyncio.TimerHandle | None = None
+        self._closing: set[asyncio.Task[None]] = set()
 
-    async def _connected(self) -> aiosmtplib.SMTP:
-        if self._client is not None and self._client.is_connected:
-            return self._client
-        s = self._settings
-        client = aiosmtplib.SMTP(
-            hostname=s.host,
-            port=s.port,
-            username=s.user or None,
-            password=s.password.get_secret_value() or None,
-            timeout=s.timeout_s,
-            use_tls=s.security == "tls",
-            start_tls=s.security == "starttls",
+    async def send(self, notice: Notice) -> str:
+        """As `Channel.send`."""
+        settings = self._settings()
+        recipient = notice.delivery["recipient"]
+        picture = await self._draw(notice.delivery) if self._draw else None
+        message = compose(
+            notice, settings.sender, self._zone(recipient), lambda line: self._link(line, recipient), picture
         )
-        await client.connect()
-        self._client = client
-        return client
+        async with self._turn:  # a connection is used by one at a time
+            try:
+                return await self._hand_over(settings, notice.address, message.as_bytes())
+            except Retry:
+                self._drop()  # a server in trouble is asked on a new connection, which may lead to another one
+                raise
+            finally:
+                self._close_when_idle()
 
-    async def send(self, notice: Notice) -> None:
-        """Hand one notice to the server; when this returns, the server has taken it over.
-
-        Raises:
-            Retry: the server cannot be reached, or is in trouble, or refuses us altogether.
-            RefusedForNow: the server refuses the recipient for now.
-            Reject: `notice_refused`: refused for good.
-        """
-        message = compose(notice, self._settings.sender)
+    async def _hand_over(self, settings: Mail, address: str, message: bytes) -> str:
         try:
-            client = await self._connected()
-            await client.sendmail(self._settings.sender, [notice.address], message.as_bytes())
+            client = await self._connected(settings)
+            _, text = await client.sendmail(settings.sender, [address], message)
         except aiosmtplib.SMTPRecipientsRefused as e:
             refusal = e.recipients[0]
-            answer = f"{notice.address}: {refusal.code} {refusal.message}"
+            said = answer(f"{address}: {refusal.code} {refusal.message}")
             if refusal.code == aiosmtplib.SMTPStatus.domain_unavailable:
-                raise Retry(answer) from e
-            raise (RefusedForNow(answer) if refusal.code < 500 else Reject(ReasonCode.NOTICE_REFUSED, answer)) from e
+                raise Retry(said) from e
+            raise (RefusedForNow(said) if refusal.code < 500 else Reject(ReasonCode.NOTICE_REFUSED, said)) from e
         except aiosmtplib.SMTPDataError as e:
-            answer = f"{notice.address}: {e.code} {e.message}"
-            raise (Retry(answer) if e.code < 500 else Reject(ReasonCode.NOTICE_REFUSED, answer)) from e
+            said = answer(f"{address}: {e.code} {e.message}")
+            raise (Retry(said) if e.code < 500 else Reject(ReasonCode.NOTICE_REFUSED, said)) from e
         except (aiosmtplib.SMTPException, OSError, ValueError) as e:
             # Also a wrong password, a refused sender and a server without TLS: whoever mends the settings wants the
             # mail to be there still.
-            text = f"the mail server does not take mail: {_described(e)}"
+            text = f"the mail server does not take mail: {answer(_described(e))}"
             raise Retry(text) from e
+        return answer(f"250 {text}")
+
+    async def _connected(self, settings: Mail) -> aiosmtplib.SMTP:
+        if self._client is not None:
+            known, client = self._client
+            if known == settings and client.is_connected:
+                return client
+            self._drop()
+        client = aiosmtplib.SMTP(
+            hostname=settings.host,
+            port=settings.port,
+            username=settings.user or None,
+            password=settings.password.get_secret_value() or None,
+            timeout=settings.timeout_s,
+            use_tls=settings.security == "tls",
+            start_tls=settings.security == "starttls",
+        )
+        await client.connect()
+        self._client = settings, client
+        return client
+
+    def _drop(self) -> None:
+        if self._client is not None:
+            self._client[1].close()
+            self._client = None
+
+    def _close_when_idle(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+
+        def begin() -> None:
+            task = asyncio.ensure_future(self.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+        self._idle = asyncio.get_running_loop().call_later(IDLE_S, begin)
+
+    async def close(self) -> None:
+        """Close the connection; the next message opens another one."""
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
+        async with self._turn:
+            found, self._client = self._client, None
+            if found is None:
+                return
+            try:
+                await found[1].quit()
+            except (aiosmtplib.SMTPException, OSError):
+                found[1].close()  # the server has gone; what it had taken it has acknowledged
 
 
 def _described(error: Any) -> str:

@@ -1,43 +1,36 @@
-"""The notify stage: transitions in, notices out, each once as long as the process lives.
+"""The notify stages: notices in, each handed to its channel once as long as the process lives, and a receipt out.
 
-A batch is acknowledged when every notice of it is settled: taken over by its channel, or refused for good and told in
-`iot_errors`. Until then it is tried again, and what was settled is remembered, so that no try sends a notice twice.
-After a crash the batch is read again: a notice may then go out a second time, with the same Message-ID.
+One notice is under way in each partition, and its feed commits to Kafka that it is about to be sent before it is: so of
+what a crash cuts off, one notice of a partition may go out a second time, with the same id and Message-ID, and
+no other. A notice that the group stage had to hand out twice is known by its number, which is kept beside the offset.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+import orjson
 import structlog
 from cachetools import LRUCache
 
-from preservarium import metrics
+from preservarium import metrics, topics
 from preservarium.clock import Clock
 from preservarium.domain.errors import ReasonCode, Reject, Retry
-from preservarium.notices.mail import RefusedForNow
-from preservarium.notices.mail import Session as MailSession
-from preservarium.notices.notice import Notice, RecipientLookup, Skipped, plan
+from preservarium.notices.channel import Channel, Notice, RefusedForNow, answer
+from preservarium.notices.routing import RecipientLookup, resolve
+from preservarium.notices.words import subject_of
 from preservarium.records import error_line, error_send, pack, parse_trusted
-from preservarium.settings import LiveSettings, Mail
-from preservarium.stage import Batch, Effects, Record
+from preservarium.settings import LiveSettings
+from preservarium.stage import Batch, Effects, Record, Send
 
 log = structlog.get_logger(__name__)
 
-STAGE: Final = "notify"
-
-#: Notices remembered as settled: those of the batches under way (100 transitions × 50 recipients, two flights).
+#: Notices remembered as settled: those of the batches under way.
 SETTLED_MAX: Final = 10_000
-#: Transitions handed over at once. Few, because they are what may be sent twice after a crash.
-RECORDS_MAX: Final = 100
-
-
-class Channel(Protocol):
-    """What sends."""
-
-    async def send(self, notice: Notice) -> None:
-        """Return when the notice is taken over; raises as `mail.Session.send` does."""
-        ...
+#: Notices of one flight. One, because they are what may be sent twice after a crash.
+RECORDS_MAX: Final = 1
+#: Flights at once, of different partitions: a recipient that is out of reach must not stop the others.
+FLIGHTS: Final = 12
 
 
 class Recipients(Protocol):
@@ -57,71 +50,108 @@ class Recipients(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """How a notice was settled."""
+
+    outcome: str  #: sent, refused
+    answer: str
+    attempts: int
+    at_us: int
+
+
 class Notifier:
-    """The stage's handler.
+    """A stage's handler, and what its feed remembers beside the offset.
 
     Args:
+        stage: its name.
+        channels: channel -> what sends. Notices of other channels are another stage's.
         recipients: the catalogue.
         live: settings.
-        clock: for how long a recipient is refused.
-        session: makes a mail session of the settings.
+        clock: for receipts, and for how long a recipient is tried.
     """
 
     def __init__(
         self,
+        stage: str,
+        channels: Mapping[str, Channel],
         recipients: Recipients,
         live: LiveSettings,
         clock: Clock,
-        session: Callable[[Mail], AbstractAsyncContextManager[Channel]] = MailSession,
     ) -> None:
+        self.stage = stage
+        self._channels = channels
         self._recipients = recipients
         self._live = live
         self._clock = clock
-        self._session = session
-        #: notice -> "" where it was sent, else why it was refused for good
-        self._settled: LRUCache[str, str] = LRUCache(SETTLED_MAX)
-        #: notice -> when its recipient was first refused for now, seconds of the monotonic clock
+        #: partition -> number of the last notice
+        self._last: dict[int, int] = {}
+        self._settled: LRUCache[str, Receipt] = LRUCache(SETTLED_MAX)
+        self._attempts: LRUCache[str, int] = LRUCache(SETTLED_MAX)
+        #: notice -> when it was first refused for now, seconds of the monotonic clock
         self._refused_since: LRUCache[str, float] = LRUCache(SETTLED_MAX)
-        self._said: set[Skipped] = set()
+        self._said = False
+
+    def recall(self, partition: int, text: str) -> None:
+        """As `feeds.Memory.recall`."""
+        self._last[partition] = int(text) if text.isdigit() else 0
+
+    def remember(self, partition: int) -> str:
+        """As `feeds.Memory.remember`."""
+        return str(self._last.get(partition, 0))
 
     async def __call__(self, batches: Sequence[Batch]) -> Effects:
-        """Tell everyone of every transition of the batches.
+        """Send every notice of the batches.
 
         Raises:
             Retry: a notice could not be settled yet.
         """
         await self._recipients.ready()
         effects = Effects()
-        wanted: list[tuple[Batch, Record, int, dict[str, Any], Notice]] = []
-        defaults = [a.strip() for a in self._live().mail.recipients.split(",") if a.strip()]
-        skipped: dict[str, int] = {}
+        last: dict[int, int] = {}
+        wanted: list[tuple[Batch, Record, Notice]] = []
+        skipped = duplicates = 0
         for batch in batches:
-            parsed, errors = parse_trusted(batch, stage=STAGE)
-            for error in errors:
+            last[batch.partition] = self._last.get(batch.partition, 0)
+            parsed, errors = parse_trusted(batch, stage=self.stage)
+            for error in errors if "mail" in self._channels else ():
                 self._refuse(effects, error)
             for record, lines in zip(batch.records, parsed, strict=True):
-                for index, line in enumerate(lines):
-                    planned = plan(line, self._recipients.recipient, defaults)
-                    for text in planned.wrong:
-                        self._refuse(effects, self._error(batch, record, index, line, text))
-                    for reason in planned.skipped:
-                        skipped[reason] = skipped.get(reason, 0) + 1
-                        self._say(reason)
-                    wanted += [(batch, record, index, line, notice) for notice in planned.notices]
-        if wanted and not self._live().mail.host:
-            skipped[Skipped.NOBODY] = skipped.get(Skipped.NOBODY, 0) + len(wanted)
-            self._say(Skipped.NOBODY)
-            wanted = []
+                for delivery in lines:
+                    if delivery["number"] <= last[batch.partition]:
+                        duplicates += 1
+                        continue
+                    last[batch.partition] = delivery["number"]
+                    document = resolve(delivery["recipient"], self._recipients.recipient)
+                    if isinstance(document, str):
+                        if "mail" in self._channels:  # one of the stages says so
+                            self._refuse(effects, self._error(batch, record, delivery, document))
+                        continue
+                    if document["channel"] not in self._channels:
+                        continue
+                    if document["channel"] == "mail" and not self._live().mail.host:
+                        skipped += 1
+                        continue
+                    wanted.append((batch, record, Notice(delivery, document["channel"], document["address"])))
+        if skipped and not self._said:
+            self._said = True  # once a process
+            log.warning("alarms_without_notice", reason="no mail server is configured")
         await self._settle([notice for *_, notice in wanted])
-        for batch, record, index, line, notice in wanted:
-            if text := self._settled[notice.id]:
-                self._refuse(effects, self._error(batch, record, index, line, text))
+        for batch, record, notice in wanted:
+            receipt = self._settled[notice.id]
+            if receipt.outcome == "refused":
+                self._refuse(effects, self._error(batch, record, notice.delivery, receipt.answer))
+            effects.sends.append(_receipt_send(notice, receipt))
 
         def acknowledged() -> None:
+            self._last.update(last)
             for *_, notice in wanted:
                 self._settled.pop(notice.id, None)
-            for count in skipped.values():
-                metrics.NOTICES.labels("mail", "skipped").inc(count)
+                self._attempts.pop(notice.id, None)
+            if skipped:
+                metrics.NOTICES.labels("mail", "skipped").inc(skipped)
+            if duplicates:
+                metrics.DUPLICATES.labels(self.stage).inc(duplicates)
 
         effects.after.append(acknowledged)
         return effects
@@ -132,56 +162,55 @@ class Notifier:
         Raises:
             Retry: the server is in trouble, or refuses a recipient for now; the others were sent.
         """
-        open_notices = [n for n in notices if n.id not in self._settled]
-        if not open_notices:
-            return
         waiting: list[str] = []
-        async with self._session(self._live().mail) as session:
-            for notice in open_notices:
-                if notice.id in self._settled:  # twice in one batch
-                    continue
-                try:
-                    await session.send(notice)
-                except RefusedForNow as e:
-                    since_s = self._refused_since.setdefault(notice.id, self._clock.monotonic_s())
-                    if self._clock.monotonic_s() - since_s < self._live().mail.recipient_retry_s:
-                        metrics.NOTICES.labels(notice.channel, "retried").inc()
-                        waiting.append(str(e))
-                    else:
-                        self._settle_refused(notice, f"{e} (tried for {self._live().mail.recipient_retry_s:g} s)")
-                except Reject as e:
-                    self._settle_refused(notice, str(e))
-                except Retry:
+        for notice in notices:
+            if notice.id in self._settled:
+                continue
+            attempt = self._attempts[notice.id] = self._attempts.get(notice.id, 0) + 1
+            try:
+                said = await self._channels[notice.channel].send(notice)
+            except RefusedForNow as e:
+                since_s = self._refused_since.setdefault(notice.id, self._clock.monotonic_s())
+                retry_s = self._retry_s(notice.channel)
+                if self._clock.monotonic_s() - since_s < retry_s:
                     metrics.NOTICES.labels(notice.channel, "retried").inc()
-                    raise
+                    waiting.append(str(e))
                 else:
-                    self._settled[notice.id] = ""
-                    self._refused_since.pop(notice.id, None)
-                    metrics.NOTICES.labels(notice.channel, "sent").inc()
+                    self._settled_as(notice, "refused", f"{e} (tried for {retry_s:g} s)", attempt)
+            except Reject as e:
+                self._settled_as(notice, "refused", str(e), attempt)
+            except Retry:
+                metrics.NOTICES.labels(notice.channel, "retried").inc()
+                raise
+            else:
+                self._settled_as(notice, "sent", said, attempt)
         if waiting:
             message = f"{len(waiting)} notices wait: {waiting[0]}"
             raise Retry(message)
 
-    def _settle_refused(self, notice: Notice, text: str) -> None:
-        self._settled[notice.id] = text
-        self._refused_since.pop(notice.id, None)
-        metrics.NOTICES.labels(notice.channel, "refused").inc()
+    def _retry_s(self, channel: str) -> float:
+        settings = self._live()
+        return settings.mail.recipient_retry_s if channel == "mail" else settings.notices.endpoint_retry_s
 
-    def _error(self, batch: Batch, record: Record, index: int, line: dict[str, Any], text: str) -> Any:
+    def _settled_as(self, notice: Notice, outcome: str, said: str, attempts: int) -> None:
+        self._settled[notice.id] = Receipt(outcome, answer(said), attempts, self._clock.now_us())
+        self._refused_since.pop(notice.id, None)
+        metrics.NOTICES.labels(notice.channel, outcome).inc()
+
+    def _error(self, batch: Batch, record: Record, delivery: Mapping[str, Any], text: str) -> Any:
+        first: Mapping[str, Any] = delivery["lines"][0] if delivery["lines"] else {}
         return error_line(
-            STAGE,
+            self.stage,
             ReasonCode.NOTICE_REFUSED,
             text,
             topic=batch.topic,
             partition=batch.partition,
             offset=record.offset,
-            index=index,
-            raw=pack([line]),
-            device_id=line["device_id"],
-            raw_partition=line.get("raw_partition"),
-            raw_offset=line.get("raw_offset"),
-            raw_index=line.get("raw_index"),
-            generation=line.get("generation"),
+            raw=pack([delivery]),
+            device_id=first.get("device_id"),
+            raw_partition=first.get("raw_partition"),
+            raw_offset=first.get("raw_offset"),
+            raw_index=first.get("raw_index"),
             now_us=self._clock.now_us(),
         )
 
@@ -189,8 +218,32 @@ class Notifier:
         effects.sends.append(error_send(line))
         effects.refused[line["code"]] = effects.refused.get(line["code"], 0) + 1
 
-    def _say(self, reason: Skipped) -> None:
-        """Log, once a process, that alarms reach nobody for want of configuration."""
-        if reason in (Skipped.NOBODY, Skipped.CHANNEL) and reason not in self._said:
-            self._said.add(reason)
-            log.warning("alarms_without_notice", reason=str(reason))
+
+def _receipt_send(notice: Notice, receipt: Receipt) -> Send:
+    """A line of `notice_receipts`; the address of an Apprise recipient is a secret, so its kind stands for it."""
+    delivery = notice.delivery
+    address = notice.address if notice.channel == "mail" else _without_secrets(notice.address)
+    line = {
+        "delivery_id": delivery["delivery_id"],
+        "recipient": delivery["recipient"],
+        "channel": notice.channel,
+        "address": address,
+        "kind": delivery["kind"],
+        "outcome": receipt.outcome,
+        "answer": receipt.answer,
+        "attempts": receipt.attempts,
+        "planned_at": delivery["planned_at"],
+        "settled_at": receipt.at_us,
+        "subject": subject_of(delivery),
+        "alarms": [line["alarm_id"] for line in delivery["lines"]],
+        "transitions": [t for line in delivery["lines"] for t in line["transitions"]],
+    }
+    return Send(topics.NOTICE_RECEIPTS, delivery["recipient"].encode(), orjson.dumps(line))
+
+
+def _without_secrets(url: str) -> str:
+    """Scheme and host: user, path and query may hold keys."""
+    scheme, separator, rest = url.partition("://")
+    if scheme not in ("http", "https"):
+        return f"{scheme}{separator}"
+    return f"{scheme}://{rest.partition('/')[0].partition('?')[0].rpartition('@')[2]}"

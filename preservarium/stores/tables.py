@@ -74,10 +74,24 @@ AGGREGATES: Final = EventTable(
     kept_days=lambda settings: settings.sink.aggregates_retention_days,
 )  # fmt: skip
 
+NOTICES: Final = EventTable(
+    topics.NOTICE_RECEIPTS,
+    "notice_deliveries",
+    ("delivery_id",),
+    (
+        text("delivery_id"), text("recipient"), text("channel"), text("address"), text("kind"), text("outcome"),
+        text("answer"), integer("attempts"), instant("planned_at"), instant("settled_at"), text("subject"),
+        document("alarms"), document("transitions"),
+    ),
+    kept_by="planned_at",
+    kept_days=lambda settings: settings.sink.events_retention_days,
+)  # fmt: skip
+
 #: suffix of the stage's name and of its consumer group, `sink-<suffix>` -> declaration
 EVENT_TABLES: Final = {
     "alarms": ALARM_EVENTS,
     "actions": ALARM_OPERATIONS,
     "anomalies": ANOMALIES,
     "aggregates": AGGREGATES,
+    "notices": NOTICES,
 }

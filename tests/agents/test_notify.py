@@ -1,54 +1,97 @@
-"""The notify stage against a real SMTP server: once each, in trouble nothing is lost, refused ones are told."""
+"""From transitions to mails against a real SMTP server: once each, in trouble nothing is lost, refused ones are told."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 from aiosmtpd.controller import Controller
-from quality_support import World, batch, catalogue, errors, live, offer, record
+from notice_support import US, Memory, transition
+from quality_support import World, batch, catalogue, errors, lines, live, offer, record
 
 from preservarium import metrics, topics
 from preservarium.domain.errors import Retry
 from preservarium.embedded.service import free_port
+from preservarium.notices.grouping import Grouping, Policies
+from preservarium.notices.mail import MailChannel
 from preservarium.notices.outbox import Notifier
+from preservarium.notices.routing import Router
+from preservarium.stage import Tick
 
-US = 1_700_000_000_000_000
+_open: list[MailChannel] = []
 
 
-def transition(number: int = 1, **fields: Any) -> dict[str, Any]:
-    return {
-        "alarm_id": f"{number:032x}", "transition_id": f"{number + 1000:032x}", "sequence": 1, "device_id": "dev-1",
-        "device_name": "Attic", "rule": "hot", "rule_rev": 1, "component_type": "temp", "pin_position": "-1",
-        "severity": "major", "transition": "raised", "state": "unacknowledged", "occurred_at": US, "detected_at": US,
-        "cleared_at": None, "transition_at": US, "value": 31.5, "unit": "°C", "threshold": 30.0,
-        "message": f"alarm {number}", "recipients": ["ops"], "actor": None, "comment": None, "raw_partition": 1,
-        "raw_offset": number, "raw_index": 0, "generation": 0, **fields,
-    }  # fmt: skip
+@pytest.fixture(autouse=True)
+async def closing() -> AsyncIterator[None]:
+    yield
+    while _open:
+        await _open.pop().close()
 
 
 class Stage:
+    """route, group and notify of one partition; each alarm is a group of its own, and no group waits."""
+
     def __init__(self, host: str = "", port: int = 25, **mail: Any) -> None:
         ops = ("recipient", {"name": "ops", "channel": "mail", "address": "ops@example.org"})
         self.world = World(catalogue(ops))
-        self.mail = {"host": host, "port": port, "timeout_s": 5.0, **mail}
+        self.live = live(
+            mail={"host": host, "port": port, "timeout_s": 5.0, **mail},
+            notices={"group_by": "alarm", "group_wait_s": 0},
+        )
+        world = self.world
+        self.router = Router(world.known, world.documents, self.live, world.clock)
+        self.grouping = Grouping(Memory(world), world.documents, self.live, world.clock)
+        self.first = True
+        self.waiting: list[Any] = []  #: what notify has not acknowledged
+        self.offset = 0
+        self.receipts: list[dict[str, Any]] = []
+        self.remembered = ""
         self.start()
 
     def start(self) -> None:
-        """A new process: nothing is remembered."""
-        self.notifier = Notifier(self.world.documents, live(mail=self.mail), self.world.clock)
+        """A new process: nothing is remembered but what was kept beside the offset."""
+        mail = MailChannel(
+            lambda: self.live().mail, Policies(self.world.documents, self.live).zone_of, lambda _line, _recipient: None
+        )
+        _open.append(mail)
+        self.notifier = Notifier("notify", {"mail": mail}, self.world.documents, self.live, self.world.clock)
+        self.notifier.recall(3, self.remembered)
+
+    async def plan(self, *records: Any) -> list[Any]:
+        """Bring transitions as far as `notices`; what route sent to `iot_errors`."""
+        sends = self.world.carry_out(await self.router(batch(topics.ALERTS, *records)), 3)
+        if events := [record(i, s.value) for i, s in enumerate(sends) if s.topic is topics.NOTICE_EVENTS]:
+            self.world.carry_out(await self.grouping(batch(topics.NOTICE_EVENTS, *events)), 3)
+        for _ in range(2):
+            self.world.clock.advance(1)
+            effects = await self.grouping.tick(Tick(3, self.world.clock.now_us(), self.first, False))
+            self.first = False
+            for send in self.world.carry_out(effects, 3):
+                self.offset += 1
+                self.waiting.append(record(self.offset, send.value))
+        return [s for s in sends if s.topic is topics.ERRORS]
 
     async def run(self, *records: Any, crash: bool = False) -> list[Any]:
-        effects = await self.notifier([batch(topics.ALERTS, *records)])
-        return effects.sends if crash else self.world.carry_out(effects, 3)
+        """Tell of transitions; the same ones again are heard once. What was sent but for receipts."""
+        refused = await self.plan(*records)
+        if not self.waiting:
+            return refused
+        effects = await self.notifier([batch(topics.NOTICES, *self.waiting)])
+        if crash:
+            return effects.sends
+        sends = self.world.carry_out(effects, 3)
+        self.waiting = []
+        self.remembered = self.notifier.remember(3)
+        self.receipts += lines(sends, topics.NOTICE_RECEIPTS)
+        return refused + [s for s in sends if s.topic is not topics.NOTICE_RECEIPTS]
 
 
 def subjects(smtp: Any) -> list[str]:
     return [m["Subject"] for m in smtp.messages]
 
 
-def count(outcome: str) -> float:
-    return metrics.NOTICES.labels("mail", outcome)._value.get()
+def count(outcome: str, channel: str = "mail") -> float:
+    return metrics.NOTICES.labels(channel, outcome)._value.get()
 
 
 async def test_every_transition_is_told_once(smtp: Any):
@@ -60,6 +103,11 @@ async def test_every_transition_is_told_once(smtp: Any):
     assert [e[1] for e in smtp.envelopes] == [["ops@example.org"]] * 2
     assert count("sent") - before == 2
     assert [m.get_content_type() for m in smtp.messages[0].iter_parts()] == ["text/plain", "text/html"]
+    assert [(r["outcome"], r["recipient"], r["address"], r["attempts"], r["transitions"]) for r in stage.receipts] == [
+        ("sent", "ops", "ops@example.org", 1, [transition(n)["transition_id"]]) for n in (1, 2)
+    ]
+    assert all(r["answer"].startswith("250 ") for r in stage.receipts)
+    assert f"<{stage.receipts[0]['delivery_id']}@localhost>" == smtp.messages[0]["Message-ID"]
 
 
 async def test_a_server_that_is_down_loses_nothing_and_doubles_nothing(smtp: Any):
@@ -99,6 +147,19 @@ async def test_after_a_crash_a_notice_comes_at_most_twice_with_one_message_id(sm
     await stage.run(record(1, transition(1)))
     first, second = smtp.messages
     assert first["Message-ID"] == second["Message-ID"]
+    assert first.get_body(("plain",)).get_content() == second.get_body(("plain",)).get_content()
+
+
+async def test_what_the_group_stage_handed_out_twice_is_sent_once(smtp: Any):
+    stage = Stage(smtp.host, smtp.port)
+    await stage.plan(record(1, transition(1)), record(2, transition(2)))
+    again = stage.waiting[0]
+    stage.waiting.insert(1, again)
+    await stage.run()
+    stage.start()
+    stage.waiting = [again]
+    await stage.run(record(3, transition(3)))
+    assert subjects(smtp) == [f"[major] ALARM: alarm {i}" for i in (1, 2, 3)]
 
 
 async def test_a_refusal_for_good_is_told_and_the_next_goes_out(smtp: Any):
@@ -148,6 +209,10 @@ async def test_an_unknown_mailbox_holds_up_nobody(picky: tuple[Picky, int]):
     sends = await stage.run(record(1, transition(1, recipients=["gone@example.org", "ops"])))
     assert errors(sends) == [("notice_refused", "gone@example.org: 550 5.1.1 no such user")]
     assert handler.taken == ["ops@example.org"]
+    assert [(r["outcome"], r["recipient"]) for r in stage.receipts] == [
+        ("refused", "gone@example.org"),
+        ("sent", "ops"),
+    ]
 
 
 async def test_a_mailbox_refused_for_now_is_tried_for_a_time(picky: tuple[Picky, int]):
@@ -180,9 +245,9 @@ async def test_a_mailbox_that_takes_it_later_gets_it_once(picky: tuple[Picky, in
 
 async def test_without_a_mail_server_everything_is_skipped_and_counted():
     stage = Stage()
-    before = count("skipped")
+    before = count("skipped"), count("skipped", "none")
     assert await stage.run(record(1, transition(1)), record(2, transition(2, recipients=[]))) == []
-    assert count("skipped") - before == 2
+    assert (count("skipped") - before[0], count("skipped", "none") - before[1]) == (1, 1)
 
 
 async def test_changes_of_a_recipient_count_at_once(smtp: Any):

@@ -1,0 +1,230 @@
+"""The group stage: events of recipients in, notices out, when they are due. It waits for no database.
+
+A recipient's state is one document (domain/notices.py). A tick hands out what the last one planned, and plans what has
+fallen due: the state with the plan is stored before the notice is sent, so that a crash sends the same notice again and
+never another one. Its number, which grows by one in each partition, shows it to be the same.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any, Final, Protocol
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import orjson
+import structlog
+
+from preservarium import topics
+from preservarium.clock import Clock
+from preservarium.domain.notices import STATE_VERSION, Delivery, Inbox, Policy, policy_of
+from preservarium.notices.routing import RecipientLookup
+from preservarium.records import error_send, parse_trusted
+from preservarium.settings import LiveSettings
+from preservarium.stage import Batch, Effects, Send, Tick
+from preservarium.validation import load_state
+
+log = structlog.get_logger(__name__)
+
+STAGE: Final = "group"
+
+#: What is due is looked for this often: a notice goes out within two of these of its time.
+TICK_S: Final = 1.0
+#: Key of the number of the partition's next notice; no recipient has a control character in its name.
+NUMBER_KEY: Final = b"\x00number"
+#: Recipients that one tick works on; the others wait for the next. A few milliseconds of work.
+RECIPIENTS_A_TICK_MAX: Final = 50
+#: Records after which other tasks get their turn.
+_RECORDS_A_TURN: Final = 100
+
+
+class Table(Protocol):
+    """What the stage reads of a `StateTable`."""
+
+    @property
+    def name(self) -> str:
+        """Of the table."""
+        ...
+
+    def get(self, partition: int, key: bytes) -> bytes | None:
+        """The value of a key."""
+        ...
+
+    def items(self, partition: int) -> Iterator[tuple[bytes, bytes]]:
+        """Every key and value of a partition."""
+        ...
+
+
+class PolicyDocuments(Protocol):
+    """What of a `Catalogue` policies are made of."""
+
+    @property
+    def recipient(self) -> RecipientLookup:
+        """The recipient of a name."""
+        ...
+
+    async def ready(self) -> None:
+        """Wait until everything was read once.
+
+        Raises:
+            Retry: it could not be read yet.
+        """
+        ...
+
+
+def _zone(name: str) -> ZoneInfo:
+    """The time zone of a name; UTC where there is none, which is logged."""
+    try:
+        return ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        log.warning("time_zone_unknown", zone=name, action="times are UTC")
+        return ZoneInfo("UTC")
+
+
+class Policies:
+    """How each recipient wants to be told: the registry's document over the settings."""
+
+    def __init__(self, documents: PolicyDocuments, live: LiveSettings) -> None:
+        self._documents = documents
+        self._live = live
+        self._zones: dict[str, ZoneInfo] = {}
+
+    def of(self, recipient: str) -> Policy:
+        """The policy of a recipient, as registry and settings have it now."""
+        settings = self._live().notices
+        defaults = Policy(
+            group_by=_words(settings.group_by),
+            group_wait_us=round(settings.group_wait_s * 1e6),
+            group_interval_us=round(settings.group_interval_s * 1e6),
+            repeat_interval_us=round(settings.repeat_interval_s * 1e6),
+            through=frozenset(_words(settings.through)),
+            limit_notices=settings.limit_notices,
+            limit_window_us=round(settings.limit_window_s * 1e6),
+        )
+        document: Any = self._documents.recipient(recipient) or {}
+        return policy_of(document, defaults, self.zone_of(recipient))
+
+    def zone_of(self, recipient: str) -> ZoneInfo:
+        """The time zone of a recipient."""
+        document = self._documents.recipient(recipient)
+        name = (document.get("timezone") if document else None) or self._live().notices.timezone
+        found = self._zones.get(name)
+        if found is None:
+            found = self._zones[name] = _zone(name)
+        return found
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+class Grouping:
+    """The stage's handler, and its `tick`.
+
+    Args:
+        table: the state table.
+        documents: the catalogue.
+        live: settings.
+        clock: what time it is.
+    """
+
+    def __init__(self, table: Table, documents: PolicyDocuments, live: LiveSettings, clock: Clock) -> None:
+        self._table = table
+        self._documents = documents
+        self._policies = Policies(documents, live)
+        self._clock = clock
+        #: partition -> recipient -> when something of it is due, µs
+        self._due: dict[int, dict[str, int]] = {}
+
+    async def __call__(self, batch: Batch) -> Effects:
+        """Take events in.
+
+        Raises:
+            Retry: the catalogue has not been read yet.
+            Fatal: the state is of another release.
+        """
+        await self._documents.ready()
+        effects = Effects()
+        parsed, errors = parse_trusted(batch, stage=STAGE)
+        for error in errors:
+            effects.sends.append(error_send(error))
+            effects.refused[error["code"]] = effects.refused.get(error["code"], 0) + 1
+        now_us = self._clock.now_us()
+        touched: dict[str, tuple[Inbox, Policy]] = {}
+        for number, lines in enumerate(parsed, 1):
+            for event in lines:
+                recipient = event["recipient"]
+                if recipient not in touched:
+                    touched[recipient] = self._inbox(batch.partition, recipient), self._policies.of(recipient)
+                inbox, policy = touched[recipient]
+                inbox.hear(event, policy, now_us)  # type: ignore[arg-type]
+            if number % _RECORDS_A_TURN == 0:
+                await asyncio.sleep(0)
+        self._put(effects, batch.partition, touched, now_us)
+        return effects
+
+    async def tick(self, tick: Tick) -> Effects:
+        """Hand out what was planned, and plan what has fallen due.
+
+        Raises:
+            Retry: the catalogue has not been read yet.
+            Fatal: the state is of another release.
+        """
+        await self._documents.ready()
+        partition, now_us = tick.partition, tick.now_us
+        if tick.first:
+            await self._find_due(tick)
+        dues = sorted((due, name) for name, due in self._due.get(partition, {}).items() if due <= now_us)
+        effects = Effects()
+        if not dues:
+            return effects
+        # Numbers begin at the present millisecond, so that they also grow where the state was lost.
+        first = number = orjson.loads(self._table.get(partition, NUMBER_KEY) or b"%d" % (now_us // 1_000))
+        plans: list[Delivery] = []
+        touched: dict[str, tuple[Inbox, Policy]] = {}
+        # Planned ones (due 0) come first, and all of them: their numbers are lower than those that are given now.
+        for due, recipient in dues:
+            if due and len(touched) >= RECIPIENTS_A_TICK_MAX:
+                break
+            inbox, policy = touched[recipient] = self._inbox(partition, recipient), self._policies.of(recipient)
+            plans += inbox.take()
+            number = inbox.plan(policy, now_us, number, behind=tick.behind)
+        for plan in sorted(plans, key=lambda plan: plan["number"]):
+            effects.sends.append(Send(topics.NOTICES, plan["recipient"].encode(), orjson.dumps(plan), partition))
+        if number != first:
+            # Before the plans: Kafka keeps a prefix of what a crash cuts off, and no number may be given twice.
+            effects.put(self._table.name, NUMBER_KEY, b"%d" % number)
+        self._put(effects, partition, touched, now_us)
+        return effects
+
+    def _inbox(self, partition: int, recipient: str) -> Inbox:
+        return Inbox(recipient, load_state(self._table.get(partition, recipient.encode()), STATE_VERSION))
+
+    def _put(self, effects: Effects, partition: int, touched: dict[str, tuple[Inbox, Policy]], now_us: int) -> None:
+        dues: dict[str, int | None] = {}
+        for recipient, (inbox, policy) in touched.items():
+            effects.put(self._table.name, recipient.encode(), orjson.dumps(inbox.document()))
+            dues[recipient] = inbox.due_us(policy, now_us)
+
+        def stored() -> None:
+            known = self._due.setdefault(partition, {})
+            for recipient, due in dues.items():
+                if due is None:
+                    known.pop(recipient, None)
+                else:
+                    known[recipient] = due
+
+        effects.after.append(stored)
+
+    async def _find_due(self, tick: Tick) -> None:
+        """Look through the table: what was known may be from before the partition went to another worker and back."""
+        found: dict[str, int] = {}
+        for number, (key, value) in enumerate(self._table.items(tick.partition), 1):
+            if key == NUMBER_KEY:
+                continue
+            recipient = key.decode()
+            document = load_state(value, STATE_VERSION)
+            due = Inbox(recipient, document).due_us(self._policies.of(recipient), tick.now_us)
+            if due is not None:
+                found[recipient] = due
+            if number % _RECORDS_A_TURN == 0:
+                await asyncio.sleep(0)
+        self._due[tick.partition] = found
