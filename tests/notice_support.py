@@ -28,11 +28,11 @@ def transition(number: int = 1, **fields: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def event(line: dict[str, Any], offset: int, *, after_s: float = 0, recipient: str = "ops", **labels: str) -> Event:
+def event(line: dict[str, Any], offset: int, *, after_s: float = 0, below: bool = False, **labels: str) -> Event:
     """What the route stage makes of a transition."""
     known = {"device": line["device_id"], "rule": line["rule"], "severity": line["severity"], "alarm": line["alarm_id"]}
     return {
-        "recipient": recipient, "source": "3", "offset": offset, "index": 0, "after_s": after_s,
+        "recipient": "ops", "source": "3", "offset": offset, "index": 0, "after_s": after_s, "below": below,
         "labels": {**known, **labels}, "transition": line,
     }  # fmt: skip
 

@@ -49,8 +49,8 @@ DAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 #: States in which an alarm is not annunciated.
 SILENT: Final = frozenset({"shelved", "suppressed", "out_of_service"})
-#: Transitions that people are told of. What an operator did, an operator knows.
-NOTIFIED: Final = frozenset({"raised", "cleared"})
+#: Transitions that people are told of. What an operator did, an operator knows. One that is graver now is raised once more.
+NOTIFIED: Final = {"raised": "raised", "severity_raised": "raised", "cleared": "cleared"}
 #: Transitions after which nothing is to be told of the alarm any more.
 _ENDS: Final = frozenset({"withdrawn", "reset"})
 
@@ -73,6 +73,7 @@ class Event(TypedDict):
     offset: int
     index: int
     after_s: float  #: escalation: to be told only where nobody has acknowledged until then; 0: at once
+    below: bool  #: the severity is below what the recipient is told of
     labels: dict[str, str]  #: of `LABELS`
     transition: dict[str, Any]  #: the line of `iot_alerts`
 
@@ -204,6 +205,9 @@ class Inbox:
             self._drop(point)
         elif what == "acknowledged":
             self._acknowledged(point)
+        elif what == "severity_lowered":
+            if entry := self._entry(point):
+                entry["t"]["severity"] = transition["severity"]
         elif what in NOTIFIED:
             self._changed(point, event, policy, now_us)
         return True
@@ -211,7 +215,8 @@ class Inbox:
     def _changed(self, point: str, event: Event, policy: Policy, now_us: int) -> None:
         transition = event["transition"]
         entry = self._entry(point)
-        if transition["transition"] == "raised":
+        status = NOTIFIED[transition["transition"]]
+        if status == "raised":
             if entry is None:
                 if not self._room():
                     self._count("raised", now_us)
@@ -222,11 +227,12 @@ class Inbox:
                 after_us = round(event["after_s"] * 1e6)
                 entry["from"] = transition["detected_at"] + after_us if after_us else 0
             entry["ack"] = False
-            entry["n"] += 1
+            if transition["transition"] == "raised" or not entry["n"]:
+                entry["n"] += 1
             entry["first"] = entry["first"] or transition["occurred_at"]
         elif entry is None:
-            if event["after_s"] or not policy.cleared:
-                return  # an escalation that never came to this recipient, or one who wants to hear of no end
+            if event["after_s"] or event.get("below") or not policy.cleared:
+                return  # this recipient was never told, or wants to hear of no end
             if not self._room():
                 self._count("cleared", now_us)
                 return
@@ -241,7 +247,7 @@ class Inbox:
             if not entry["n"] and (not entry["told"] or not policy.cleared):
                 self._drop(point)  # answered before this recipient was told
                 return
-        entry["t"], entry["at"] = _trimmed(transition), now_us
+        entry["t"], entry["at"] = {**_trimmed(transition), "transition": status}, now_us
         entry["c"] += 1
         entry["ids"] = [*entry["ids"], transition["transition_id"]][-IDS_MAX:]
         self._place(point, entry, event["labels"], policy, now_us)

@@ -17,7 +17,7 @@ from preservarium.clock import Clock
 from preservarium.domain.device import DeviceDoc, RecipientDoc, RuleDoc
 from preservarium.domain.errors import ReasonCode
 from preservarium.domain.lineage import GENERATION_LIVE
-from preservarium.domain.notices import Event
+from preservarium.domain.notices import NOTIFIED, Event
 from preservarium.records import error_line, error_send, pack, parse_trusted
 from preservarium.settings import LiveSettings
 from preservarium.stage import Batch, Effects, Record, Send
@@ -57,6 +57,7 @@ class Told:
     channel: str
     address: str
     after_s: float = 0.0  #: escalation
+    below: bool = False  #: its severity is none of the recipient's; it may have been, when it was raised
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,8 @@ def route(
             wrong.append(document)
             continue
         severities = document.get("severities")
-        if severities is not None and transition["severity"] not in severities:
+        below = severities is not None and transition["severity"] not in severities
+        if below and NOTIFIED.get(transition["transition"]) == "raised":
             skipped.append(Skipped.SEVERITY)
             continue
         channel, address = document["channel"], document["address"]
@@ -119,7 +121,7 @@ def route(
         if key not in told and len(told) >= RECIPIENTS_MAX:
             wrong.append(f"{address}: a transition has at most {RECIPIENTS_MAX} recipients")
         else:
-            told.setdefault(key, Told(name, channel, address, after_s))
+            told.setdefault(key, Told(name, channel, address, after_s, below))
     if not named:
         skipped.append(Skipped.NOBODY)
     return Route(tuple(told.values()), tuple(skipped), tuple(wrong))
@@ -211,6 +213,7 @@ class Router:
                         "offset": record.offset,
                         "index": index,
                         "after_s": told.after_s,
+                        "below": told.below,
                         "labels": labels,
                         "transition": line,
                     }

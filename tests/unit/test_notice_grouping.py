@@ -151,6 +151,26 @@ async def test_nothing_is_escalated_or_repeated_while_events_wait_to_be_heard():
     assert shown(await stage.run(320, 10)) == [("alarms", ["+dev-1:raised", "dev-2:raised"])]
 
 
+async def test_an_alarm_that_becomes_graver_is_told_again():
+    stage = GroupStage()
+    await stage.hear(event(transition(1, severity="minor"), 1))
+    await stage.run(32)
+    await stage.hear(event(transition(1, transition="severity_raised", transition_id="g", severity="critical"), 2))
+    (told,) = await stage.run(310, 10)
+    assert shown([told]) == [("alarms", ["+dev-1:raised"])]
+    assert (told["lines"][0]["severity"], told["lines"][0]["transitions"]) == ("critical", ["g"])
+    await stage.hear(event(transition(1, transition="severity_lowered", severity="minor"), 3))
+    assert await stage.run(310, 10) == []
+
+
+async def test_whoever_is_told_of_some_severities_hears_the_end_of_what_was_told():
+    stage = GroupStage()
+    await stage.hear(event(transition(1, severity="critical"), 1))
+    await stage.run(32)
+    await stage.hear(event(cleared(1, 7, severity="minor"), 2, below=True), event(cleared(2, 8), 3, below=True))
+    assert shown(await stage.run(310, 10)) == [("alarms", ["+dev-1:cleared"])]
+
+
 def at(hours: float) -> int:
     """µs of an hour of Wednesday, 2023-11-15 (UTC)."""
     return 1_700_006_400 * S + round(hours * 3_600 * S)

@@ -46,6 +46,9 @@ def told(defaults: tuple[str, ...] = (), **fields: Any) -> tuple[list[str], list
         ({"recipients": ["who"]}, ([], [], ["recipient 'who' is not in the registry"])),
         ({"recipients": ["a@b.c", "A@b.c", "ops"]}, (["a@b.c", "ops@example.org"], [], [])),
         ({"recipients": ["a@b.c\r\nBcc: x@y.z"]}, ([], [], ["'a@b.c\\r\\nBcc: x@y.z' is no mail address"])),
+        ({"recipients": ["night"], "transition": "severity_raised"}, ([], [Skipped.SEVERITY], [])),
+        # It may have been critical before, so that it is over is to be heard.
+        ({"recipients": ["night"], "transition": "cleared"}, (["night@example.org"], [], [])),
         # Of what operators do, recipients hear so that they are not told of it any more.
         ({"recipients": ["ops"], "transition": "acknowledged"}, (["ops@example.org"], [], [])),
         ({"recipients": ["ops"], "transition": "shelved", "state": "shelved"}, (["ops@example.org"], [], [])),
@@ -83,6 +86,7 @@ def planned(*transitions: dict[str, Any]) -> dict[str, Any]:
                 "offset": offset,
                 "index": 0,
                 "after_s": 0,
+                "below": False,
                 "labels": labels,
                 "transition": line,
             },
