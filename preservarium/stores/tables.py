@@ -87,6 +87,34 @@ NOTICES: Final = EventTable(
     kept_days=lambda settings: settings.sink.events_retention_days,
 )  # fmt: skip
 
+COMMAND_EVENTS: Final = EventTable(
+    topics.COMMAND_EVENTS,
+    "command_events",
+    ("event_id",),
+    (
+        text("event_id"), text("command_id"), integer("sequence"), text("device_id"), text("event"), text("state"), instant("at"),
+        text("actor", default=""), text("reason", default=""), integer("attempt", default=0), document("detail", ""),
+    ),
+    # The row of a command is what its latest event says; one that comes late tells of the past.
+    then="""
+WITH last AS (
+  SELECT DISTINCT ON (e.command_id) e.* FROM unnest($1::text[]) AS u(id) JOIN command_events e ON e.event_id = u.id
+  ORDER BY e.command_id, e.sequence DESC)
+INSERT INTO device_commands AS c (command_id, device_id, command, state, sequence, reason, attempt, priority, requested_at, requested_by,
+                                  idempotency_key, cause, expires_at, ended_at, content, confirm, updated_at)
+SELECT l.command_id, l.device_id, l.detail->>'command', l.state, l.sequence, l.reason, l.attempt, (l.detail->>'priority')::int,
+       '1970-01-01 00:00+00'::timestamptz + (l.detail->>'requested_at')::bigint * INTERVAL '1 microsecond', l.detail->>'requested_by',
+       l.detail->>'idempotency_key', l.detail->>'cause',
+       '1970-01-01 00:00+00'::timestamptz + (l.detail->>'expires_at')::bigint * INTERVAL '1 microsecond',
+       '1970-01-01 00:00+00'::timestamptz + (l.detail->>'ended_at')::bigint * INTERVAL '1 microsecond',
+       l.detail->'content', l.detail->'confirm', l.at
+FROM last l ORDER BY l.command_id
+ON CONFLICT (command_id) DO UPDATE
+SET state = excluded.state, sequence = excluded.sequence, reason = excluded.reason, attempt = excluded.attempt,
+    ended_at = excluded.ended_at, updated_at = excluded.updated_at
+WHERE excluded.sequence > c.sequence""",
+)  # fmt: skip
+
 #: suffix of the stage's name and of its consumer group, `sink-<suffix>` -> declaration
 EVENT_TABLES: Final = {
     "alarms": ALARM_EVENTS,
@@ -94,4 +122,5 @@ EVENT_TABLES: Final = {
     "anomalies": ANOMALIES,
     "aggregates": AGGREGATES,
     "notices": NOTICES,
+    "commands": COMMAND_EVENTS,
 }

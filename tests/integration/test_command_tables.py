@@ -1,0 +1,73 @@
+"""Commands in PostgreSQL: a row as the last event left it, whatever the order in which events came."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from quality_support import S, T
+from sink_support import fetch, live, migrated_database
+
+from preservarium.domain.commands import DeviceCommands, Profile, Turn, downlink_id, parse_line
+from preservarium.stores.event_tables import EventStore
+from preservarium.stores.tables import COMMAND_EVENTS
+
+
+@pytest.fixture
+def dsn(postgres: str) -> Iterator[str]:
+    with migrated_database(postgres) as made:
+        yield made
+
+
+@pytest.fixture
+async def store(dsn):
+    made = EventStore(COMMAND_EVENTS, live(postgres={"url": dsn}), sink="sink-commands")
+    yield made
+    await made.close()
+
+
+def story() -> list[Any]:
+    """Events of one command from request to confirmation, as the stage tells them."""
+    device, events = DeviceCommands("d1"), []
+    lines = [
+        {
+            "command": "set",
+            "actor": "ann",
+            "fields": {"on": 1},
+            "confirm": "published",
+            "port": 3,
+            "idempotency_key": "k",
+        }
+    ]
+    for number in (1, 2):
+        line = parse_line(lines[-1], device_id="d1", at=T + number * S, key="x")
+        act = getattr(device, line.kind)
+        events += act(line, Profile(topic="t"), Turn(T + number * S), "c0", number, 0).events
+        downlink = downlink_id(events[0]["command_id"], 1)
+        lines.append({"kind": "report", "report": "sent", "downlink_id": downlink})
+    return events
+
+
+async def test_the_row_is_what_the_last_event_says(dsn, store):
+    events = story()
+    assert [e["state"] for e in events] == ["queued", "queued", "sent", "successful"]
+    await store.write(events[:2], {})
+    (row,) = await fetch(dsn, "SELECT * FROM device_commands")
+    assert (row["state"], row["ended_at"], row["attempt"], row["sequence"]) == ("queued", None, 1, 2)
+    await store.write(events[1:], {})
+    (row,) = await fetch(dsn, "SELECT * FROM device_commands")
+    assert (row["state"], row["sequence"], row["command"], row["requested_by"]) == ("successful", 4, "set", "ann")
+    assert row["ended_at"].timestamp() == (T + 2 * S) / 1e6
+    assert row["content"] == '{"port": 3, "fields": {"on": 1}}'
+    assert [r[0] for r in await fetch(dsn, "SELECT event FROM command_events ORDER BY sequence")] == [
+        "request", "hand_over", "publish", "confirm",
+    ]  # fmt: skip
+
+
+async def test_what_comes_late_or_again_changes_nothing(dsn, store):
+    events = story()
+    await store.write(events[3:], {})
+    again = await store.write(events[::-1], {})
+    assert (again.accepted, again.duplicates) == (3, 1)
+    (row,) = await fetch(dsn, "SELECT state, sequence FROM device_commands")
+    assert tuple(row) == ("successful", 4)
+    assert len(await fetch(dsn, "SELECT 1 FROM command_events")) == 4
