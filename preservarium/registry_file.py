@@ -39,6 +39,7 @@ from preservarium.domain.device import DatatypeDoc, RuleDoc
 from preservarium.domain.errors import PreservariumError, Reject
 from preservarium.domain.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US
 from preservarium.domain.rules import compile_rule
+from preservarium.domain.schedule import compile_calendar
 
 Document = dict[str, Any]
 
@@ -98,6 +99,23 @@ def _instant(value: Any) -> Any:
 
 
 Instant = Annotated[int, BeforeValidator(_instant), Field(ge=TIMESTAMP_MIN_US, lt=TIMESTAMP_MAX_US)]
+
+
+def _outages(value: Any) -> Any:
+    """Planned outages: their instants as µs, checked."""
+    if not isinstance(value, list):
+        return value
+    found = []
+    for outage in value:
+        if not isinstance(outage, dict) or set(outage) != {"from", "to"}:
+            message = "an outage has from and to"
+            raise ValueError(message)
+        found.append({key: _instant(at) for key, at in outage.items()})
+    compile_calendar(None, found)
+    return found
+
+
+Outages = Annotated[list[dict[str, int]], BeforeValidator(_outages)]
 
 
 class _Model(BaseModel):
@@ -238,6 +256,13 @@ class Escalation(_Model):
     recipients: Annotated[list[Name], Field(min_length=1)]
 
 
+class Series(_Model):
+    """A series of the same device that a rule takes in."""
+
+    component_type: Name
+    pin_position: Line | None = None
+
+
 class Rule(_Model):
     """RuleDoc as a file says it."""
 
@@ -256,6 +281,23 @@ class Rule(_Model):
     escalation: Annotated[list[Escalation], Field(max_length=10)] | None = None
     parameters: dict[str, Any] | None = None
     commands: RuleCommands | None = None
+    levels: list[dict[str, Any]] | None = None
+    repeat: dict[str, Any] | None = None
+    direction: Literal["either", "rise", "fall"] | None = None
+    window_s: NotNegative | None = None
+    per_s: NotNegative | None = None
+    setpoint: Finite | None = None
+    reference: Series | None = None
+    expression: Line | None = None
+    inputs: dict[str, Series] | None = None
+    inputs_max_age_s: NotNegative | None = None
+    no_data_s: NotNegative | None = None
+    schedule: dict[str, Any] | None = None
+    outages: Outages | None = None
+    group: Name | None = None
+    group_master: bool | None = None
+    first_out_s: NotNegative | None = None
+    lateness_s: NotNegative | None = None
 
     @model_validator(mode="after")
     def _has_threshold(self) -> "Rule":
@@ -366,6 +408,7 @@ class Device(_Model):
     mapping: dict[str, FieldMapping | None] | None = None
     datatypes: Overrides | None = None
     rules: dict[str, dict[str, Any] | None] | None = None
+    outages: Outages | None = None
     variables: dict[str, Any] | None = None
     birth: Instant | None = None
     lateness_s: Lateness | None = None
@@ -380,6 +423,12 @@ class Device(_Model):
             if unknown := (changed or {}).keys() - (Rule.model_fields.keys() - {"name"}):
                 message = f"{name}: a rule has no field {sorted(unknown)[0]!r}"
                 raise ValueError(message)
+            if changed and changed.get("outages") is not None:
+                try:
+                    changed["outages"] = _outages(changed["outages"])
+                except ValueError as e:
+                    message = f"{name}: {e}"
+                    raise ValueError(message) from None
         return value
 
 
@@ -822,6 +871,14 @@ def check_references(file: RegistryFile, known: Mapping[str, Iterable[str]]) -> 
                 owner, index, where, f"there is no {kind} {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
             )
 
+    def need_series(rule: Document, owner: str, index: int, *where: str | int) -> None:
+        taken: dict[tuple[str, ...], Any] = {("reference",): rule.get("reference")}
+        if isinstance(inputs := rule.get("inputs"), dict):
+            taken.update({("inputs", name): series for name, series in inputs.items()})
+        for place, series in taken.items():
+            if isinstance(series, dict) and isinstance(series.get("component_type"), str):
+                need("datatype", series["component_type"], owner, index, *where, *place)
+
     for i, doc in enumerate(file.documents.get("rule", ())):
         need("datatype", doc["component_type"], "rule", i, "component_type")
         for recipient in doc.get("recipients", ()):
@@ -829,6 +886,7 @@ def check_references(file: RegistryFile, known: Mapping[str, Iterable[str]]) -> 
         for step in doc.get("escalation", ()):
             for recipient in step["recipients"]:
                 need("recipient", recipient, "rule", i, "escalation")
+        need_series(doc, "rule", i)
     for kind in ("type", "device"):
         for i, doc in enumerate(file.documents.get(kind, ())):
             for field_name, mapping in doc.get("mapping", {}).items():
@@ -843,6 +901,8 @@ def check_references(file: RegistryFile, known: Mapping[str, Iterable[str]]) -> 
         need("parser", doc["parser"], "type", i, "parser")
     for i, doc in enumerate(file.documents.get("device", ())):
         need("type", doc["type"], "device", i, "type")
+        for name, changed in doc.get("rules", {}).items():
+            need_series(changed or {}, "device", i, "rules", name)
         if "experiment_id" in doc:
             need("experiment", doc["experiment_id"], "device", i, "experiment_id")
 
@@ -879,7 +939,9 @@ def check_meaning(file: RegistryFile, datatypes: Mapping[str, Document], rules: 
     for i, doc in enumerate(file.documents.get("device", ())):
         for name, changed in doc.get("rules", {}).items():
             if changed and name in rules:
-                _check_rule(file, "device", i, ("rules", name), {**rules[name], **changed}, datatypes)
+                merged = {**rules[name], **changed}
+                if _check_override(file, i, ("rules", name), merged):
+                    _check_rule(file, "device", i, ("rules", name), merged, datatypes, doc.get("outages"))
 
 
 def _check_parsers(file: RegistryFile) -> None:
@@ -919,6 +981,19 @@ def _check_unit(
         file.problem(kind, index, where, f"{mapping['unit']!r} cannot be converted to {wanted!r}", "warning")
 
 
+def _check_override(file: RegistryFile, index: int, where: tuple[str | int, ...], merged: Document) -> bool:
+    """Whether a device's fields of a rule have the shapes that the rule's own must have."""
+    try:
+        Rule.model_validate({k: v for k, v in merged.items() if k in Rule.model_fields})
+    except ValidationError as e:
+        for error in e.errors():
+            field_name = _path_text(tuple(error["loc"]))
+            text = _message(error, Rule.model_fields)
+            file.problem("device", index, where, f"{field_name}: {text}" if field_name else text)
+        return False
+    return True
+
+
 def _check_rule(
     file: RegistryFile,
     kind: str,
@@ -926,26 +1001,30 @@ def _check_rule(
     where: tuple[str | int, ...],
     rule: Document,
     datatypes: Mapping[str, Document],
+    outages: Any = None,
 ) -> None:
     datatype = datatypes.get(rule["component_type"])
     try:
-        compile_rule(cast(RuleDoc, {**rule, "rev": 0}), cast(DatatypeDoc | None, datatype))
+        compile_rule(cast(RuleDoc, {**rule, "rev": 0}), cast(DatatypeDoc | None, datatype), outages)
     except (KeyError, TypeError, ValueError) as e:
         file.problem(kind, index, where, f"{e} is missing" if isinstance(e, KeyError) else str(e))
         return
-    if datatype is None or "threshold" not in rule:
+    if datatype is None:
         return
-    if datatype["kind"] != "number":
-        file.problem(kind, index, (*where, "threshold"), f"{datatype['name']} is {datatype['kind']}, not a number")
+    if datatype["kind"] == "text" or (datatype["kind"] != "number" and rule.get("threshold") is not None):
+        place = "threshold" if rule.get("threshold") is not None else "component_type"
+        file.problem(kind, index, (*where, place), f"{datatype['name']} is {datatype['kind']}, not a number")
         return
     span = datatype.get("fail_span") or {}
-    low, high, threshold = span.get("min"), span.get("max"), rule["threshold"]
+    low, high = span.get("min"), span.get("max")
     # A reading outside the fail span is refused before the alarm stage sees it.
-    if (rule["kind"] == "high" and high is not None and threshold >= high) or (
-        rule["kind"] == "low" and low is not None and threshold <= low
-    ):
-        message = f"{threshold:g} can never be passed: {datatype['name']} fails outside {_span_text(low, high)}"
-        file.problem(kind, index, (*where, "threshold"), message, "warning")
+    found = [("threshold", rule.get("threshold")), *(("levels", one["threshold"]) for one in rule.get("levels") or ())]
+    for place, threshold in found:
+        if (rule["kind"] == "high" and high is not None and threshold >= high) or (
+            rule["kind"] == "low" and low is not None and threshold <= low
+        ):
+            message = f"{threshold:g} can never be passed: {datatype['name']} fails outside {_span_text(low, high)}"
+            file.problem(kind, index, (*where, place), message, "warning")
 
 
 def _span_text(low: float | None, high: float | None) -> str:

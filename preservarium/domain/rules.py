@@ -23,6 +23,7 @@ from typing import Any, Final, NamedTuple, NoReturn, cast
 
 from preservarium.domain.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc, RuleDoc
 from preservarium.domain.expressions import compile_expression
+from preservarium.domain.reading import TIMESTAMP_MIN_US
 from preservarium.domain.schedule import Calendar, compile_calendar
 from preservarium.domain.units import canonical
 
@@ -310,6 +311,8 @@ def compile_rule(doc: RuleDoc, datatype: DatatypeDoc | None, outages: Any = None
         "calendar": compile_calendar(doc.get("schedule"), doc.get("outages"), outages),
         **own,
     }
+    if kind == "no_data" and rule["calendar"] is not None and not _can_be_silent(doc, own["no_data_us"]):
+        _refuse("no_data_s: its schedule has no span so long")
     plain = kind in THRESHOLDS and not rule["levels"] and rule["repeat"] == 1 and rule["calendar"] is None
     return Rule(
         name=doc["name"],
@@ -417,6 +420,11 @@ def _expression(doc: RuleDoc, unit: str) -> dict[str, Any]:
 def _no_data(doc: RuleDoc, unit: str) -> dict[str, Any]:
     wait_us = _duration(doc, "no_data_s", None, least=1.0)
     return {"no_data_us": wait_us, "threshold": wait_us / 1e6, "unit": "s"}
+
+
+def _can_be_silent(doc: RuleDoc, wait_us: int) -> bool:
+    week = compile_calendar(doc.get("schedule"))
+    return week is None or week.deadline(TIMESTAMP_MIN_US, wait_us) is not None
 
 
 _OWN: Final[Mapping[str, Callable[[RuleDoc, str], dict[str, Any]]]] = {

@@ -92,6 +92,15 @@ def test_a_good_file_has_no_problems(write: Any) -> None:
         ("threshold: 60", "threshold: '60'", 10, "rules[0].threshold", "valid number"),
         ("threshold: 60", "threshold: 130", 10, "rules[0].threshold", "can never be passed"),
         ("recipients: [ops]", "recipients: [opps]", 10, "rules[0].recipients", "there is no recipient 'opps'"),
+        ("kind: high,", "kind: high, levels: 5,", 10, "rules[0].levels", "valid list"),
+        ("kind: high,", "kind: high, outages: [{from: 2024-05-01T12:00:00Z}],", 10, "rules[0].outages", "an outage has from and to"),
+        ("kind: high,", "kind: high, outages: [{from: 2024-05-01, to: 2024-05-02}],", 10, "rules[0].outages", "offset from UTC"),
+        ("rules: {hot: null}", "rules: {hot: {outages: [{from: 5, to: 4}]}}", 22, "devices[0].rules", "to is not after from"),
+        ("rules: {hot: null}", "outages: [{from: 5, to: 4}]", 22, "devices[0].outages", "to is not after from"),
+        (
+            "kind: high,", "kind: deviation, inputs_max_age_s: 60, reference: {component_type: temp},", 10,
+            "rules[0].reference", "there is no datatype 'temp'",
+        ),
         ("ops@example.org", "example.org", 8, "recipients[0]", "a mail address has an @"),
         ("source: {fields: []}", "source: {}, file: x.yaml", 6, "parsers[0]", "not both"),
         (", source: {fields: []}", "", 6, "parsers[0]", "needs `source` or `file`"),
@@ -118,6 +127,13 @@ def test_a_mistake_is_named_with_its_line(write: Any, old: str, new: str, line: 
         ("temperature}", "temperature, unit: V}", "device_types[0].mapping.t.unit", "cannot be converted to 'degC'", "warning"),
         ("kind: high", "kind: sideways", "rules[0]", "there is no kind 'sideways'", "error"),
         ("rules: {hot: null}", "rules: {hot: {deadband: -1}}", "devices[0].rules.hot", "deadband", "error"),
+        ("kind: high,", "kind: high, window_s: 60,", "rules[0]", "window_s: a rule of kind high has none", "error"),
+        ("kind: high,", "kind: high, schedule: {time_zone: Berlin, hours: []},", "rules[0]", "'Berlin' is no time zone", "error"),
+        ("kind: high,", "kind: high, levels: [{threshold: 200, severity: critical}],", "rules[0].levels", "can never be passed", "warning"),
+        ("kind: high,", "kind: expression, expression: value > x,", "rules[0]", "x is not known here", "error"),
+        ("rules: {hot: null}", "rules: {hot: {levels: 5}}", "devices[0].rules.hot", "levels: Input should be a valid list", "error"),
+        ("rules: {hot: null}", "rules: {hot: {on_delay_s: soon}}", "devices[0].rules.hot", "on_delay_s: Input should be a", "error"),
+        ("rules: {hot: null}", "rules: {hot: {repeat: {count: 0, within_s: 5}}}", "devices[0].rules.hot", "from 2 to 20", "error"),
         ("rules: {hot: null}", "rules: {hot: {threshold: 200}}", "devices[0].rules.hot.threshold", "can never be passed", "warning"),
     ],
 )  # fmt: skip
@@ -251,3 +267,13 @@ def test_what_is_dumped_reads_back_the_same(tmp_path_factory: pytest.TempPathFac
     file = registry_file.read(path)
     assert file.problems == []
     assert file.documents["parser"] == [document]
+
+
+def test_the_outages_of_a_device_and_of_its_rules_are_instants(write: Any) -> None:
+    outage = "[{from: 2024-05-01T12:00:00Z, to: 2024-05-01T14:00:00+01:00}]"
+    text = GOOD.replace("rules: {hot: null}", f"outages: {outage}, rules: {{hot: {{outages: {outage}}}}}")
+    file = read(write(text))
+    assert file.problems == []
+    (device,) = file.documents["device"]
+    expected = [{"from": 1_714_564_800_000_000, "to": 1_714_568_400_000_000}]
+    assert device["outages"] == device["rules"]["hot"]["outages"] == expected
