@@ -28,6 +28,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "sync",
     "doctor",
     "alarms",
+    "alarms_analysis",
     "notices",
 )
 

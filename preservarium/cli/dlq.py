@@ -1,36 +1,14 @@
 """`preservarium dlq`: what was refused and why, and bringing it in once its cause is mended."""
 
 import asyncio
-import re
-import time
-from typing import Any, Final
+from typing import Any
 
 import click
 
+from preservarium.cli.instants import now_us, shown, when
 from preservarium.cli.output import console, print_json
 from preservarium.domain.errors import ReasonCode
-from preservarium.domain.instant import instant_us
 from preservarium.settings import load
-
-_SPAN: Final = re.compile(r"(\d+)([smhd])")
-_SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
-
-
-def _now_us() -> int:
-    return time.time_ns() // 1_000
-
-
-def _since(text: str | None) -> int:
-    """µs of an ISO 8601 instant, or of so long ago (30m, 2h, 7d)."""
-    if not text:
-        return 0
-    if span := _SPAN.fullmatch(text.strip()):
-        return _now_us() - int(span[1]) * _SECONDS[span[2]] * 1_000_000
-    at = instant_us(text)
-    if at is None:
-        message = f"--since: {text!r} is neither an instant (ISO 8601) nor a time like 30m, 2h, 7d"
-        raise click.UsageError(message)
-    return at
 
 
 def _selection(function: Any) -> Any:
@@ -53,12 +31,6 @@ def dlq() -> None:
     """List, show and redrive what was refused (iot_errors)."""
 
 
-def _instant(us: Any) -> str:
-    from datetime import UTC, datetime
-
-    return datetime.fromtimestamp(us / 1e6, UTC).isoformat(timespec="seconds") if isinstance(us, int) else ""
-
-
 @dlq.command("list")
 @_selection
 @_json
@@ -66,7 +38,7 @@ def list_(codes: tuple[str, ...], device: str | None, since: str | None, limit: 
     """List error lines, oldest first within a partition.  [default limit: 100]"""
     from preservarium.dlq import Select, letters
 
-    select = Select(codes, device, _since(since), limit or 100)
+    select = Select(codes, device, when(since, "--since") if since else 0, limit or 100)
 
     async def collect() -> list[Any]:
         return [each async for each in letters(load(), select)]
@@ -83,7 +55,7 @@ def list_(codes: tuple[str, ...], device: str | None, since: str | None, limit: 
         table.add_column(name, overflow="fold")
     for each in found:
         line = each.line
-        cells = (each.id, _instant(line.get("first_seen")), line.get("stage"), line.get("code"), line.get("device_id") or "",
+        cells = (each.id, shown(line.get("first_seen")), line.get("stage"), line.get("code"), line.get("device_id") or "",
                  line.get("attempt", 1), line.get("message"))  # fmt: skip
         table.add_row(*(escape(str(cell)) for cell in cells))
     console().print(table)
@@ -113,7 +85,7 @@ def redrive(
     from preservarium.dlq import Redriven, Select
     from preservarium.dlq import redrive as run
 
-    select = Select(codes, device, _since(since), limit)
+    select = Select(codes, device, when(since, "--since") if since else 0, limit)
     columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} sent"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=as_json) as bar:
         task = bar.add_task("redrive", total=None)
@@ -121,7 +93,7 @@ def redrive(
         def progress(so_far: Redriven) -> None:
             bar.update(task, completed=so_far.sent)
 
-        done = asyncio.run(run(load(), select, now_us=_now_us(), dry_run=dry_run, progress=progress))
+        done = asyncio.run(run(load(), select, now_us=now_us(), dry_run=dry_run, progress=progress))
     if as_json:
         print_json({**done.document(), "dry_run": dry_run})
         return

@@ -1,0 +1,502 @@
+"""What alarm rules would have done over stored readings, by the code that runs live (`DeviceAlarms`).
+
+Readings come device by device in the order of event time, so what came late is in its place: a back-test says what
+should have been told, which differs from what was told where data were late. Nobody acknowledges in it. Operators'
+shelving and the like are not repeated.
+
+The devices are cut into pieces of about a million readings, and each process takes the next piece when it is done with
+one: what is held in memory is a piece's alarms and a few kilobytes of readings.
+"""
+
+import asyncio
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from heapq import nlargest
+from pathlib import Path
+from typing import Any, Final, cast
+
+import asyncpg
+import orjson
+
+from preservarium.domain.alarm_history import AlarmKey, Difference, History, Tally, compare
+from preservarium.domain.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc, RuleDoc
+from preservarium.domain.device_alarms import DeviceAlarms
+from preservarium.domain.errors import PreservariumError
+from preservarium.domain.rules import DeviceRules, compile_rules
+from preservarium.registry_file import SECTIONS
+from preservarium.registry_file import read as read_registry
+from preservarium.settings import Settings
+from preservarium.stores import history
+
+#: Alarms that a report lists one by one, those raised most often; the sums are of all.
+LISTED_MAX: Final = 1_000
+#: More processes than that wait for PostgreSQL.
+PROCESSES_MAX: Final = 4
+#: Readings after which the progress is told.
+_TOLD_EVERY: Final = 20_000
+
+
+class BacktestError(PreservariumError):
+    """A back-test that cannot be made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Test:
+    """What is to be evaluated; crosses the border between processes."""
+
+    dsn: str
+    rules: Mapping[str, RuleDoc]  #: by name: the rules under test
+    everywhere: frozenset[
+        str
+    ]  #: of them, those that no type and no device has: they watch every device with such a series
+    component_types: tuple[str, ...]  #: what must be read
+    from_us: int
+    to_us: int
+    against_live: bool = False
+    devices: tuple[str, ...] | None = None  #: None: all
+
+
+@dataclass(slots=True)
+class Result:
+    """What a piece, or all of them, came to."""
+
+    readings: int = 0
+    devices: int = 0
+    unknown_devices: int = 0  #: that have readings and are not in the registry: not evaluated
+    rules: dict[str, Tally] = field(default_factory=dict)  #: sums by rule
+    live: dict[str, Tally] = field(default_factory=dict)  #: the same of the live rules
+    alarms: list[tuple[AlarmKey, Tally]] = field(default_factory=list)  #: most often raised first
+    differing: int = 0  #: alarms that are not the same under both rules
+    difference: dict[str, Difference] = field(default_factory=dict)  #: by rule
+    told: dict[str, int] = field(default_factory=dict)  #: recipient -> transitions
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, other: "Result") -> None:
+        """Take in another piece's."""
+        self.readings += other.readings
+        self.devices += other.devices
+        self.unknown_devices += other.unknown_devices
+        self.differing += other.differing
+        for mine, theirs in ((self.rules, other.rules), (self.live, other.live)):
+            for rule, tally in theirs.items():
+                _sum(mine.setdefault(rule, Tally()), tally)
+        for rule, difference in other.difference.items():
+            self.difference.setdefault(rule, Difference()).add(difference)
+        for recipient, count in other.told.items():
+            self.told[recipient] = self.told.get(recipient, 0) + count
+        self.alarms = nlargest(LISTED_MAX, [*self.alarms, *other.alarms], key=lambda one: (one[1].raised, one[0]))
+        self.problems = list(dict.fromkeys([*self.problems, *other.problems]))[:LISTED_MAX]
+
+    def document(self, test: Test) -> dict[str, Any]:
+        """As JSON. Instants µs since the epoch, durations seconds."""
+        against = {rule: one.document() for rule, one in sorted(self.difference.items())} if test.against_live else None
+        return {
+            "from": test.from_us,
+            "to": test.to_us,
+            "readings": self.readings,
+            "devices": self.devices,
+            "unknown_devices": self.unknown_devices,
+            "rules": {rule: _sums(tally) for rule, tally in sorted(self.rules.items())},
+            "live": {rule: _sums(tally) for rule, tally in sorted(self.live.items())} if test.against_live else None,
+            "against_live": against,
+            "alarms_differing": self.differing if test.against_live else None,
+            "notices": {"counted": "transitions, not grouped", "recipients": dict(sorted(self.told.items()))},
+            "alarms": [{**key._asdict(), **tally.document()} for key, tally in self.alarms],
+            "problems": self.problems,
+        }
+
+
+def _sum(into: Tally, other: Tally) -> None:
+    into.raised += other.raised
+    into.cleared += other.cleared
+    into.active_us += other.active_us
+    into.longest_us = max(into.longest_us, other.longest_us)
+    into.standing += other.standing
+    into.chatter += other.chatter
+    into.severity = other.severity
+    firsts = [at for at in (into.first_at, other.first_at) if at is not None]
+    lasts = [at for at in (into.last_at, other.last_at) if at is not None]
+    into.first_at, into.last_at = min(firsts, default=None), max(lasts, default=None)
+
+
+def _sums(tally: Tally) -> dict[str, Any]:
+    return {name: value for name, value in tally.document().items() if name != "severity"}
+
+
+# --- preparation -----------------------------------------------------------------------------------------------------
+
+
+def rules_of(path: Path, names: Iterable[str] = ()) -> dict[str, RuleDoc]:
+    """The rules of a registry file.
+
+    Args:
+        path: the file; its other sections are not used.
+        names: take only these; none: all.
+
+    Raises:
+        BacktestError: it has no such rule, or one that is wrong.
+        RegistryFileError: it cannot be read.
+    """
+    file = read_registry(path)
+    if errors := [problem for problem in file.errors if not problem.path or problem.path.startswith("rules")]:
+        message = "; ".join(map(str, errors[:5]))
+        raise BacktestError(message)
+    found = {doc["name"]: cast(RuleDoc, {**doc, "rev": 0}) for doc in file.documents.get(SECTIONS["rules"], [])}
+    wanted = tuple(names)
+    if missing := [name for name in wanted if name not in found]:
+        message = f"{path}: has no rule {', '.join(missing)}; it has: {', '.join(found) or 'none'}"
+        raise BacktestError(message)
+    if not found:
+        message = f"{path}: has no rules"
+        raise BacktestError(message)
+    return {name: found[name] for name in wanted} if wanted else found
+
+
+class _Documents:
+    """The registry as it is now, without the devices: they are too many."""
+
+    def __init__(self, documents: Mapping[str, Mapping[str, Any]]) -> None:
+        self.documents = documents
+
+    @classmethod
+    async def load(cls, connection: asyncpg.Connection) -> "_Documents":
+        documents = {}
+        for kind, table in (("rule", "alarm_rules"), ("type", "device_types"), ("datatype", "datatypes")):
+            rows = await connection.fetch(f"SELECT name, rev, doc FROM {table}")
+            documents[kind] = {row["name"]: {**orjson.loads(row["doc"]), "rev": row["rev"]} for row in rows}
+        return cls(documents)
+
+    def rule(self, name: str) -> RuleDoc | None:
+        return self.documents["rule"].get(name)
+
+    def type(self, name: str) -> DeviceTypeDoc | None:
+        return self.documents["type"].get(name)
+
+    def datatype(self, name: str) -> DatatypeDoc | None:
+        return self.documents["datatype"].get(name)
+
+
+def _needs(rules: DeviceRules) -> set[str]:
+    """Component types that the rules take in."""
+    return {
+        component_type
+        for rule in rules.by_name.values()
+        for component_type in (rule.component_type, *(each.component_type for each in getattr(rule, "inputs", ())))
+    }
+
+
+async def prepare(
+    connection: asyncpg.Connection,
+    settings: Settings,
+    rules: Mapping[str, RuleDoc],
+    *,
+    from_us: int,
+    to_us: int,
+    against_live: bool = False,
+    devices: Sequence[str] | None = None,
+) -> Test:
+    """Look up what a back-test needs of the registry.
+
+    A rule watches the devices that the registry gives a rule of its name, under their overrides; one that no device type
+    and no device has watches every device with such a series.
+
+    Raises:
+        BacktestError: a rule cannot be used.
+    """
+    if to_us <= from_us:
+        message = "the time to look at is empty: --to is not after --from"
+        raise BacktestError(message)
+    documents = await _Documents.load(connection)
+    named = {name for one in documents.documents["type"].values() for name in one.get("rules") or ()}
+    rows = await connection.fetch(
+        "SELECT DISTINCT key FROM devices, json_object_keys(doc -> 'rules') AS key WHERE json_typeof(doc -> 'rules') = 'object'"
+    )
+    named.update(row["key"] for row in rows)
+    needed: set[str] = set()
+    for look_up in (rules.get, documents.rule) if against_live else (rules.get,):
+        present: dict[str, dict[str, Any]] = {name: {} for name in rules if look_up(name) is not None}
+        probe = cast(DeviceDoc, {"device_id": "", "rev": 0, "type": "", "enabled": True, "rules": present})
+        compiled = compile_rules(probe, None, look_up, documents.datatype)
+        if compiled.problems:
+            raise BacktestError("; ".join(compiled.problems))
+        needed |= _needs(compiled)
+    return Test(
+        dsn=settings.postgres.dsn,
+        rules=dict(rules),
+        everywhere=frozenset(set(rules) - named),
+        component_types=tuple(sorted(needed)),
+        from_us=from_us,
+        to_us=to_us,
+        against_live=against_live,
+        devices=None if devices is None else tuple(devices),
+    )
+
+
+def _restricted(
+    device: DeviceDoc, test: Test, documents: _Documents, rule: Callable[[str], RuleDoc | None]
+) -> DeviceRules:
+    """The device's rules of those under test."""
+    overrides = device.get("rules") or {}
+    device_type = documents.type(device["type"])
+    inherited = (device_type.get("rules") or []) if device_type else []
+    names = [name for name in test.rules if name in inherited or name in overrides or name in test.everywhere]
+    chosen = {name: overrides.get(name, {}) for name in names if rule(name) is not None}
+    return compile_rules(cast(DeviceDoc, {**device, "rules": chosen}), None, rule, documents.datatype)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+class Playback:
+    """One device's readings through one set of rules, as a worker would see them if nothing ever came late.
+
+    Args:
+        device_id: the device.
+        rules: its rules.
+        names: rules whose alarms count; None: all.
+    """
+
+    def __init__(self, device_id: str, rules: DeviceRules, names: frozenset[str] | None = None) -> None:
+        self.history = History(device_id, names)
+        self._alarms = DeviceAlarms(device_id)
+        self._rules = rules
+        #: whether something can happen without a reading
+        self._timed = bool(getattr(rules, "no_data", ())) or any(one.lateness_us for one in getattr(rules, "sets", ()))
+
+    def take(self, message: Mapping[str, Any]) -> None:
+        """Take a message; they come in the order of their times."""
+        if self._timed:
+            self._tick(message["timestamp"])
+        outcome = self._alarms.observe(message, self._rules)
+        if outcome.transitions:
+            self.history.take(outcome.transitions)
+
+    def close(self, to_us: int) -> History:
+        """Let time pass to the end."""
+        if self._timed:
+            self._tick(to_us)
+        self.history.close(to_us)
+        return self.history
+
+    def _tick(self, now_us: int) -> None:
+        outcome = cast(Any, self._alarms).tick(now_us, self._rules)
+        if outcome.transitions:
+            self.history.take(outcome.transitions)
+
+
+class _Piece:
+    """The evaluation of one piece."""
+
+    def __init__(
+        self,
+        test: Test,
+        documents: _Documents,
+        devices: Mapping[str, DeviceDoc],
+        series: Sequence[history.Series],
+        told: Callable[[int], None],
+    ) -> None:
+        self.result = Result()
+        self._test = test
+        self._documents = documents
+        self._devices = devices
+        self._series = series
+        self._told = told
+        self._device_id: str | None = None
+        self._new: Playback | None = None
+        self._live: Playback | None = None
+        self._position = 0
+        self._unsaid = 0
+        self._waiting: tuple[int, int, list[dict[str, Any]]] | None = None
+        self._seen: set[str] = set()
+
+    def take(self, rows: Iterator[history.Row]) -> None:
+        """Take rows; those of one device, time and reception become one message."""
+        series = self._series
+        waiting = self._waiting
+        device_id = self._device_id
+        count = 0
+        for number, at, value, quality, received_at, unit_unknown in rows:
+            count += 1
+            one = series[number]
+            if one.device_id != device_id:
+                self._waiting = waiting
+                self._close()
+                device_id = one.device_id
+                self._open(device_id)
+                waiting = None
+            if self._new is None:
+                continue
+            reading: dict[str, Any] = {
+                "component_type": one.component_type,
+                "pin_position": one.pin_position,
+                "value": value if value == value else None,
+                "quality": quality,
+            }
+            if unit_unknown:
+                reading["flags"] = ["unit_unknown"]
+            if waiting is not None:
+                if waiting[0] == at and waiting[1] == received_at:
+                    waiting[2].append(reading)
+                    continue
+                self._message(waiting)
+            waiting = (at, received_at, [reading])
+        self._waiting = waiting
+        self.result.readings += count
+        self._unsaid += count
+        if self._unsaid >= _TOLD_EVERY:
+            self._told(self._unsaid)
+            self._unsaid = 0
+
+    def _message(self, waiting: tuple[int, int, list[dict[str, Any]]]) -> None:
+        at, received_at, readings = waiting
+        self._position += 1
+        message = {
+            "generation": 0,
+            # Its place in the playback: the raw coordinates are in the order of arrival, which is another one.
+            "raw_partition": 0,
+            "raw_offset": self._position,
+            "raw_index": 0,
+            "timestamp": at + history.EPOCH_US,
+            "received_at": received_at + history.EPOCH_US,
+            "readings": readings,
+        }
+        assert self._new is not None
+        self._new.take(message)
+        if self._live is not None:
+            self._live.take(message)
+
+    def _open(self, device_id: str) -> None:
+        self._device_id = device_id
+        self._new = self._live = None
+        self._seen.add(device_id)
+        device = self._devices.get(device_id)
+        if device is None:
+            self.result.unknown_devices += 1
+            return
+        rules = _restricted(device, self._test, self._documents, self._test.rules.get)
+        self.result.problems += [f"{device_id}: {problem}" for problem in rules.problems]
+        live = (
+            _restricted(device, self._test, self._documents, self._documents.rule) if self._test.against_live else None
+        )
+        if not rules.by_name and not (live and live.by_name):
+            return
+        self._new = Playback(device_id, rules)
+        self._live = Playback(device_id, live) if live is not None else None
+        self.result.devices += 1
+
+    def _close(self) -> None:
+        """The device's last reading was taken."""
+        if self._new is None:
+            return
+        if self._waiting is not None:
+            self._message(self._waiting)
+            self._waiting = None
+        new = self._new.close(self._test.to_us)
+        live = self._live.close(self._test.to_us) if self._live is not None else None
+        result = self.result
+        for key, tally in new.tallies.items():
+            _sum(result.rules.setdefault(key.rule, Tally()), tally)
+            result.alarms.append((key, tally))
+        for recipient, count in new.told.items():
+            result.told[recipient] = result.told.get(recipient, 0) + count
+        if live is not None:
+            for key, tally in live.tallies.items():
+                _sum(result.live.setdefault(key.rule, Tally()), tally)
+            for key in new.spans.keys() | live.spans.keys():
+                ours, theirs = new.spans.get(key, ()), live.spans.get(key, ())
+                result.difference.setdefault(key.rule, Difference()).add(compare(ours, theirs))
+                result.differing += list(ours) != list(theirs)
+        self._new = self._live = None
+
+    def finish(self) -> Result:
+        """The result, after the last row."""
+        self._close()
+        self._told(self._unsaid)
+        self.result.alarms = nlargest(LISTED_MAX, self.result.alarms, key=lambda one: (one[1].raised, one[0]))
+        return self.result
+
+
+async def _evaluate(test: Test, piece: history.Piece, told: Callable[[int], None]) -> Result:
+    connection = await asyncpg.connect(test.dsn)
+    try:
+        series = await history.series_of(connection, piece, test.component_types, test.devices)
+        rows = await connection.fetch(
+            "SELECT device_id, rev, doc FROM devices WHERE device_id = ANY($1)", list({s.device_id for s in series})
+        )
+        devices = {row["device_id"]: cast(DeviceDoc, {**orjson.loads(row["doc"]), "rev": row["rev"]}) for row in rows}
+        work = _Piece(test, await _Documents.load(connection), devices, series, told)
+        await history.read(connection, series, test.from_us, test.to_us, work.take)
+        return work.finish()
+    finally:
+        await connection.close(timeout=5)
+
+
+_counter: Any = None
+
+
+def _begin(counter: Any) -> None:
+    global _counter
+    _counter = counter
+
+
+def _in_process(test: Test, piece: history.Piece) -> Result:
+    def told(count: int) -> None:
+        with _counter.get_lock():
+            _counter.value += count
+
+    return asyncio.run(_evaluate(test, piece, told))
+
+
+def default_processes() -> int:
+    """As many as there are cores, within reason."""
+    return min(PROCESSES_MAX, os.cpu_count() or 1)
+
+
+async def run(
+    connection: asyncpg.Connection,
+    test: Test,
+    *,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _of: None,
+) -> Result:
+    """Evaluate all pieces.
+
+    Args:
+        connection: to plan with.
+        test: what.
+        processes: how many; None: `default_processes`. One piece is evaluated here.
+        progress: called with the readings so far and how many there are, about.
+    """
+    pieces = await history.pieces(connection, test.component_types, test.devices, test.from_us, test.to_us)
+    total = sum(piece.readings for piece in pieces)
+    result = Result()
+    workers = min(len(pieces), processes or default_processes())
+    progress(0, total)
+    if workers <= 1:
+        done = 0
+
+        def told(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, max(done, total))
+
+        for piece in pieces:
+            result.add(await _evaluate(test, piece, told))
+        return result
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(counter,)) as pool:
+        waiting = {pool.submit(_in_process, test, piece) for piece in pieces}
+        try:
+            while waiting:
+                done_now, waiting = await asyncio.to_thread(wait, waiting, 0.2, FIRST_COMPLETED)
+                for one in done_now:
+                    result.add(one.result())
+                progress(counter.value, max(counter.value, total))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return result

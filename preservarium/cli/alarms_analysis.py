@@ -1,0 +1,152 @@
+"""`preservarium alarms backtest | kpis | suggest`: what alarm rules would have done, do, and should be."""
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from preservarium.cli.alarms import alarms
+from preservarium.cli.instants import now_us, shown, shown_span, when
+from preservarium.cli.output import console, print_json
+from preservarium.settings import load
+
+if TYPE_CHECKING:
+    from preservarium.backtest import Result, Test
+
+#: Alarms that the printed table names; --json has a thousand.
+ALARMS_SHOWN_MAX = 20
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_from = click.option("--from", "from_", default="7d", show_default=True, metavar="WHEN",
+                     help="Begin: ISO 8601, or 12h, 7d ago.")  # fmt: skip
+_to = click.option("--to", metavar="WHEN", help="End; not part of it.  [default: now]")
+
+
+def _times(from_: str, to: str | None) -> tuple[int, int]:
+    return when(from_, "--from"), when(to, "--to") if to else now_us()
+
+
+def _table(*names: str) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="left" if name in ("rule", "alarm", "recipient", "first") else "right")
+    return table
+
+
+# --- back-test -------------------------------------------------------------------------------------------------------
+
+
+@alarms.command()
+@click.option("--rule", "file", required=True, metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="A registry file; of it, the section `rules` is used.")  # fmt: skip
+@click.option("--name", "names", multiple=True, help="Only this rule of the file; may be repeated.")
+@_from
+@_to
+@click.option("--against", type=click.Choice(["live"]), help="Compare with the rule of the same name in the registry.")
+@click.option("--device", "devices", multiple=True, metavar="ADDRESS", help="Only this device; may be repeated.")
+@click.option("--processes", type=click.IntRange(1, 64), help="How many work at once.  [default: the cores, at most 4]")
+@_json
+def backtest(
+    file: Path,
+    names: tuple[str, ...],
+    from_: str,
+    to: str | None,
+    against: str | None,
+    devices: tuple[str, ...],
+    processes: int | None,
+    as_json: bool,
+) -> None:
+    """Evaluate rules over stored readings, by the code that runs live, and change nothing.
+
+    A rule watches the devices to which the registry gives a rule of its name; a new one, every device that has such a
+    series. Nobody acknowledges in a back-test, and what came late is in its place.
+    """
+    import asyncpg
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from preservarium import backtest as work
+    from preservarium.stores.migrate import MigrationError, connect_postgres
+
+    settings = load()
+    from_us, to_us = _times(from_, to)
+    columns = (TextColumn("{task.completed:,.0f} readings"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+
+    async def evaluate() -> "tuple[Test, Result]":
+        rules = work.rules_of(file, names)
+        connection = await connect_postgres(settings)
+        try:
+            test = await work.prepare(
+                connection,
+                settings,
+                rules,
+                from_us=from_us,
+                to_us=to_us,
+                against_live=against == "live",
+                devices=devices or None,
+            )
+            with Progress(*columns, console=Console(stderr=True), transient=True, disable=as_json) as bar:
+                task = bar.add_task("", total=None)
+                result = await work.run(
+                    connection,
+                    test,
+                    processes=processes,
+                    progress=lambda done, of: bar.update(task, completed=done, total=of),
+                )
+            return test, result
+        except asyncpg.UndefinedTableError as e:
+            message = f"the database is not migrated ({e}): run `preservarium migrate`"
+            raise MigrationError(message) from None
+        finally:
+            await connection.close(timeout=5)
+
+    test, result = asyncio.run(evaluate())
+    if as_json:
+        print_json(result.document(test))
+    else:
+        _print_backtest(test, result)
+
+
+def _print_backtest(test: "Test", result: "Result") -> None:
+    from rich.markup import escape
+
+    out = console()
+    out.print(
+        f"{result.readings:,} readings of {result.devices:,} devices,"
+        f" {shown(test.from_us)} to {shown(test.to_us)}"
+        + (f"; {result.unknown_devices:,} devices are not in the registry" if result.unknown_devices else "")
+    )
+    names = ("rule", "raised", "transitions", "chatter", "standing", "mean", "longest", "in all")
+    table = _table(*names)
+    shown_rules = [(rule, tally, "") for rule, tally in sorted(result.rules.items())]
+    shown_rules += [(rule, tally, " (live)") for rule, tally in sorted(result.live.items())]
+    for rule, tally, word in sorted(shown_rules, key=lambda one: one[0]):
+        mean_s = tally.active_us / tally.raised / 1e6 if tally.raised else None
+        table.add_row(escape(rule) + word, f"{tally.raised:,}", f"{tally.transitions:,}", f"{tally.chatter:,}", f"{tally.standing:,}",
+                      shown_span(mean_s), shown_span(tally.longest_us / 1e6), shown_span(tally.active_us / 1e6))  # fmt: skip
+    out.print(table if table.row_count else "No alarm.")
+    if test.against_live and result.difference:
+        table = _table(
+            "rule", "in both", "only new", "only live", "active, new", "active, live", "pairs: new lasts longer by"
+        )
+        for rule, one in sorted(result.difference.items()):
+            sign = "-" if one.longer_us < 0 else ""
+            table.add_row(escape(rule), f"{one.both:,}", f"{one.only_new:,}", f"{one.only_old:,}", shown_span(one.active_new_us / 1e6),
+                          shown_span(one.active_old_us / 1e6), sign + shown_span(abs(one.longer_us) / 1e6))  # fmt: skip
+        out.print(table)
+    if result.alarms:
+        table = _table("alarm", "raised", "chatter", "mean", "longest", "first")
+        for key, tally in result.alarms[:ALARMS_SHOWN_MAX]:
+            table.add_row(escape(f"{key.device_id} {key.rule} {key.pin_position}"), f"{tally.raised:,}", f"{tally.chatter:,}",
+                          shown_span(tally.active_us / tally.raised / 1e6), shown_span(tally.longest_us / 1e6), shown(tally.first_at))  # fmt: skip
+        out.print(table)
+    for recipient, count in sorted(result.told.items()):
+        out.print(f"{escape(recipient)} would be told of {count:,} transitions (before grouping)")
+    for problem in result.problems[:ALARMS_SHOWN_MAX]:
+        out.print(f"[yellow]{escape(problem)}[/]")
+
+
+commands: list[click.Command] = [alarms]

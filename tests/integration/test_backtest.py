@@ -1,0 +1,216 @@
+"""The back-test over a real PostgreSQL: the same as `DeviceAlarms` says, however it is cut into pieces and processes."""
+
+import asyncio
+import random
+
+import asyncpg
+import orjson
+import pytest
+from click.testing import CliRunner
+from sink_support import NOW_US, in_thread, live, message, migrated_database
+
+from preservarium import backtest
+from preservarium.__main__ import cli
+from preservarium.domain.device_alarms import DeviceAlarms
+from preservarium.domain.rules import compile_rules
+from preservarium.settings import load
+from preservarium.stores import history
+from preservarium.stores.timescale import TimescaleStore
+
+S = 1_000_000
+T = NOW_US // (60 * S) * 60 * S - 86_400 * S
+STEPS = 240
+DEVICES = [f"dev-{n}" for n in range(7)]
+RULE = {
+    "name": "hot",
+    "component_type": "temperature",
+    "kind": "high",
+    "severity": "major",
+    "threshold": 25.0,
+    "recipients": ["ops"],
+}
+DATATYPE = {"name": "temperature", "kind": "number", "unit": "°C"}
+NEW = {**RULE, "rev": 0, "deadband": 1.0, "on_delay_s": 120.0}
+
+
+def fleet() -> list[dict]:
+    """Messages in the order of their arrival: late ones, readings that failed, texts, several pins."""
+    rng = random.Random(7)
+    found = []
+    for d, device in enumerate(DEVICES):
+        values = [24.0, 25.0]
+        for step in range(STEPS):
+            values = [v + rng.uniform(-1, 1) + (25 - v) * 0.05 for v in values]
+            readings = [{"value": v} for v in values]
+            if step % 17 == 0:
+                readings[0]["quality"] = 4
+            if step % 23 == 0:
+                readings[1] = {"value": None, "value_text": "error"}
+            late = 3 * 60 * S if step % 11 == 0 else 0
+            at = T + step * 60 * S + d
+            found.append(message(device, *readings, at=at, offset=len(found) + 1, received_at=at + S + late))
+    return sorted(found, key=lambda m: m["received_at"])
+
+
+@pytest.fixture(scope="module")
+def stored(postgres):
+    """DSN of a database with the fleet's readings and a registry of all devices but the last."""
+
+    async def fill(dsn):
+        settings = live(postgres={"url": dsn})
+        store = TimescaleStore(settings)
+        result = await store.write(fleet(), {})
+        assert not result.rejected
+        await store.close()
+        connection = await asyncpg.connect(dsn)
+        insert = "nextval('registry_rev'), 1, $1, now(), 'test')"
+        await connection.execute(
+            "INSERT INTO manufacturers VALUES ('m', nextval('registry_rev'), 1, '{}', now(), 'test')"
+        )
+        await connection.execute(
+            f"INSERT INTO datatypes VALUES ('temperature', 'number', '°C', {insert}", text(DATATYPE)
+        )
+        await connection.execute(
+            f"INSERT INTO alarm_rules VALUES ('hot', 'temperature', 'major', true, {insert}", text(RULE)
+        )
+        await connection.execute(
+            f"INSERT INTO device_types VALUES ('t', 'm', 'p', {insert}", text({"name": "t", "rules": ["hot"]})
+        )
+        for device in DEVICES[:-1]:
+            doc = {"device_id": device, "type": "t", "enabled": True}
+            if device == DEVICES[1]:
+                doc["rules"] = {"hot": {"threshold": 26.0}}
+            if device == DEVICES[2]:
+                doc["rules"] = {"hot": None}
+            await connection.execute(
+                f"INSERT INTO devices VALUES ($2, 't', NULL, true, NULL, {insert}", text(doc), device
+            )
+        await connection.close()
+
+    with migrated_database(postgres) as dsn:
+        in_thread(fill(dsn))
+        yield dsn
+
+
+def text(document: dict) -> str:
+    return orjson.dumps(document).decode()
+
+
+def expected(rule: dict, overrides: dict | None = None) -> dict[str, list[dict]]:
+    """Transitions by device, by `DeviceAlarms` itself over the messages in the order of their times."""
+    found = {}
+    for device in DEVICES[:-1]:
+        override = {DEVICES[1]: {"threshold": 26.0}, DEVICES[2]: None}.get(device, {})
+        doc = {"device_id": device, "rev": 1, "type": "t", "enabled": True, "rules": {"hot": override}}
+        rules = compile_rules(doc, None, {"hot": rule}.get, lambda _: {**DATATYPE, "rev": 1})
+        alarms = DeviceAlarms(device)
+        transitions = found[device] = []
+        mine = sorted((m for m in fleet() if m["device_id"] == device), key=lambda m: m["timestamp"])
+        for offset, one in enumerate(mine):
+            transitions += alarms.observe({**one, "raw_offset": offset}, rules).transitions
+    return found
+
+
+async def evaluate(dsn: str, *, processes: int = 1, devices=None, rules=None, sorted_max=None, monkeypatch=None):
+    settings = load(postgres={"url": dsn})
+    connection = await asyncpg.connect(dsn)
+    try:
+        test = await backtest.prepare(
+            connection,
+            settings,
+            rules or {"hot": NEW},
+            from_us=T,
+            to_us=T + STEPS * 60 * S,
+            against_live=True,
+            devices=devices,
+        )
+        if sorted_max is not None:
+            pieces = history.pieces
+
+            async def small(*arguments):
+                return await pieces(*arguments, sorted_max=sorted_max)
+
+            monkeypatch.setattr(history, "pieces", small)
+        told = []
+        result = await backtest.run(connection, test, processes=processes, progress=lambda *now: told.append(now))
+        return result.document(test), told
+    finally:
+        await connection.close()
+
+
+async def test_the_back_test_says_what_the_live_code_says(stored):
+    document, told = await evaluate(stored)
+    for side, rule in (("rules", NEW), ("live", {**RULE, "rev": 2})):
+        transitions = [t for each in expected(rule).values() for t in each]
+        assert document[side]["hot"]["raised"] == sum(t["transition"] == "raised" for t in transitions)
+        assert document[side]["hot"]["transitions"] == sum(
+            t["transition"] in ("raised", "cleared") for t in transitions
+        )
+        lasted = sum(t["cleared_at"] - t["occurred_at"] for t in transitions if t["transition"] == "cleared")
+        assert document[side]["hot"]["active_s"] >= lasted / 1e6
+    assert document["rules"]["hot"]["raised"] < document["live"]["hot"]["raised"]
+    assert document["devices"] == len(DEVICES) - 2  # one has the rule switched off, one is not in the registry
+    assert document["unknown_devices"] == 1
+    assert document["readings"] == told[-1][0] == len(DEVICES) * STEPS * 2
+    assert document["notices"]["recipients"] == {"ops": document["rules"]["hot"]["transitions"]}
+    difference = document["against_live"]["hot"]
+    assert difference["both"] + difference["only_live"] == document["live"]["hot"]["raised"]
+    assert difference["both"] + difference["only_new"] == document["rules"]["hot"]["raised"]
+    per_alarm = {(a["device_id"], a["pin_position"]): a["raised"] for a in document["alarms"]}
+    assert sum(per_alarm.values()) == document["rules"]["hot"]["raised"]
+    for device, transitions in expected(NEW).items():
+        for pin in ("0", "1"):
+            raised = sum(t["transition"] == "raised" and t["pin_position"] == pin for t in transitions)
+            assert per_alarm.get((device, pin), 0) == raised
+
+
+async def test_pieces_and_processes_make_no_difference(stored, monkeypatch):
+    whole, _ = await evaluate(stored)
+    pieces, _ = await evaluate(stored, sorted_max=1, monkeypatch=monkeypatch)
+    parallel, _ = await evaluate(stored, processes=2)
+    assert whole == pieces
+    assert whole == parallel
+
+
+async def test_the_rule_that_is_live_differs_in_nothing_from_itself(stored):
+    document, _ = await evaluate(stored, rules={"hot": {**RULE, "rev": 0}})
+    assert document["alarms_differing"] == 0
+    assert document["against_live"]["hot"]["both"] == document["live"]["hot"]["raised"] > 0
+    assert document["against_live"]["hot"]["only_new"] == document["against_live"]["hot"]["only_live"] == 0
+
+
+async def test_a_rule_that_nobody_has_watches_every_device_with_such_a_series(stored):
+    document, _ = await evaluate(stored, rules={"warm": {**NEW, "name": "warm"}})
+    assert document["devices"] == len(DEVICES) - 1
+    assert document["against_live"]["warm"]["only_live"] == 0
+
+
+def test_the_command_prints_the_same_for_people_and_for_programs(stored, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRESERVARIUM_POSTGRES__URL", stored)
+    file = tmp_path / "rules.yaml"
+    file.write_bytes(orjson.dumps({"rules": [{**RULE, "on_delay_s": 120, "deadband": 1}]}))
+    arguments = [
+        "alarms",
+        "backtest",
+        "--rule",
+        str(file),
+        "--from",
+        str(T),
+        "--to",
+        str(T + STEPS * 60 * S),
+        "--against",
+        "live",
+    ]
+    as_json = CliRunner().invoke(cli, [*arguments, "--json"])
+    assert as_json.exit_code == 0, as_json.output
+    document = orjson.loads(as_json.stdout)
+    whole, _ = asyncio.run(evaluate(stored))
+    assert document == whole
+    printed = CliRunner().invoke(cli, arguments)
+    assert printed.exit_code == 0, printed.output
+    assert f"{document['rules']['hot']['raised']}" in printed.stdout
+    assert "only live" in printed.stdout
+    one = CliRunner().invoke(cli, [*arguments, "--device", DEVICES[0], "--json"])
+    assert orjson.loads(one.stdout)["devices"] == 1
+    wrong = CliRunner().invoke(cli, [*arguments, "--name", "cold"])
+    assert wrong.exit_code == 1
