@@ -12,6 +12,13 @@ from preservarium.notices.words import tell
 from preservarium.settings import Settings
 
 
+def _sender(address: str) -> tuple[Any, bool]:
+    import apprise
+
+    sender = apprise.Apprise()
+    return sender, bool(sender.add(address))
+
+
 class AppriseChannel:
     """What Apprise can reach. Its senders block, so each runs in a thread of Apprise's own.
 
@@ -36,17 +43,17 @@ class AppriseChannel:
         recipient = notice.delivery["recipient"]
         scheme = urlsplit(notice.address).scheme
         try:
-            import apprise
+            # In a thread: at first use it loads over a hundred modules.
+            sender, known = await asyncio.to_thread(_sender, notice.address)
         except ImportError as e:
             message = f"{recipient}: {scheme}:// needs the extra `apprise`: pip install 'preservarium[apprise]'"
             raise Reject(ReasonCode.NOTICE_REFUSED, message) from e
-        sender = apprise.Apprise()
-        if not sender.add(notice.address):
-            message = f"{recipient}: {scheme}:// is no address that Apprise {apprise.__version__} knows"
+        if not known:
+            message = f"{recipient}: {scheme}:// is no address that Apprise knows"
             raise Reject(ReasonCode.NOTICE_REFUSED, message)
         words = tell(notice.delivery, self._zone(recipient), lambda line: self._link(line, recipient))
         raised = any(line["status"] == "raised" for line in notice.delivery["lines"])
-        kind = apprise.NotifyType.WARNING if raised else apprise.NotifyType.SUCCESS
+        kind = "warning" if raised else "success"
         try:
             async with asyncio.timeout(self._settings().notices.endpoint_timeout_s):
                 taken = await sender.async_notify(body=words.text, title=words.subject, notify_type=kind)
