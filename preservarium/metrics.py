@@ -94,6 +94,16 @@ STORE_ROWS = _counter("store_rows_total", "Rows by outcome: stored, duplicate, r
 STORE_SECONDS = _histogram("store_seconds", "Time of one write, begin to commit.", "store")
 STORAGE_JOBS_FAILING = _gauge("storage_jobs_failing", "Background jobs of the storage whose last run failed.")
 
+# --- dashboards ---
+DASHBOARD_ANSWERS = _counter(
+    "dashboard_answers_total",
+    "Answers by origin: asked of ClickHouse, shared with one under way, cached.",
+    "dashboard",
+    "origin",
+)
+DASHBOARD_SECONDS = _histogram("dashboard_seconds", "Time of one query of a dashboard.", "dashboard")
+DASHBOARD_CACHE_BYTES = _gauge("dashboard_cache_bytes", "Answers that are kept.")
+
 # --- windows ---
 WINDOWS = _counter("windows_total", "Records of windows by cause: watermark, silence, late.", "cause")
 AGGREGATE_LATE = _counter(

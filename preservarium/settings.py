@@ -262,6 +262,9 @@ class Sync(_Section):
         0.3, ge=0, le=60, json_schema_extra=RELOAD, description="An insert waits this long for more rows."
     )
     retention_days: int = Field(365, ge=1, description="Rows older than this are dropped by ClickHouse.")
+    query_ttl_s: float = Field(2.0, ge=0, le=3600, description="A dashboard's answer is given again for so long.")
+    query_cache_bytes_max: int = Field(16_777_216, ge=0, description="Bytes of answers that a worker keeps.")
+    query_cache_rows_max: int = Field(10_000, ge=0, description="An answer of more rows is not kept.")
 
 
 class Fuse(_Section):

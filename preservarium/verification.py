@@ -40,9 +40,9 @@ from typing import Any, Final, Literal
 import orjson
 import structlog
 
+from preservarium import sync
 from preservarium.domain.errors import PreservariumError
 from preservarium.settings import Settings
-from preservarium.sync import ALARM_EVENT_TYPES, MEASUREMENT_TYPES
 
 log = structlog.get_logger(__name__)
 
@@ -153,6 +153,11 @@ _ALARM_FIELDS: Final = (
     Field("raw_offset", "integer", "coalesce(e.raw_offset, 0)"),
     Field("raw_index", "integer", "coalesce(e.raw_index, 0)"),
 )
+
+
+#: PostgreSQL's row is the verdict that stands; that there was an earlier one it does not tell.
+MEASUREMENT_TYPES: Final = {name: kind for name, kind in sync.MEASUREMENTS.types.items() if name != "revised"}
+ALARM_EVENT_TYPES: Final = sync.ALARM_EVENTS.types
 
 
 def _us(sql: str) -> str:

@@ -244,4 +244,65 @@ def _print_verdict(verdict: Any, as_json: bool) -> None:
     )
 
 
+@sync.command()
+@click.argument("name", required=False)
+@click.argument("parameters", nargs=-1, metavar="[PARAMETER=VALUE]...")
+@_json
+def query(name: str | None, parameters: tuple[str, ...], as_json: bool) -> None:
+    """Ask what a dashboard asks; without a name, say which dashboards there are."""
+    import orjson
+
+    from preservarium.stores.clickhouse import ClickHouseStore
+    from preservarium.stores.dashboards import DASHBOARDS, Dashboards
+
+    if name is None:
+        _print_dashboards([d.document() for d in DASHBOARDS.values()], as_json=as_json)
+        return
+    given: dict[str, str] = {}
+    for parameter in parameters:
+        key, equals, value = parameter.partition("=")
+        if not equals:
+            message = f"{parameter!r} is not of the form PARAMETER=VALUE"
+            raise click.UsageError(message)
+        given[key] = value
+    settings = _enabled()
+
+    async def ask() -> Any:
+        store = ClickHouseStore(lambda: settings)
+        try:
+            return orjson.loads(await Dashboards(store, lambda: settings).answer(name, given))
+        finally:
+            await store.close()
+
+    found = asyncio.run(ask())
+    if as_json:
+        print_json(found)
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in found["columns"]:
+        table.add_column(column)
+    for row in found["rows"]:
+        table.add_row(*("" if value is None else str(value) for value in row))
+    console().print(table)
+
+
+def _print_dashboards(found: list[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("dashboard", "parameters", "answers"):
+        table.add_column(column)
+    for dashboard in found:
+        parameters = " ".join(
+            p["name"] if p["default"] is None else f"[{p['name']}={p['default']}]" for p in dashboard["parameters"]
+        )
+        table.add_row(dashboard["name"], parameters.replace("[", "\\["), dashboard["meaning"])
+    console().print(table)
+
+
 commands: list[click.Command] = [sync]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from preservarium.console.dashboards import DashboardViews
 from preservarium.console.follower import BoardFollower
 from preservarium.console.operators import Operators
 from preservarium.console.tables import TableReader
@@ -25,5 +26,6 @@ def install(app: Any) -> Console:
     console.mount(app.web.web_app)
     board = Board()
     app.add_dependency(BoardFollower(board, app.live, app.clock))
+    DashboardViews(app).mount(app.web.web_app)
     Operators(app, Desk(board, app.publisher.publish, app.clock), reads).mount(app.web.web_app)
     return console

@@ -113,7 +113,13 @@ class ClickHouseStore:
         metrics.STORE_ROWS.labels("clickhouse", "stored").inc(rows)
 
     async def query(self, text: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
-        """Rows of a query.
+        """Rows of a query; raises as `select` does."""
+        return (await self.select(text, parameters))[1]
+
+    async def select(
+        self, text: str, parameters: Mapping[str, Any] | None = None
+    ) -> tuple[list[str], list[tuple[Any, ...]]]:
+        """Names of columns, and rows.
 
         Raises:
             Retry: the server cannot be reached.
@@ -127,8 +133,7 @@ class ClickHouseStore:
                 await self._forget(client)
                 message = f"ClickHouse: {_short(e)}"
                 raise Retry(message) from e
-        rows: list[tuple[Any, ...]] = list(result.result_rows)
-        return rows
+        return list(result.column_names), list(result.result_rows)
 
     async def close(self) -> None:
         """Close every connection."""

@@ -1,0 +1,192 @@
+-- The queries that dashboards use, by name. Instants are µs since the epoch, UTC. A parameter's line has its name, its type,
+-- its default where it may be left out, and what it means; `limit` is in every query that could answer with many rows.
+
+-- name: stages
+-- Files at each stage by status, and since when the oldest is there.
+SELECT stage, status, count() AS files, toUnixTimestamp64Micro(min(assigned_at)) AS oldest_at
+FROM pipeline_state FINAL
+GROUP BY stage, status
+ORDER BY stage, status
+LIMIT 1000;
+
+-- name: files
+-- Files by id with what they are at now, and who has them.
+-- param: stage String = '': only of this stage
+-- param: status String = '': only of this status
+-- param: employee String = '': only those of this employee code
+-- param: after String = '': only ids after this one: the next page
+-- param: limit UInt32 = 50: most rows
+SELECT f.file_id AS file_id, f.stage AS stage, f.status AS status, f.employee_code AS employee_code,
+       if(e.name = '', f.name, e.name) AS employee_name, f.assigned AS assigned_at, f.completed AS completed_at
+FROM (
+  SELECT file_id, stage, status, employee_code, employee_name AS name, toUnixTimestamp64Micro(assigned_at) AS assigned,
+         toUnixTimestamp64Micro(completed_at) AS completed
+  FROM pipeline_state FINAL
+  WHERE file_id > {after:String}
+    AND ({stage:String} = '' OR stage = {stage:String})
+    AND ({status:String} = '' OR status = {status:String})
+    AND ({employee:String} = '' OR employee_code = {employee:String})
+  ORDER BY file_id
+  LIMIT {limit:UInt32}
+) AS f
+LEFT JOIN (SELECT employee_code, name FROM employees FINAL) AS e ON e.employee_code = f.employee_code
+ORDER BY file_id;
+
+-- name: waiting
+-- Files that are not completed, those that were assigned longest ago first.
+-- param: stage String = '': only of this stage
+-- param: limit UInt32 = 50: most rows
+SELECT file_id, stage, status, employee_code, employee_name, toUnixTimestamp64Micro(assigned_at) AS assigned_at
+FROM (
+  SELECT file_id, stage, status, employee_code, employee_name, assigned_at
+  FROM pipeline_state FINAL
+  WHERE completed_at IS NULL AND ({stage:String} = '' OR stage = {stage:String})
+  ORDER BY assigned_at, file_id
+  LIMIT {limit:UInt32}
+)
+ORDER BY assigned_at, file_id;
+
+-- name: file
+-- One file's way: each stage that it came to, when first and last, how often assigned, to how many.
+-- param: file_id String: the file
+SELECT stage, toUnixTimestamp64Micro(min(first_at)) AS first, toUnixTimestamp64Micro(max(last_at)) AS last,
+       toUnixTimestamp64Micro(max(f.completed_at)) AS completed, uniqExactMerge(assignments) AS assigned_times,
+       uniqExactMerge(employees) AS employee_count, argMaxMerge(newest).1 AS status, argMaxMerge(newest).2 AS employee_code
+FROM file_stages AS f
+WHERE file_id = {file_id:String}
+GROUP BY stage
+ORDER BY first
+LIMIT 1000;
+
+-- name: history
+-- One file's events, newest first.
+-- param: file_id String: the file
+-- param: limit UInt32 = 100: most rows
+SELECT toUnixTimestamp64Micro(assigned_at) AS at, event_id, stage, status, employee_code, employee_name,
+       toUnixTimestamp64Micro(completed_at) AS completed, toUnixTimestamp64Micro(changed_at) AS changed, deleted
+FROM task_events FINAL
+WHERE file_id = {file_id:String}
+ORDER BY version DESC
+LIMIT {limit:UInt32};
+
+-- name: load
+-- Files that each employee has and has not completed, most first.
+-- param: limit UInt32 = 200: most rows
+SELECT l.employee_code AS employee_code, if(e.name = '', l.name, e.name) AS employee_name, l.files AS files,
+       l.oldest AS oldest_at
+FROM (
+  SELECT employee_code, any(employee_name) AS name, count() AS files, toUnixTimestamp64Micro(min(assigned_at)) AS oldest
+  FROM pipeline_state FINAL
+  WHERE completed_at IS NULL AND employee_code != ''
+  GROUP BY employee_code
+  ORDER BY files DESC, employee_code
+  LIMIT {limit:UInt32}
+) AS l
+LEFT JOIN (SELECT employee_code, name FROM employees FINAL) AS e ON e.employee_code = l.employee_code
+ORDER BY files DESC, employee_code;
+
+-- name: throughput
+-- Files completed on each of the last days, by stage.
+-- param: days UInt32 = 30: days back, today included
+SELECT toString(c.day) AS day, stage, count() AS files, uniqExact(employee_code) AS employees
+FROM stage_completions AS c FINAL
+WHERE c.day > today() - {days:UInt32}
+GROUP BY c.day, stage
+ORDER BY c.day, stage
+LIMIT 10000;
+
+-- name: time_in_stage
+-- Seconds from assignment to completion of what was completed on the last days, by stage.
+-- param: days UInt32 = 30: days back, today included
+SELECT stage, count() AS files, round(avg(s), 3) AS mean_s, round(quantile(0.5)(s), 3) AS median_s, round(quantile(0.9)(s), 3) AS p90_s
+FROM (
+  SELECT stage, dateDiff('microsecond', assigned_at, completed_at) / 1e6 AS s
+  FROM stage_completions FINAL
+  WHERE day > today() - {days:UInt32}
+)
+GROUP BY stage
+ORDER BY stage
+LIMIT 1000;
+
+-- name: latest
+-- The last value of each series, of one device or of all.
+-- param: device String = '': only of this device
+-- param: after String = '': only devices after this one: the next page
+-- param: limit UInt32 = 200: most rows
+SELECT device_id, component_type, pin_position, connector_mode, toUnixTimestamp64Micro(timestamp) AS at, value, value_text, unit,
+       quality
+FROM latest_values FINAL
+WHERE device_id > {after:String} AND ({device:String} = '' OR device_id = {device:String})
+ORDER BY device_id, component_type, pin_position, connector_mode
+LIMIT {limit:UInt32};
+
+-- name: series
+-- One series in so many equal steps: count, least, mean and greatest of the readings that did not fail.
+-- param: device String: address of the device
+-- param: component String: what is measured
+-- param: pin String = '-1': which of several equal components
+-- param: start Int64: from then on
+-- param: end Int64: to before then
+-- param: points UInt32 = 500: most steps
+SELECT {start:Int64} + step * greatest(1, intDiv({end:Int64} - {start:Int64}, {points:UInt32})) AS at, count() AS readings,
+       min(value) AS least, avg(value) AS mean, max(value) AS greatest
+FROM (
+  SELECT intDiv(toUnixTimestamp64Micro(timestamp) - {start:Int64},
+                greatest(1, intDiv({end:Int64} - {start:Int64}, {points:UInt32}))) AS step, value
+  FROM measurements FINAL
+  WHERE device_id = {device:String} AND component_type = {component:String} AND pin_position = {pin:String}
+    AND timestamp >= fromUnixTimestamp64Micro({start:Int64}, 'UTC') AND timestamp < fromUnixTimestamp64Micro({end:Int64}, 'UTC')
+    AND value IS NOT NULL AND quality NOT IN (4, 9)
+)
+GROUP BY step
+ORDER BY step
+LIMIT 10000;
+
+-- name: windows
+-- The windows of one series, as aggregate made them.
+-- param: device String: address of the device
+-- param: component String: what is measured
+-- param: pin String = '-1': which of several equal components
+-- param: size_s UInt32 = 3600: size of the windows in seconds
+-- param: start Int64: from then on
+-- param: end Int64: to before then
+SELECT toUnixTimestamp64Micro(window_start) AS at, count AS readings, min AS least, mean, max AS greatest, sum, last, consumption
+FROM aggregates FINAL
+WHERE device_id = {device:String} AND component_type = {component:String} AND pin_position = {pin:String}
+  AND size_s = {size_s:UInt32}
+  AND window_start >= fromUnixTimestamp64Micro({start:Int64}, 'UTC') AND window_start < fromUnixTimestamp64Micro({end:Int64}, 'UTC')
+ORDER BY window_start
+LIMIT 10000;
+
+-- name: fleet
+-- Rows, devices, and the share of rows that are suspect or worse, on each of the last days. A replay's rows are not counted.
+-- param: days UInt32 = 30: days back, today included
+SELECT toString(d.day) AS day, sum(rows) AS readings, uniqExact(device_id) AS devices,
+       round(sumIf(rows, quality IN (3, 4, 9)) / readings, 6) AS bad_share
+FROM measurement_days AS d
+WHERE d.day > today() - {days:UInt32} AND generation = 0
+GROUP BY d.day
+ORDER BY d.day
+LIMIT 10000;
+
+-- name: alarms
+-- Alarm transitions on each of the last days, by severity.
+-- param: days UInt32 = 30: days back, today included
+SELECT toString(toDate(occurred_at)) AS day, severity, transition, count() AS transitions, uniqExact(device_id) AS devices
+FROM alarm_events FINAL
+WHERE occurred_at >= toDateTime64(today() - {days:UInt32} + 1, 6, 'UTC')
+GROUP BY day, severity, transition
+ORDER BY day, severity, transition
+LIMIT 10000;
+
+-- name: anomalies
+-- Beginnings and ends of anomalies, newest first.
+-- param: device String = '': only of this device
+-- param: days UInt32 = 7: days back, today included
+-- param: limit UInt32 = 100: most rows
+SELECT toUnixTimestamp64Micro(timestamp) AS at, device_id, component_type, pin_position, state, value, unit, expected, score
+FROM anomalies FINAL
+WHERE ({device:String} = '' OR device_id = {device:String})
+  AND timestamp >= toDateTime64(today() - {days:UInt32} + 1, 6, 'UTC')
+ORDER BY timestamp DESC, anomaly_id
+LIMIT {limit:UInt32};
