@@ -78,7 +78,7 @@ async def run(*arguments: str) -> tuple[int, Any]:
 async def test_status(settings: Any) -> None:
     await positions(settings, 10, {0: (4, "planned:9|[[0,1,2,3]]"), 1: (7, "")})
     store = ClickHouseStore(settings)
-    await ReadingSync("sync", store, settings)([batch(T, 0, [record(0, message("a", 1.0, 2.0, at=AT_US))])])
+    await ReadingSync(store, settings)([batch(T, 0, [record(0, message("a", 1.0, 2.0, at=AT_US))])])
     await store.close()
     code, told = await run("status")
     stage = next(s for s in told["stages"] if s["stage"] == "sync")
@@ -124,7 +124,7 @@ async def test_verify_and_repair(settings: Any) -> None:
     postgres, store = TimescaleStore(settings), ClickHouseStore(settings)
     lines = [message(f"d{i}", float(i), at=AT_US + i, offset=i) for i in range(20)]
     await postgres.write(lines, {})
-    await ReadingSync("sync", store, settings)([batch(T, 0, [record(0, *lines[:15])])])
+    await ReadingSync(store, settings)([batch(T, 0, [record(0, *lines[:15])])])
     await store.close()
     await postgres.close()
     code, told = await run("verify", "--table", "measurements")

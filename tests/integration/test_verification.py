@@ -16,7 +16,8 @@ from preservarium.stores.event_tables import EventStore
 from preservarium.stores.migrate import migrate_clickhouse
 from preservarium.stores.tables import ALARM_EVENTS as ALARMS_IN_POSTGRES
 from preservarium.stores.timescale import TimescaleStore
-from preservarium.sync import AlarmSync, ReadingSync
+from preservarium.sync import ALARM_EVENTS as ALARMS_IN_CLICKHOUSE
+from preservarium.sync import EventSync, ReadingSync
 from preservarium.verification import ALARM_EVENTS, MEASUREMENTS, TABLES, Verifier, unreplicated
 
 T = "iot_validated_data"
@@ -50,8 +51,8 @@ class Stores:
         self.postgres = TimescaleStore(settings)
         self.clickhouse = ClickHouseStore(settings)
         self.alarms = EventStore(ALARMS_IN_POSTGRES, settings, sink="sink-alarms")
-        self._sync = ReadingSync("sync", self.clickhouse, settings, clock=ManualClock(NOW_US))
-        self._sync_alarms = AlarmSync("sync-alarms", self.clickhouse, settings)
+        self._sync = ReadingSync(self.clickhouse, settings, clock=ManualClock(NOW_US))
+        self._sync_alarms = EventSync(ALARMS_IN_CLICKHOUSE, self.clickhouse, settings)
         self._offset = self._alarm_offset = 0
 
     async def write(self, messages: list[Any]) -> None:
