@@ -14,7 +14,7 @@ from preservarium.notices.chat import AppriseChannel
 from preservarium.notices.grouping import Policies
 from preservarium.notices.links import acknowledge_link
 from preservarium.notices.mail import MailChannel
-from preservarium.notices.outbox import FLIGHTS, RECORDS_MAX, Notifier
+from preservarium.notices.outbox import RECORDS_MAX, Notifier
 from preservarium.notices.plot import Plotter
 from preservarium.notices.webhook import WebhookChannel
 
@@ -40,7 +40,8 @@ def _stage(name: str, channels: Mapping[str, Channel]) -> None:
         records_max=lambda: RECORDS_MAX,
         # No company is waited for: an alarm is to be told at once.
         linger_s=lambda: 0.0,
-        flights=FLIGHTS,
+        # One of each partition: a recipient that is out of reach stops no other partition.
+        flights=app.live().kafka.partitions,
         planned=True,
         memory=notifier,
     )(notifier)

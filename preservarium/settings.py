@@ -325,7 +325,7 @@ class Mail(_Section):
     security: Literal["none", "starttls", "tls"] = Field("none", description="Transport security.")
     sender: str = Field("preservarium@localhost", description="From address.")
     recipients: str = Field("", description="Default To addresses, separated by commas, where the registry names none.")
-    timeout_s: float = Field(20.0, gt=0, description="A mail must be taken within this time.")
+    timeout_s: float = Field(20.0, gt=0, description="A mail server must be ready for a mail within this time.")
     recipient_retry_s: float = Field(
         300.0,
         ge=0,

@@ -19,6 +19,11 @@ from preservarium.settings import Mail
 
 #: A connection that nobody has used for so long is closed: servers close them after minutes.
 IDLE_S: Final = 10.0
+#: A server may take its time over a whole message: RFC 5321, 4.5.3.2.6, asks for ten minutes, because who gives up early
+#: sends it twice. More would make the stage look stuck (engine.STUCK_S).
+DATA_S: Final = 90.0
+#: So long a mail waits for the one before it.
+TURN_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,25 +108,39 @@ class MailChannel:
         message = compose(
             notice, settings.sender, self._zone(recipient), lambda line: self._link(line, recipient), picture
         )
-        async with self._turn:  # a connection is used by one at a time
+        await self._take_turn()
+        try:
             try:
                 return await self._hand_over(settings, notice.address, message.as_bytes())
             except Retry:
                 self._drop()  # a server in trouble is asked on a new connection, which may lead to another one
                 raise
-            finally:
-                self._close_when_idle()
+        finally:
+            self._turn.release()
+            self._close_when_idle()
+
+    async def _take_turn(self) -> None:
+        """A connection is used by one at a time."""
+        try:
+            async with asyncio.timeout(TURN_S):
+                await self._turn.acquire()
+        except TimeoutError as e:
+            message = "the mail server is busy with the mail before"
+            raise Retry(message) from e
 
     async def _hand_over(self, settings: Mail, address: str, message: bytes) -> str:
         try:
-            client = await self._connected(settings)
-            _, text = await client.sendmail(settings.sender, [address], message)
-        except aiosmtplib.SMTPRecipientsRefused as e:
-            refusal = e.recipients[0]
-            said = answer(f"{address}: {refusal.code} {refusal.message}")
-            if refusal.code == aiosmtplib.SMTPStatus.domain_unavailable:
+            async with asyncio.timeout(settings.timeout_s):
+                client = await self._connected(settings)
+                await client.mail(settings.sender)
+                await client.rcpt(address)
+            taken = await client.data(message, timeout=DATA_S)
+        except aiosmtplib.SMTPRecipientRefused as e:
+            said = answer(f"{address}: {e.code} {e.message}")
+            if e.code == aiosmtplib.SMTPStatus.domain_unavailable:
                 raise Retry(said) from e
-            raise (RefusedForNow(said) if refusal.code < 500 else Reject(ReasonCode.NOTICE_REFUSED, said)) from e
+            await self._reset()
+            raise (RefusedForNow(said) if e.code < 500 else Reject(ReasonCode.NOTICE_REFUSED, said)) from e
         except aiosmtplib.SMTPDataError as e:
             said = answer(f"{address}: {e.code} {e.message}")
             raise (Retry(said) if e.code < 500 else Reject(ReasonCode.NOTICE_REFUSED, said)) from e
@@ -130,7 +149,15 @@ class MailChannel:
             # mail to be there still.
             text = f"the mail server does not take mail: {answer(_described(e))}"
             raise Retry(text) from e
-        return answer(f"250 {text}")
+        return answer(f"{taken.code} {taken.message}")
+
+    async def _reset(self) -> None:
+        """Give up the recipient, not the connection."""
+        if self._client is not None:
+            try:
+                await self._client[1].rset()
+            except (aiosmtplib.SMTPException, OSError):
+                self._drop()
 
     async def _connected(self, settings: Mail) -> aiosmtplib.SMTP:
         if self._client is not None:

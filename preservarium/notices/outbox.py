@@ -29,8 +29,6 @@ log = structlog.get_logger(__name__)
 SETTLED_MAX: Final = 10_000
 #: Notices of one flight. One, because they are what may be sent twice after a crash.
 RECORDS_MAX: Final = 1
-#: Flights at once, of different partitions: a recipient that is out of reach must not stop the others.
-FLIGHTS: Final = 12
 
 
 class Recipients(Protocol):

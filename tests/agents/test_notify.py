@@ -269,3 +269,43 @@ async def test_a_torn_record_is_told(smtp: Any):
     sends = await stage.run(record(1, b"{"), record(2, transition(2)))
     assert [e[0] for e in errors(sends)] == ["envelope_not_json"]
     assert len(smtp.messages) == 1
+
+
+async def test_a_server_that_takes_its_time_over_a_message_gets_it_once(smtp: Any):
+    stage = Stage(smtp.host, smtp.port, timeout_s=0.5)
+    taken = smtp.handle_DATA
+
+    async def slow(server: Any, session: Any, envelope: Any) -> str:
+        await asyncio.sleep(1.5)
+        answer: str = await taken(server, session, envelope)
+        return answer
+
+    smtp.handle_DATA = slow
+    assert await stage.run(record(1, transition(1))) == []
+    assert len(smtp.messages) == 1
+
+
+async def test_a_server_that_says_nothing_is_given_up_in_time():
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    stage = Stage("127.0.0.1", server.sockets[0].getsockname()[1], timeout_s=0.3)
+    with pytest.raises(Retry, match="does not take mail"):
+        await asyncio.wait_for(stage.run(record(1, transition(1))), 5)
+    server.close()
+
+
+async def test_the_server_closing_idle_connections_is_no_trouble(smtp: Any):
+    stage = Stage(smtp.host, smtp.port)
+    await stage.run(record(1, transition(1)))
+    await asyncio.to_thread(smtp.stop)
+    await asyncio.to_thread(smtp.start)
+    for _ in range(2):  # at most the first try meets the closed connection
+        try:
+            await stage.run(record(2, transition(2)))
+            break
+        except Retry:
+            continue
+    assert subjects(smtp) == ["[major] ALARM: alarm 1", "[major] ALARM: alarm 2"]
