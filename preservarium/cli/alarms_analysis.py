@@ -149,4 +149,80 @@ def _print_backtest(test: "Test", result: "Result") -> None:
         out.print(f"[yellow]{escape(problem)}[/]")
 
 
+# --- KPIs ------------------------------------------------------------------------------------------------------------
+
+
+@alarms.command()
+@_from
+@_to
+@_json
+def kpis(from_: str, to: str | None, as_json: bool) -> None:
+    """Print how the alarm system does: rates, floods, chattering, stale alarms, answers (ISA-18.2, EEMUA 191)."""
+    import asyncpg
+
+    from preservarium.stores import kpis as store
+    from preservarium.stores.migrate import MigrationError, connect_postgres
+
+    from_us, to_us = _times(from_, to)
+    if to_us <= from_us:
+        message = "the time to look at is empty: --to is not after --from"
+        raise click.UsageError(message)
+
+    async def ask() -> dict[str, Any]:
+        connection = await connect_postgres(load())
+        try:
+            return await store.kpis(connection, from_us, to_us)
+        except asyncpg.UndefinedTableError as e:
+            message = f"the database is not migrated ({e}): run `preservarium migrate`"
+            raise MigrationError(message) from None
+        finally:
+            await connection.close(timeout=5)
+
+    found = asyncio.run(ask())
+    if as_json:
+        print_json(found)
+    else:
+        _print_kpis(found)
+
+
+def _print_kpis(found: dict[str, Any]) -> None:
+    from rich.markup import escape
+
+    out = console()
+    out.print(f"{found['annunciations']:,} annunciations, {shown(found['from'])} to {shown(found['to'])}")
+    names = (
+        "recipient",
+        "in all",
+        "10 min, mean",
+        "10 min, most",
+        "hour, most",
+        "10 min above 10",
+        "floods",
+        "in flood",
+    )
+    table = _table(*names)
+    for operator, one in found["operators"].items():
+        table.add_row(escape(operator) or "everybody", f"{one['annunciations']:,}", f"{one['per_10min_mean']:.2f}", f"{one['per_10min_most']:,}",
+                      f"{one['per_hour_most']:,}", f"{one['intervals_above_10']:,}", f"{one['floods']:,}", f"{one['time_in_flood']:.1%}")  # fmt: skip
+    out.print(table)
+    answers = found["acknowledgements"]
+    out.print(
+        f"acknowledged: {answers['acknowledged']:,}, after {shown_span(answers['median_s']) or '–'} (median),"
+        f" {shown_span(answers['p90_s']) or '–'} (90 %); never: {answers['never']:,}"
+    )
+    shares = ", ".join(f"{name} {one['share']:.0%}" for name, one in found["priorities"].items())
+    out.print(f"severities: {shares or '–'}")
+    out.print(f"chattering: {found['chattering']['alarms']:,} alarms; stale: {found['stale']['alarms']:,} alarms")
+    for one in found["chattering"]["listed"][:ALARMS_SHOWN_MAX]:
+        name = escape(f"{one['device_id']} {one['rule']} {one['pin_position']}")
+        out.print(f"  {name} chatters: {one['times']:,} times, up to {one['most_in_minute']} in a minute")
+    if found["top"]["listed"]:
+        out.print(f"the {len(found['top']['listed'])} most frequent alarms are {found['top']['share']:.0%} of all:")
+        table = _table("alarm", "annunciations", "share")
+        for one in found["top"]["listed"]:
+            name = escape(f"{one['device_id']} {one['rule']} {one['pin_position']}")
+            table.add_row(name, f"{one['annunciations']:,}", f"{one['share']:.1%}")
+        out.print(table)
+
+
 commands: list[click.Command] = [alarms]
