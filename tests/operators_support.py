@@ -110,6 +110,11 @@ class Plant:
         }  # fmt: skip
         await self._publisher.publish([Send(topics.VALIDATED, device.encode(), orjson.dumps(message))])
 
+    async def act(self, device: str, action: str) -> None:
+        """Bob does something, elsewhere."""
+        line = {"device_id": device, "rule": "hot", "action": action, "actor": "bob", "at": now_us()}
+        await self._publisher.publish([Send(topics.ALARM_ACTIONS, device.encode(), orjson.dumps(line))])
+
     async def close(self) -> None:
         await self._publisher.on_stop()
         for process in self.processes:

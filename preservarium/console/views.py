@@ -44,7 +44,10 @@ SAMPLE_INTERVAL_S: Final = 1.0
 _PAGE: Final = {
     "/": ("index.html", "text/html"),
     "/console/console.css": ("console.css", "text/css"),
+    "/console/common.js": ("common.js", "text/javascript"),
     "/console/console.js": ("console.js", "text/javascript"),
+    "/alarms": ("alarms.html", "text/html"),
+    "/console/alarms.js": ("alarms.js", "text/javascript"),
 }
 
 
@@ -66,6 +69,10 @@ class Host(Protocol):
 
     def health_report(self) -> Mapping[str, Any]:
         """Membership, stages and dependencies as the engine sees them."""
+        ...
+
+    def guards(self) -> Mapping[str, Any]:
+        """Breakers by dependency and fuses by stage."""
         ...
 
 
@@ -203,6 +210,7 @@ class Console:
                 "connectors": self._history.connectors(),
                 "stores": self._history.stores(),
                 "dependencies": _needs(h),
+                "guards": self._host.guards(),
                 "health": {"alive": h.alive, "ready": h.ready, "reasons": h.reasons},
                 "errors": self._history.errors()[:LIMIT_DEFAULT],
                 "errors_span_s": round(self._history.span_s, 1),

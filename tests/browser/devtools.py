@@ -15,6 +15,8 @@ import aiohttp
 #: Chromium's start on a busy machine.
 START_S = 60.0
 CALL_S = 30.0
+#: What moves focus or closes a dialog does so by its code.
+VIRTUAL_KEYS = {"Tab": 9, "Escape": 27}
 
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -92,8 +94,8 @@ class Page:
             parameters = {"type": kind, "key": key, "code": key if len(key) > 1 else ""}
             if kind == "keyDown" and text:
                 parameters["text"] = text
-            if key == "Tab":
-                parameters["windowsVirtualKeyCode"] = 9
+            if key in VIRTUAL_KEYS:
+                parameters["windowsVirtualKeyCode"] = VIRTUAL_KEYS[key]
             await self.call("Input.dispatchKeyEvent", **parameters)
 
     async def screenshot(self, path: Path):

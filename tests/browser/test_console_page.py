@@ -103,8 +103,20 @@ async def site():
         "rebalancing": False,
         "stages": {},
     }
+    guards = {
+        "breakers": {
+            "postgres": {"state": "open", "failures": 4, "reason": "OSError: connection refused", "tried_again_in_s": 12.5},
+            "clickhouse": {"state": "closed", "failures": 0, "reason": "", "tried_again_in_s": 0.0},
+        },
+        "fuses": {
+            "normalize": {"blown": False, "reason": "", "records": 900, "refused": 7, "refused_max": 500},
+            "sink": {"blown": True, "reason": "store_rejected: 612 of 1000", "records": 1000, "refused": 612, "refused_max": 500},
+        },
+    }  # fmt: skip
     settings = SimpleNamespace(web=Web())
-    host = SimpleNamespace(live=lambda: settings, clock=SystemClock(), health_report=lambda: report)
+    host = SimpleNamespace(
+        live=lambda: settings, clock=SystemClock(), health_report=lambda: report, guards=lambda: guards
+    )
     board = Board()
     board.ready.set()
     board.trouble = ""

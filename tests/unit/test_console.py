@@ -88,6 +88,9 @@ class Host:
     def health_report(self):
         return self.report
 
+    def guards(self):
+        return {"breakers": {}, "fuses": {"sink": {"blown": False}}}
+
 
 @pytest.fixture
 def reads():
@@ -139,6 +142,9 @@ async def test_the_page_is_ours_and_loads_nothing_from_elsewhere(client):
         "/": "text/html",
         "/console/console.css": "text/css",
         "/console/console.js": "text/javascript",
+        "/console/common.js": "text/javascript",
+        "/alarms": "text/html",
+        "/console/alarms.js": "text/javascript",
     }.items():
         response = await client.get(path)
         text = await response.text()

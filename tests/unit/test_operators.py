@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from importlib import resources
 from types import SimpleNamespace
 
 import orjson
@@ -13,8 +14,8 @@ from preservarium.clock import ManualClock
 from preservarium.console import access
 from preservarium.console.openapi import DOCUMENT
 from preservarium.console.operators import BODY_BYTES_MAX, Operators
-from preservarium.domain.alarm import State
-from preservarium.domain.device_alarms import ActionDoc, AnswerDoc, StandingDoc
+from preservarium.domain.alarm import TRANSITIONS, State
+from preservarium.domain.device_alarms import ACTIONS, ActionDoc, AnswerDoc, StandingDoc
 from preservarium.domain.errors import Retry
 from preservarium.notices.links import acknowledge_link
 from preservarium.operating import ANSWERS_MAX, SORTS, STANDING_MAX, STATES, Board, Desk, Filter, sort_key
@@ -462,6 +463,22 @@ async def test_wrong_and_old_links(client, host, link):
         await asyncio.sleep(0.2)
     assert response.status == 410
     assert host.sent == []
+
+
+# --- the page ---
+
+
+def test_the_page_offers_what_the_machine_allows():
+    """Each button of a state is an action that the table takes there, and each lift and answer has its button."""
+    script = (resources.files("preservarium.console") / "page" / "alarms.js").read_text()
+    block = script[script.index("const ALLOWED = {") : script.index("};", script.index("const ALLOWED = {"))]
+    offered = {s: re.findall(r'"(\w+)"', words) for s, words in re.findall(r"(\w+): \[(.*?)\]", block)}
+    assert set(offered) == {state.value for state in State}
+    for state, words in offered.items():
+        allowed = {word for word, event in ACTIONS.items() if isinstance(TRANSITIONS[State(state)][event], State)}
+        assert set(words) <= allowed, state
+        # Suppression by design is the plant's, not a button's.
+        assert allowed - set(words) <= {"suppress"}, state
 
 
 # --- the description ---

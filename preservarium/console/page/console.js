@@ -1,11 +1,8 @@
-// The console page. It polls the JSON views of its own origin and writes text nodes only: names, messages and values
-// come from devices and registries, so nothing of them is ever parsed as HTML.
+// The overview: flow, devices, and what needs somebody. It polls the JSON views of its own origin.
 "use strict";
 
 const STATUS_INTERVAL_MS = 1000;
 const LIST_INTERVAL_MS = 2000;
-// A poll that takes longer is given up, so that a stuck server shows as one.
-const TIMEOUT_MS = 8000;
 const DEVICES_LIMIT = 25;
 const VALUES_SHOWN = 6;
 // Lag above which a stage is drawn as behind: some seconds of a busy pipeline.
@@ -13,7 +10,6 @@ const LAG_WARN_RECORDS = 20000;
 // A value older than this is drawn as old.
 const AGE_WARN_S = 3600;
 
-const $ = (id) => document.getElementById(id);
 const QUALITY = {
   1: ["good", ""], 2: ["unknown", "not evaluated"], 3: ["suspect", "suspect"], 4: ["fail", "fail"], 9: ["unknown", "missing"],
 };
@@ -21,53 +17,6 @@ const STAGES = {
   connectors: "Connectors", normalize: "normalize", validate: "validate", alarm: "alarm", notify: "notify",
   sink: "sink", sync: "sync", postgres: "PostgreSQL", clickhouse: "ClickHouse",
 };
-
-function el(tag, attributes, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes || {})) {
-    if (value === null || value === undefined || value === false) continue;
-    if (name === "text") node.textContent = value;
-    else if (name === "class") node.className = value;
-    else node.setAttribute(name, value === true ? "" : value);
-  }
-  node.append(...children.filter((c) => c !== null && c !== undefined));
-  return node;
-}
-
-const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
-const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
-function count(n) {
-  if (n === null || n === undefined || Number.isNaN(n)) return "–";
-  return n >= 100000 ? short.format(n) : whole.format(n);
-}
-function rate(n) {
-  if (n === null || n === undefined) return "–";
-  return n > 0 && n < 10 ? n.toFixed(1) : count(n);
-}
-function number(v) {
-  if (typeof v !== "number") return String(v ?? "–");
-  if (Number.isInteger(v) && Math.abs(v) < 1e12) return whole.format(v).replaceAll(",", " ");
-  return Number(v.toPrecision(6)).toString();
-}
-function age(us, now_us) {
-  if (!us) return "never";
-  const s = Math.round((now_us - us) / 1e6);
-  if (s < -1) return `in ${span(-s)}`;
-  return span(Math.max(0, s));
-}
-function span(s) {
-  if (s < 60) return `${s} s`;
-  if (s < 3600) return `${Math.floor(s / 60)} min`;
-  if (s < 86400) return `${Math.floor(s / 3600)} h`;
-  return `${Math.floor(s / 86400)} d`;
-}
-
-async function get(path) {
-  const response = await fetch(path, { signal: AbortSignal.timeout(TIMEOUT_MS), headers: { Accept: "application/json" } });
-  const body = await response.json();
-  if (!response.ok) throw new Error(body.error || `${response.status} from ${path}`);
-  return body;
-}
 
 // ---- flow ----------------------------------------------------------------------------------------------------------
 
@@ -186,6 +135,7 @@ function drawStatus(s) {
     el("span", { text: d.name }),
     el("span", { class: `pill ${d.state === "up" ? "good" : d.state === "down" ? "bad" : d.state === "trying" ? "warn" : ""}`, text: d.detail ? `${d.state}: ${d.detail}` : d.state }))));
 
+  drawGuards(s.guards);
   $("errors-span").textContent = s.errors.length ? `of late: ${span(Math.round(s.errors_span_s))}` : "";
   $("error-rows").replaceChildren(...(s.errors.length ? s.errors.slice(0, 12).map((e) => el("tr", {},
     el("td", { text: e.code }), el("td", { text: e.stage }),
@@ -264,28 +214,49 @@ function drawDevices(page) {
 }
 
 function drawAlarms(page) {
-  $("fig-alarms").textContent = page.total === null || page.total === undefined ? "–" : count(page.total);
+  $("fig-alarms").textContent = count(page.counts ? page.counts.total - silent(page.counts.state) : null);
+  $("alarm-counts").replaceChildren(...(page.counts ? SEVERITIES.filter((s) => page.counts.severity[s]).map((s) =>
+    el("li", { class: `severity ${s}` }, shape(s), el("b", { text: count(page.counts.severity[s]) }), el("span", { text: s }))) : []));
+  $("flood").hidden = !(page.flood && page.flood.on);
+  if (page.flood && page.flood.on) $("flood").textContent = `Alarm flood: ${count(page.flood.raised)} in ten minutes`;
+  $("alarms-note").hidden = !page.note;
+  $("alarms-note").textContent = page.note || "";
   $("alarms").replaceChildren(...(page.alarms.length ? page.alarms.map((a) => el("li", { class: a.severity },
-    el("div", {}, el("span", { class: "sev", text: a.severity }), " ", el("b", { text: a.device_name || a.device_id }), " ", el("span", { class: "quiet", text: age(a.occurred_at, nowUs) })),
+    el("div", { class: "line" }, severityMark(a.severity, a.state), el("span", { class: "quiet", text: age(a.occurred_at, nowUs) })),
+    el("div", {}, el("b", { text: a.device_name || a.device_id }), " ", el("span", { class: "quiet", text: STATE_TEXT[a.state] || a.state })),
     el("div", { text: a.message || `${a.rule}: ${a.component_type ?? ""}` })))
-    : [el("li", { class: "none", text: page.note || "none" })]));
+    : [el("li", { class: "none", text: page.counts ? "none" : "not known" })]));
+  const more = page.total - page.alarms.length;
+  $("alarms-more").textContent = more > 0 ? `All alarms, and ${count(more)} more →` : "All alarms →";
 }
 
-// ---- polling -------------------------------------------------------------------------------------------------------
-
-function poll(interval_ms, what) {
-  let running = false;
-  const run = async () => {
-    // A hidden page asks for nothing; a slow answer is not overtaken by the next question.
-    if (running || document.hidden) return;
-    running = true;
-    try { await what(); } finally { running = false; }
-  };
-  setInterval(run, interval_ms);
-  document.addEventListener("visibilitychange", run);
-  run();
-  return run;
+function silent(states) {
+  return (states.shelved || 0) + (states.suppressed || 0) + (states.out_of_service || 0);
 }
+
+// ---- breakers and fuses --------------------------------------------------------------------------------------------
+
+const BREAKERS = { closed: ["good", "closed"], half_open: ["warn", "being tried"], open: ["bad", "open"] };
+
+function guard(name, what, cls, text, detail) {
+  return el("li", {}, el("span", {}, el("b", { text: name }), " ", el("span", { class: "quiet", text: what })),
+    el("span", { class: `pill ${cls}`, text }), detail ? el("span", { class: "why", text: detail }) : null);
+}
+
+function drawGuards(guards) {
+  const breakers = Object.entries(guards.breakers).map(([name, b]) => {
+    const [cls, text] = BREAKERS[b.state] || ["", b.state];
+    const again = b.tried_again_in_s ? `tried again in ${Math.ceil(b.tried_again_in_s)} s` : "";
+    const failed = b.state === "closed" && b.failures ? `${b.failures} failures in a row` : "";
+    return guard(name, "breaker", cls, text, [again, failed, b.reason].filter(Boolean).join(" · "));
+  });
+  const fuses = Object.entries(guards.fuses).map(([name, f]) => guard(name, "fuse", f.blown ? "bad" : f.refused ? "warn" : "good",
+    f.blown ? "blown" : "whole",
+    [f.blown ? f.reason : "", f.refused ? `${count(f.refused)} of the last ${count(f.records)} records refused, blows above ${count(f.refused_max)}` : ""].filter(Boolean).join(" · ")));
+  $("guards").replaceChildren(...breakers, ...fuses);
+}
+
+// ---- asking --------------------------------------------------------------------------------------------------------
 
 async function status() {
   try { drawStatus(await get("/api/status")); }
@@ -309,23 +280,11 @@ async function devices() {
 }
 
 async function alarms() {
-  try { drawAlarms(await get("/api/alarms?state=active&limit=20")); }
-  catch (e) { drawAlarms({ alarms: [], total: null, note: e.message }); }
-}
-
-function themed(theme) {
-  if (theme) document.documentElement.dataset.theme = theme;
-  else delete document.documentElement.dataset.theme;
+  try { drawAlarms(await get("/api/alarms?state=annunciated&limit=8")); }
+  catch (e) { drawAlarms({ alarms: [], total: 0, counts: null, note: e.message }); }
 }
 
 layFlow();
-try { themed(localStorage.getItem("theme")); } catch { /* storage is switched off: the system's choice stands */ }
-$("theme").addEventListener("click", () => {
-  const dark = document.documentElement.dataset.theme
-    ? document.documentElement.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  themed(dark ? "light" : "dark");
-  try { localStorage.setItem("theme", dark ? "light" : "dark"); } catch { /* as above */ }
-});
 poll(STATUS_INTERVAL_MS, status);
 const askDevices = poll(LIST_INTERVAL_MS, devices);
 poll(LIST_INTERVAL_MS, alarms);

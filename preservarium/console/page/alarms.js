@@ -1,0 +1,404 @@
+// The alarm list: what is not normal, of the whole system, and what an operator does about it. It polls /api/alarms,
+// sends actions, and says what became of them: the machine decides, and its answer is waited for.
+"use strict";
+
+const LIST_INTERVAL_MS = 2000;
+const HISTORY_INTERVAL_MS = 5000;
+const LIMIT = 50;
+// The machine answers within a second; a worker that starts takes longer.
+const ANSWER_S = 20;
+const SAID_MS = 8000;
+
+const TABS = [
+  ["waiting", "Needs somebody"], ["standing", "All"], ["active", "Condition true"], ["shelved", "Shelved"], ["out-of-service,suppressed", "Out of service"],
+  ["all", "Past"],
+];
+const SHELVE = [[900, "15 min"], [3600, "1 h"], [8 * 3600, "8 h"], [86400, "1 day"], [7 * 86400, "1 week"]];
+const ACTIONS = {
+  acknowledge: ["Acknowledge", "Acknowledge this alarm"], clear: ["Reset", "Reset this latched alarm"], comment: ["Comment", "Add a comment"],
+  shelve: ["Shelve", "Shelve this alarm"], unshelve: ["Unshelve", "Bring this alarm back"],
+  suppress: ["Suppress", "Suppress this alarm"], unsuppress: ["End suppression", "End the suppression"],
+  out_of_service: ["Out of service", "Take this alarm out of service"], return_to_service: ["Return to service", "Bring this alarm back into service"],
+};
+// What the machine's table allows in a state; the first one is the one at hand.
+const ALLOWED = {
+  unacknowledged: ["acknowledge", "shelve", "comment", "out_of_service"],
+  acknowledged: ["shelve", "comment", "out_of_service"],
+  returned_unacknowledged: ["acknowledge", "shelve", "comment", "out_of_service"],
+  latched_unacknowledged: ["acknowledge", "shelve", "comment", "out_of_service"],
+  latched: ["clear", "shelve", "comment", "out_of_service"],
+  shelved: ["unshelve", "shelve", "comment", "out_of_service"],
+  suppressed: ["unsuppress", "comment", "out_of_service"],
+  out_of_service: ["return_to_service", "comment"],
+  normal: ["shelve", "out_of_service"],
+};
+
+let nowUs = Date.now() * 1000;
+let state = "standing";
+let order = "priority";
+let query = "";
+const severities = new Set();
+const cursors = [""];
+let next = null;
+const rows = new Map();
+let opened = null;  // key of the alarm whose details are shown
+const pending = new Set();  // keys of alarms with an action under way
+
+const keyOf = (a) => JSON.stringify([a.device_id, a.rule, a.pin_position, state === "all" ? a.alarm_id : ""]);
+const pinOf = (a) => (a.pin_position && a.pin_position !== "-1" ? ` [${a.pin_position}]` : "");
+
+// ---- rows ----------------------------------------------------------------------------------------------------------
+
+function button(action, alarm, cls) {
+  const [text, title] = ACTIONS[action];
+  const node = el("button", { type: "button", class: cls, "data-action": action, "aria-label": `${text}: ${alarm.device_name || alarm.device_id}, ${alarm.rule}` }, text);
+  node.addEventListener("click", (event) => { event.stopPropagation(); ask(action, alarm); });
+  node.title = title;
+  return node;
+}
+
+function marks(alarm) {
+  const found = [];
+  if (alarm.first_out) found.push(["first out", "The first of its group: what came after may follow from it"]);
+  if (alarm.chattering) found.push(["chattering", "Raised three times a minute or more"]);
+  if (alarm.group) found.push([alarm.group, "Suppression group"]);
+  return found.map(([text, title]) => el("span", { class: "tag", title, text }));
+}
+
+function stateText(alarm) {
+  const nodes = [el("span", { class: "statename", text: STATE_TEXT[alarm.state] || alarm.state })];
+  if (alarm.state === "shelved") {
+    nodes.push(el("span", { class: "quiet", text: alarm.shelved_until ? `${span(Math.max(0, Math.round((alarm.shelved_until - nowUs) / 1e6)))} left` : "" }));
+    if (alarm.one_shot) nodes.push(el("span", { class: "quiet", text: "one shot" }));
+  }
+  if (alarm.active === true && ["shelved", "suppressed", "out_of_service"].includes(alarm.state)) nodes.push(el("span", { class: "tag", text: "condition is true" }));
+  if (alarm.actor) nodes.push(el("span", { class: "quiet", text: `${alarm.actor}${alarm.comment ? `: ${alarm.comment}` : ""}` }));
+  return nodes;
+}
+
+function row(alarm) {
+  const key = keyOf(alarm);
+  let entry = rows.get(key);
+  if (!entry) {
+    entry = { row: el("tr", { class: "alarm", tabindex: "0" }), detail: null, key };
+    entry.cells = ["severity", "state", "device", "what", "value num", "limit num", "age num", "do"].map((c) => el("td", { class: `c-${c}` }));
+    entry.row.append(...entry.cells);
+    entry.row.addEventListener("click", (event) => { if (!event.target.closest("button, a") && !String(getSelection())) toggle(entry); });
+    rows.set(key, entry);
+  }
+  const text = JSON.stringify(alarm) + pending.has(key) + (opened === key);
+  entry.alarm = alarm;
+  if (entry.text !== text) {
+    entry.text = text;
+    const [severity, st, device, what, value, limit, , act] = entry.cells;
+    const focused = act.contains(document.activeElement) ? document.activeElement.dataset.action || "details" : null;
+    const silent = ["shelved", "suppressed", "out_of_service"].includes(alarm.state);
+    entry.row.className = `alarm ${alarm.severity} ${WAITING.has(alarm.state) ? "waiting" : silent ? "silent" : "answered"}${pending.has(key) ? " pending" : ""}`;
+    severity.replaceChildren(severityMark(alarm.severity, alarm.state));
+    device.replaceChildren(el("div", { class: "device-name", text: alarm.device_name || alarm.device_id }),
+      el("div", { class: "device-address", text: alarm.device_name ? alarm.device_id : "" }));
+    what.replaceChildren(alarm.message ? el("div", { text: alarm.message }) : "", el("div", { class: alarm.message ? "device-address" : "", text: `${alarm.rule}${pinOf(alarm)}` }), ...marks(alarm));
+    value.textContent = measured(alarm.value, alarm.unit);
+    limit.textContent = measured(alarm.threshold, alarm.unit);
+    const first = (ALLOWED[alarm.state] || [])[0];
+    const second = first === "acknowledge" ? "shelve" : null;
+    const more = el("button", { type: "button", class: "details", "aria-expanded": String(opened === key), "aria-label": `Details: ${alarm.device_name || alarm.device_id}, ${alarm.rule}`, text: opened === key ? "Less" : "More" });
+    more.addEventListener("click", () => toggle(entry));
+    act.replaceChildren(...(state === "all" ? [] : [first && button(first, alarm, first === "acknowledge" ? "primary" : ""), second && button(second, alarm, "")]).filter(Boolean), more);
+    if (focused) (act.querySelector(focused === "details" ? ".details" : `[data-action="${focused}"]`) || more).focus();
+  }
+  const since = alarm.occurred_at || alarm.transition_at;
+  entry.cells[1].replaceChildren(...stateText(alarm));
+  entry.cells[6].textContent = age(since, nowUs);
+  entry.cells[6].title = since ? new Date(since / 1000).toISOString() : "";
+  return entry;
+}
+
+let shown = null;  // the page that is drawn
+
+function draw(page) {
+  shown = page;
+  next = page.next_cursor;
+  nowUs = page.at || Date.now() * 1000;
+  const wanted = [];
+  const kept = new Set();
+  for (const alarm of page.alarms) {
+    const entry = row(alarm);
+    kept.add(entry.key);
+    wanted.push(entry.row);
+    if (opened === entry.key) wanted.push(detail(entry));
+  }
+  const gone = [...rows.keys()].filter((key) => !kept.has(key));
+  const body = $("rows");
+  const at = [...body.querySelectorAll("tr.alarm")].indexOf(document.activeElement?.closest?.("tr.alarm"));
+  for (const key of gone) { rows.delete(key); if (opened === key) opened = null; }
+  // Rows are moved only when the list changed, so that focus and selection stay where they are.
+  if (wanted.length !== body.children.length || wanted.some((r, i) => body.children[i] !== r)) {
+    const focused = document.activeElement;
+    body.replaceChildren(...wanted);
+    if (focused && focused !== document.body && !document.contains(focused)) (body.querySelectorAll("tr.alarm")[Math.min(Math.max(at, 0), page.alarms.length - 1)] || $("list")).focus();
+    else if (focused && focused !== document.activeElement && document.contains(focused)) focused.focus();
+  }
+  $("total").textContent = page.total === null || page.total === undefined ? "" : count(page.total);
+  $("empty").hidden = page.alarms.length > 0;
+  $("empty").textContent = query || severities.size ? "No alarm is like that." : state === "waiting" ? "Nothing waits for anybody." : "No alarm is there.";
+  $("previous").disabled = cursors.length < 2;
+  $("next").disabled = !next;
+  $("page").textContent = cursors.length > 1 || next ? `page ${cursors.length}` : "";
+  $("clock").textContent = `${new Date(nowUs / 1000).toISOString().replace("T", " ").slice(0, 19)} UTC`;
+  if (page.counts) drawCounts(page);
+  const live = $("live");
+  const [cls, text] = page.source !== "kafka" && state !== "all" ? ["warn", "from the database"] : page.complete === false ? ["warn", "may be old"] : ["good", "live"];
+  if (live.textContent !== text) live.textContent = text;
+  live.className = `pill ${cls}`;
+  $("note").hidden = !page.note;
+  $("note").textContent = page.note || "";
+}
+
+function drawCounts(page) {
+  for (const name of SEVERITIES) {
+    const node = $(`count-${name}`);
+    const [waits, all] = [page.counts.waiting[name], page.counts.severity[name]];
+    node.querySelector("b").textContent = count(all);
+    node.querySelector("small").textContent = waits ? `${count(waits)} open` : "";
+    node.classList.toggle("zero", !all);
+  }
+  const flood = page.flood;
+  const text = flood && flood.on ? `Alarm flood: ${count(flood.raised)} alarms in ten minutes, more than anybody can work through (${flood.limit}). The most severe come first.` : "";
+  if ($("flood").textContent !== text) $("flood").textContent = text;
+  $("flood").hidden = !text;
+  const waiting = Object.values(page.counts.waiting).reduce((a, b) => a + b, 0);
+  document.title = `${waiting ? `(${count(waiting)}) ` : ""}Alarms · Preservarium`;
+}
+
+// ---- details -------------------------------------------------------------------------------------------------------
+
+function toggle(entry) {
+  opened = opened === entry.key ? null : entry.key;
+  if (shown) draw(shown);
+}
+
+function detail(entry) {
+  if (!entry.detail) {
+    entry.facts = el("dl", { class: "facts" });
+    entry.history = el("ol", { class: "history" });
+    entry.all = el("div", { class: "buttons left" });
+    entry.detail = el("tr", { class: "detail" }, el("td", { colspan: "8" },
+      entry.all, entry.facts, el("h3", { text: "History" }), entry.history));
+    loadHistory(entry);
+  }
+  const alarm = entry.alarm;
+  const text = JSON.stringify(alarm);
+  if (entry.detailText !== text) {
+    entry.detailText = text;
+    entry.all.replaceChildren(...(state === "all" ? [] : (ALLOWED[alarm.state] || []).map((action, i) => button(action, alarm, i ? "" : "primary"))));
+    const instant = (us) => (us ? `${new Date(us / 1000).toISOString().replace("T", " ").slice(0, 19)} UTC` : null);
+    const facts = [
+      ["Raised", instant(alarm.occurred_at)], ["Noticed", instant(alarm.detected_at)], ["Returned", instant(alarm.cleared_at)], ["Shelved until", instant(alarm.shelved_until)],
+      ["Quantity", alarm.component_type], ["Kind", alarm.kind], ["Severity", alarm.severity], ["Occurrence", alarm.alarm_id],
+    ];
+    entry.facts.replaceChildren(...facts.filter(([, v]) => v).flatMap(([k, v]) => [el("dt", { text: k }), el("dd", { text: v })]));
+  }
+  return entry.detail;
+}
+
+async function loadHistory(entry) {
+  const a = entry.alarm;
+  try {
+    const page = await get(`/api/alarms/${[a.device_id, a.rule, a.pin_position].map(encodeURIComponent).join("/")}?limit=50`);
+    entry.history.replaceChildren(...(page.history && page.history.length ? page.history.map((h) => el("li", { class: h.reason ? "refused" : "" },
+      el("time", { datetime: new Date(h.at / 1000).toISOString(), text: new Date(h.at / 1000).toISOString().replace("T", " ").slice(0, 19) }),
+      el("span", {}, el("b", { text: h.name.replaceAll("_", " ") }), h.value !== null && h.value !== undefined && h.what === "transition" && h.name === "raised" ? ` at ${number(h.value)}` : "",
+        h.actor ? ` by ${h.actor}` : "", h.reason ? ` – refused: ${h.reason}` : "", h.comment ? el("q", { text: h.comment }) : null),
+      el("span", { class: "quiet", text: `${age(h.at, nowUs)} ago` })))
+      : [el("li", { class: "quiet", text: page.history_note || "nothing is stored of it yet" })]));
+  } catch (e) { entry.history.replaceChildren(el("li", { class: "quiet", text: e.message })); }
+}
+
+// ---- acting --------------------------------------------------------------------------------------------------------
+
+const stored = {
+  get(kind, name) { try { return kind.getItem(name) || ""; } catch { return ""; } },
+  set(kind, name, value) { try { value ? kind.setItem(name, value) : kind.removeItem(name); } catch { /* storage is switched off: asked again next time */ } },
+};
+let asked = null;
+let before = null;
+
+function ask(action, alarm) {
+  asked = { action, alarm };
+  before = { key: keyOf(alarm), action };
+  $("d-title").textContent = ACTIONS[action][1];
+  $("d-about").replaceChildren(severityMark(alarm.severity, alarm.state), el("span", { text: `${alarm.device_name || alarm.device_id} · ${alarm.message || alarm.rule}` }));
+  $("d-times").hidden = action !== "shelve";
+  $("d-oneshot").checked = false;
+  $("d-comment").value = "";
+  $("d-optional").hidden = action === "comment";
+  $("d-actor").value = stored.get(localStorage, "operator");
+  $("d-token").value = stored.get(sessionStorage, "operator-token");
+  $("d-do").textContent = ACTIONS[action][0];
+  $("d-do").disabled = false;
+  fault("");
+  $("dialog").showModal();
+  const first = action === "comment" ? $("d-comment") : action === "shelve" ? document.querySelector("#d-choices input:checked") : $("d-actor").value ? $("d-do") : $("d-actor");
+  first.focus();
+}
+
+function fault(text) {
+  $("d-fault").hidden = !text;
+  $("d-fault").textContent = text;
+}
+
+async function send() {
+  const { action, alarm } = asked;
+  const [actor, comment, token] = [$("d-actor").value.trim(), $("d-comment").value.trim(), $("d-token").value.trim()];
+  if (!actor && !token) { fault("Who are you? The name is kept with the action."); $("d-actor").focus(); return; }
+  if (action === "comment" && !comment) { fault("A comment needs a text."); $("d-comment").focus(); return; }
+  stored.set(localStorage, "operator", actor);
+  stored.set(sessionStorage, "operator-token", token);
+  // The id is the sender's, so that a second try is the same action.
+  const line = { action_id: asked.id ||= crypto.randomUUID?.() || `${Date.now()}-${Math.random().toString(36).slice(2)}`, device_id: alarm.device_id, rule: alarm.rule, pin_position: alarm.pin_position, action };
+  if (actor) line.actor = actor;
+  if (comment) line.comment = comment;
+  if (alarm.alarm_id) line.alarm_id = alarm.alarm_id;
+  if (action === "shelve") {
+    line.duration_s = Number(document.querySelector("#d-choices input:checked").value);
+    line.one_shot = $("d-oneshot").checked;
+  }
+  $("d-do").disabled = true;
+  fault("");
+  const key = keyOf(alarm);
+  const headers = { "Content-Type": "application/json", Accept: "application/json" };
+  if (token) headers.Authorization = `Bearer ${token}`;
+  let said;
+  try {
+    const response = await fetch("/api/alarms/actions", { method: "POST", headers, body: JSON.stringify(line), signal: AbortSignal.timeout(30000) });
+    said = await response.json();
+    if (response.status === 401) {
+      $("d-login").hidden = false;
+      fault(token ? "The operator token is wrong." : "An operator token is needed.");
+      $("d-token").focus();
+      return;
+    }
+    if (!response.ok) { fault(said.error || `refused (${response.status})`); return; }
+  } catch (e) {
+    fault(`The worker does not answer: ${e.message}. Trying again is safe.`);
+    return;
+  } finally { $("d-do").disabled = false; }
+  $("dialog").close();
+  pending.add(key);
+  say(`${ACTIONS[action][0]}: sent …`, "");
+  askList();
+  try {
+    const response = await fetch(`${said.answer}?wait_s=${ANSWER_S}`, { signal: AbortSignal.timeout((ANSWER_S + 5) * 1000) });
+    const answer = await response.json();
+    const name = alarm.device_name || alarm.device_id;
+    if (response.status === 404) say(`${ACTIONS[action][0]}: no answer yet; the list will show it.`, "warn");
+    else if (answer.outcome === "done") say(`${name}: ${STATE_TEXT[answer.state] || answer.state}.`, "good");
+    else say(`${name}: refused: ${answer.reason}.`, "bad");
+  } catch (e) { say(`The answer is not known: ${e.message}`, "warn"); }
+  pending.delete(key);
+  askList();
+  const entry = rows.get(key);
+  if (entry && entry.detail) setTimeout(() => loadHistory(entry), 1500);
+}
+
+let saying = 0;
+function say(text, cls) {
+  clearTimeout(saying);
+  $("said").textContent = text;
+  $("said").className = `toast ${cls}`;
+  $("said").hidden = false;
+  saying = setTimeout(() => { $("said").hidden = true; }, SAID_MS);
+}
+
+// ---- asking --------------------------------------------------------------------------------------------------------
+
+async function list() {
+  const parameters = new URLSearchParams({ state, limit: String(LIMIT) });
+  if (state !== "all") parameters.set("sort", order);
+  if (query) parameters.set("q", query);
+  if (severities.size) parameters.set("severity", [...severities].join(","));
+  if (cursors.at(-1)) parameters.set("cursor", cursors.at(-1));
+  const text = parameters.toString();
+  lastAsked = text;
+  try {
+    const page = await get(`/api/alarms?${text}`);
+    if (text === lastAsked) draw(page);
+  } catch (e) {
+    $("live").className = "pill bad";
+    $("live").textContent = "no answer";
+    $("note").hidden = false;
+    $("note").textContent = `The list cannot be had: ${e.message}. What is shown may be old.`;
+  }
+}
+let lastAsked = "";
+
+function restart() {
+  cursors.length = 1;
+  opened = null;
+  list();
+}
+
+// ---- the page ------------------------------------------------------------------------------------------------------
+
+for (const [value, text] of TABS) {
+  const node = el("button", { type: "button", "aria-pressed": String(value === state), "data-state": value, text });
+  node.addEventListener("click", () => {
+    state = value;
+    for (const other of $("tabs").children) other.setAttribute("aria-pressed", String(other === node));
+    // The past is the database's, newest first, and not searched.
+    for (const control of [$("search"), $("sort"), ...document.querySelectorAll("#severities button")]) control.disabled = state === "all";
+    restart();
+  });
+  $("tabs").append(node);
+}
+for (const name of SEVERITIES) {
+  const node = el("button", { type: "button", id: `count-${name}`, class: `severity ${name} zero`, "aria-pressed": "false" }, shape(name), el("b", { text: "0" }), el("span", { text: name }), el("small"));
+  node.addEventListener("click", () => {
+    severities.has(name) ? severities.delete(name) : severities.add(name);
+    node.setAttribute("aria-pressed", String(severities.has(name)));
+    restart();
+  });
+  $("severities").append(el("li", {}, node));
+}
+for (const [seconds, text] of SHELVE) {
+  $("d-choices").append(el("label", {}, el("input", { type: "radio", name: "duration", value: String(seconds), checked: seconds === 3600 }), el("span", { text })));
+}
+const askList = poll(LIST_INTERVAL_MS, list);
+poll(HISTORY_INTERVAL_MS, async () => { const entry = rows.get(opened); if (entry && entry.detail) await loadHistory(entry); });
+
+$("sort").addEventListener("change", () => { order = $("sort").value; restart(); });
+$("next").addEventListener("click", () => { if (next) { cursors.push(next); list(); } });
+$("previous").addEventListener("click", () => { if (cursors.length > 1) { cursors.pop(); list(); } });
+let typing = 0;
+$("search").addEventListener("input", () => {
+  clearTimeout(typing);
+  typing = setTimeout(() => { query = $("search").value.trim(); restart(); }, 200);
+});
+$("search-form").addEventListener("submit", (event) => event.preventDefault());
+$("d-cancel").addEventListener("click", () => $("dialog").close());
+$("d-form").addEventListener("submit", (event) => { event.preventDefault(); send(); });
+$("dialog").addEventListener("close", () => {
+  const entry = before && rows.get(before.key);
+  if (entry) (entry.row.querySelector(`[data-action="${before.action}"]`) || entry.row).focus();
+});
+if (stored.get(sessionStorage, "operator-token")) $("d-login").hidden = false;
+
+const KEYS = { a: ["acknowledge"], s: ["shelve", "unshelve"], c: ["comment"], o: ["out_of_service", "return_to_service"] };
+document.addEventListener("keydown", (event) => {
+  if ($("dialog").open || event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement?.tagName ?? "")) return;
+  if (event.key === "/") { event.preventDefault(); $("search").focus(); return; }
+  const all = [...document.querySelectorAll("#rows tr.alarm")];
+  const at = all.indexOf(document.activeElement?.closest("tr.alarm"));
+  if (event.key === "ArrowDown" || event.key === "ArrowUp") {
+    const target = all[at < 0 ? 0 : at + (event.key === "ArrowDown" ? 1 : -1)];
+    if (target) { event.preventDefault(); target.focus(); }
+    return;
+  }
+  const entry = at >= 0 && [...rows.values()].find((e) => e.row === all[at]);
+  if (!entry) return;
+  if (event.key === "Enter" && document.activeElement === entry.row) { event.preventDefault(); toggle(entry); return; }
+  const allowed = state === "all" ? [] : ALLOWED[entry.alarm.state] || [];
+  const action = (KEYS[event.key] || []).find((name) => allowed.includes(name));
+  if (action) { event.preventDefault(); ask(action, entry.alarm); }
+});

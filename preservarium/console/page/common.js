@@ -1,0 +1,120 @@
+// What the pages share: elements made of text nodes only, numbers and times for people, asking the server, light and dark.
+// Names, messages and values come from devices and registries, so nothing of them is ever parsed as HTML.
+"use strict";
+
+// A poll that takes longer is given up, so that a stuck server shows as one.
+const TIMEOUT_MS = 8000;
+
+const $ = (id) => document.getElementById(id);
+
+function el(tag, attributes, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name === "text") node.textContent = value;
+    else if (name === "class") node.className = value;
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.filter((c) => c !== null && c !== undefined));
+  return node;
+}
+
+const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
+function count(n) {
+  if (n === null || n === undefined || Number.isNaN(n)) return "–";
+  return n >= 100000 ? short.format(n) : whole.format(n);
+}
+function rate(n) {
+  if (n === null || n === undefined) return "–";
+  return n > 0 && n < 10 ? n.toFixed(1) : count(n);
+}
+function number(v) {
+  if (typeof v !== "number") return String(v ?? "–");
+  if (Number.isInteger(v) && Math.abs(v) < 1e12) return whole.format(v).replaceAll(",", " ");
+  return Number(v.toPrecision(6)).toString();
+}
+function age(us, now_us) {
+  if (!us) return "never";
+  const s = Math.round((now_us - us) / 1e6);
+  if (s < -1) return `in ${span(-s)}`;
+  return span(Math.max(0, s));
+}
+function span(s) {
+  if (s < 60) return `${s} s`;
+  if (s < 3600) return `${Math.floor(s / 60)} min`;
+  if (s < 86400) return `${Math.floor(s / 3600)} h`;
+  return `${Math.floor(s / 86400)} d`;
+}
+
+async function get(path) {
+  const response = await fetch(path, { signal: AbortSignal.timeout(TIMEOUT_MS), headers: { Accept: "application/json" } });
+  const body = await response.json();
+  if (!response.ok) throw new Error(body.error || `${response.status} from ${path}`);
+  return body;
+}
+
+// ---- alarms --------------------------------------------------------------------------------------------------------
+
+const SEVERITIES = ["critical", "major", "minor", "warning", "indeterminate"];
+// A shape of its own for each severity: colour alone says nothing to one man in twelve.
+const SHAPES = {
+  critical: "M2 2h12v12H2z", major: "M8 1.5 15 14H1z", minor: "M8 1 15 8 8 15 1 8z", warning: "M8 2a6 6 0 1 1 0 12A6 6 0 0 1 8 2z",
+  indeterminate: "M4.5 2h7L15 8l-3.5 6h-7L1 8z",
+};
+const STATE_TEXT = {
+  unacknowledged: "unacknowledged", acknowledged: "acknowledged", returned_unacknowledged: "returned, unacknowledged",
+  latched_unacknowledged: "latched, unacknowledged", latched: "latched", shelved: "shelved", suppressed: "suppressed",
+  out_of_service: "out of service", normal: "normal",
+};
+const WAITING = new Set(["unacknowledged", "returned_unacknowledged", "latched_unacknowledged"]);
+
+// The shape: filled while nobody has answered, an outline once somebody has.
+function shape(severity, state) {
+  const SVG = "http://www.w3.org/2000/svg";
+  const svg = document.createElementNS(SVG, "svg");
+  svg.setAttribute("viewBox", "0 0 16 16");
+  svg.setAttribute("class", `shape ${WAITING.has(state) || !state ? "filled" : ""}`);
+  svg.setAttribute("aria-hidden", "true");
+  const path = document.createElementNS(SVG, "path");
+  path.setAttribute("d", SHAPES[severity] || SHAPES.indeterminate);
+  svg.append(path);
+  return svg;
+}
+function severityMark(severity, state) {
+  return el("span", { class: `severity ${SEVERITIES.includes(severity) ? severity : "indeterminate"}` }, shape(severity, state), el("span", { text: severity }));
+}
+function measured(value, unit) {
+  if (value === null || value === undefined) return "";
+  return unit ? `${number(value)} ${unit}` : number(value);
+}
+
+// ---- polling -------------------------------------------------------------------------------------------------------
+
+function poll(interval_ms, what) {
+  let running = false;
+  const run = async () => {
+    // A hidden page asks for nothing; a slow answer is not overtaken by the next question.
+    if (running || document.hidden) return;
+    running = true;
+    try { await what(); } finally { running = false; }
+  };
+  setInterval(run, interval_ms);
+  document.addEventListener("visibilitychange", run);
+  run();
+  return run;
+}
+
+// ---- light and dark ------------------------------------------------------------------------------------------------
+
+function themed(theme) {
+  if (theme) document.documentElement.dataset.theme = theme;
+  else delete document.documentElement.dataset.theme;
+}
+try { themed(localStorage.getItem("theme")); } catch { /* storage is switched off: the system's choice stands */ }
+$("theme").addEventListener("click", () => {
+  const dark = document.documentElement.dataset.theme
+    ? document.documentElement.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  themed(dark ? "light" : "dark");
+  try { localStorage.setItem("theme", dark ? "light" : "dark"); } catch { /* as above */ }
+});
