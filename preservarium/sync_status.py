@@ -20,13 +20,13 @@ from preservarium import topics
 from preservarium.domain.errors import PreservariumError
 from preservarium.feeds import MEMORY, PLAN
 from preservarium.settings import Settings
+from preservarium.sync import EMPLOYEES, EVENTS, MEASUREMENTS, TASK_EVENTS
 from preservarium.topics import Topic
 from preservarium.verification import Compared
 
 #: (stage, and suffix of its consumer group; topic; table)
-STAGES: Final[tuple[tuple[str, Topic, str], ...]] = (
-    ("sync", topics.VALIDATED, "measurements"),
-    ("sync-alarms", topics.ALERTS, "alarm_events"),
+STAGES: Final[tuple[tuple[str, Topic, str], ...]] = tuple(
+    (t.stage, t.topic, t.name) for t in (MEASUREMENTS, *EVENTS, TASK_EVENTS, EMPLOYEES)
 )
 
 #: A server that does not answer within this time is told as unknown.

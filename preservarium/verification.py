@@ -108,8 +108,8 @@ _LATE_COLUMNS: Final = (
 )
 #: Rows that wait for their chunk are rows.
 _MEASUREMENTS_SOURCE: Final = f"""(
-  SELECT {_LATE_COLUMNS} FROM measurements UNION ALL
-  SELECT {_LATE_COLUMNS} FROM measurements_late l WHERE NOT EXISTS (
+  SELECT {_LATE_COLUMNS}, revised FROM measurements UNION ALL
+  SELECT {_LATE_COLUMNS}, NULL FROM measurements_late l WHERE NOT EXISTS (
     SELECT FROM measurements x WHERE x.series_id = l.series_id AND x.timestamp = l.timestamp)
 ) m JOIN series s USING (series_id) JOIN derivations d USING (derivation_id)"""
 
@@ -133,6 +133,7 @@ _MEASUREMENT_FIELDS: Final = (
     Field("raw_partition", "integer", "m.raw_partition"),
     Field("raw_offset", "integer", "m.raw_offset"),
     Field("raw_index", "integer", "m.raw_index"),
+    Field("revised", "integer", "(m.revised IS TRUE)::int"),
 )
 
 
@@ -155,11 +156,6 @@ _ALARM_FIELDS: Final = (
 )
 
 
-#: PostgreSQL's row is the verdict that stands; that there was an earlier one it does not tell.
-MEASUREMENT_TYPES: Final = {name: kind for name, kind in sync.MEASUREMENTS.types.items() if name != "revised"}
-ALARM_EVENT_TYPES: Final = sync.ALARM_EVENTS.types
-
-
 def _us(sql: str) -> str:
     return f"(extract(epoch FROM {sql}) * 1000000)::bigint"
 
@@ -169,14 +165,14 @@ def _selected(fields: Sequence[Field]) -> str:
 
 
 def _measurement_columns(row: Any) -> list[Any]:
-    return [row[name] for name in MEASUREMENT_TYPES]
+    return [row[name] for name in sync.MEASUREMENTS.types]
 
 
 def _alarm_columns(row: Any) -> list[Any]:
     # The columns win over the document: jsonb's numbers know no -0.
     line = orjson.loads(row["detail"]) | {f.name: row[f.name] for f in _ALARM_FIELDS}
     values: list[Any] = []
-    for name, kind in ALARM_EVENT_TYPES.items():
+    for name, kind in sync.ALARM_EVENTS.types.items():
         value = line.get(name)
         if kind.startswith("Nullable"):
             values.append(float(value) if value is not None and "Float" in kind else value)
@@ -199,7 +195,7 @@ MEASUREMENTS: Final = Compared(
     "timestamp",
     "received_at",
     "%Y%m%d",
-    MEASUREMENT_TYPES,
+    sync.MEASUREMENTS.types,
     _selected(_MEASUREMENT_FIELDS),
     _measurement_columns,
 )
@@ -216,7 +212,7 @@ ALARM_EVENTS: Final = Compared(
     "occurred_at",
     "detected_at",
     "%Y%m",
-    ALARM_EVENT_TYPES,
+    sync.ALARM_EVENTS.types,
     _selected(_ALARM_FIELDS) + ", e.detail",
     _alarm_columns,
 )
