@@ -117,6 +117,18 @@ ANOMALIES = _counter("anomalies_total", "Anomalies that began.")
 ALARM_LATE = _counter("alarm_late_total", "Readings no younger than the last one of their alarm: not evaluated.")
 ALARM_TRANSITIONS = _counter("alarm_transitions_total", "Alarm transitions.", "transition", "severity")
 ALARM_ACTIONS = _counter("alarm_actions_total", "Operators' actions by outcome: done, refused.", "action", "outcome")
+# Each worker that has the alarm list sees the whole system: take the maximum over the workers, not the sum.
+ALARMS_STANDING = _gauge("alarms_standing", "Annunciated alarms that stand, in the whole system.", "severity")
+ALARMS_WAITING = _gauge("alarms_waiting", "Of them, those that nobody has acknowledged.", "severity")
+ALARMS_CHATTERING = _gauge("alarms_chattering", "Standing alarms that chatter, in the whole system.")
+ALARMS_RECENT = _gauge(
+    "alarms_recent",
+    "Annunciations of the last 10 minutes by recipient, in the whole system; '' is everybody.",
+    "recipient",
+)
+ALARM_FLOOD = _gauge(
+    "alarm_flood", "1 while the recipient has a flood: above 10 in 10 minutes, until below 5.", "recipient"
+)
 NOTICES = _counter("notices_total", "Notices by outcome: sent, retried, refused, skipped.", "channel", "outcome")
 
 # --- commands ---

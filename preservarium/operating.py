@@ -8,7 +8,7 @@ before the start. Actions go to `alarm_actions`; the alarm stage alone decides w
 import asyncio
 import heapq
 import uuid
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,11 +19,12 @@ import orjson
 import structlog
 from aiokafka import AIOKafkaConsumer
 
-from preservarium import topics
+from preservarium import metrics, topics
 from preservarium.clock import Clock, SystemClock
 from preservarium.domain.alarm import SILENT, State
 from preservarium.domain.device_alarms import parse_action
 from preservarium.domain.errors import Retry
+from preservarium.domain.flood import BEGINS, EVERYBODY, WINDOW_US, Flood, Floods
 from preservarium.domain.rules import SEVERITIES
 from preservarium.settings import Settings
 from preservarium.stage import Send
@@ -36,12 +37,6 @@ STANDING_MAX: Final = 20_000
 ANSWERS_MAX: Final = 5_000
 #: Answers are read from so long before the start, so that an action that was sent through another worker is found.
 ANSWERS_SINCE_S: Final = 900.0
-#: ISA-18.2's alarm flood: it begins above 10 annunciations in 10 minutes, and ends below 5.
-FLOOD_WINDOW_US: Final = 600_000_000
-FLOOD_BEGINS: Final = 10
-FLOOD_ENDS: Final = 5
-#: Annunciations remembered for that; a flood of more is a flood.
-RAISED_MAX: Final = 10_000
 #: One look for new records; also how long a stop can take.
 POLL_MS: Final = 500
 REQUEST_TIMEOUT_MS: Final = 30_000
@@ -142,9 +137,7 @@ class Board:
     def __init__(self) -> None:
         self._standing: dict[PointKey, dict[str, Any]] = {}
         self._answers: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        #: (detected_at, occurrence) of annunciations
-        self._raised: deque[tuple[int, str]] = deque(maxlen=RAISED_MAX)
-        self._flooded = False
+        self._floods = Floods()
         #: alarms that found no room
         self.dropped: set[PointKey] = set()
         self._waiting: dict[str, list[asyncio.Event]] = {}
@@ -182,7 +175,7 @@ class Board:
             return
         self._standing[point] = alarm
         if alarm.get("transition") == "raised" and (before is None or before.get("alarm_id") != alarm["alarm_id"]):
-            self._raised.append((alarm["detected_at"], alarm["alarm_id"]))
+            self._floods.take(alarm["detected_at"], alarm.get("recipients") or ())
 
     def keep(self, points: Iterable[PointKey]) -> None:
         """Forget all other alarms: after everything was read anew."""
@@ -263,12 +256,23 @@ class Board:
 
     def flood(self, now_us: int) -> dict[str, Any]:
         """Whether alarms come faster than people can work: annunciations of the last ten minutes."""
-        while self._raised and self._raised[0][0] <= now_us - FLOOD_WINDOW_US:
-            self._raised.popleft()
-        # They come in the order of partitions, not of time.
-        raised = sum(at > now_us - FLOOD_WINDOW_US for at, _ in self._raised)
-        self._flooded = raised > FLOOD_BEGINS or (self._flooded and raised >= FLOOD_ENDS)
-        return {"on": self._flooded, "raised": raised, "window_s": FLOOD_WINDOW_US // 1_000_000, "limit": FLOOD_BEGINS}
+        flood = self.floods(now_us)[EVERYBODY]
+        return {"on": flood.on, "raised": flood.raised, "window_s": WINDOW_US // 1_000_000, "limit": BEGINS}
+
+    def floods(self, now_us: int) -> dict[str, Flood]:
+        """The same for each recipient of alarms; "" is everybody."""
+        return self._floods.now(now_us)
+
+    def measure(self, now_us: int) -> None:
+        """Set the metrics of what stands now. Where the board may be old, they say what it last knew."""
+        counts = self.counts()
+        for severity in SEVERITIES:
+            metrics.ALARMS_STANDING.labels(severity).set(counts["severity"][severity])
+            metrics.ALARMS_WAITING.labels(severity).set(counts["waiting"][severity])
+        metrics.ALARMS_CHATTERING.set(sum(bool(alarm.get("chattering")) for alarm in self._standing.values()))
+        for operator, flood in self.floods(now_us).items():
+            metrics.ALARMS_RECENT.labels(operator).set(flood.raised)
+            metrics.ALARM_FLOOD.labels(operator).set(flood.on)
 
     def answered(self, action_id: str) -> dict[str, Any] | None:
         """What became of an action; None where it is not known (yet)."""

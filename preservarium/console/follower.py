@@ -16,6 +16,8 @@ log = structlog.get_logger(__name__)
 
 BACKOFF_FIRST_S: Final = 0.2
 BACKOFF_MAX_S: Final = 10.0
+#: Metrics of what stands are set this often; Prometheus asks every 15 s or so.
+MEASURED_EVERY_S: Final = 5.0
 
 
 class BoardFollower(Service):
@@ -43,3 +45,10 @@ class BoardFollower(Service):
                 self._board.trouble = str(e) if isinstance(e, Retry) else f"Kafka: {type(e).__name__}"
                 await self.sleep(pause_s * random.uniform(0.5, 1.0))
                 pause_s = min(pause_s * 2, BACKOFF_MAX_S)
+
+    @Service.task
+    async def _measure(self) -> None:
+        while not self.should_stop:
+            if self._board.ready.is_set():
+                self._board.measure(self._clock.now_us())
+            await self.sleep(MEASURED_EVERY_S)

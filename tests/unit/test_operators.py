@@ -9,6 +9,7 @@ import orjson
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from prometheus_client import REGISTRY
 
 from preservarium.clock import ManualClock
 from preservarium.console import access
@@ -255,6 +256,24 @@ def test_a_flood_begins_above_ten_in_ten_minutes_and_ends_below_five(board):
     assert board.flood(T + 300 * S)["on"] is True
     assert board.flood(T + 740 * S) == {"on": True, "raised": 6, "window_s": 600, "limit": 10}
     assert board.flood(T + 870 * S)["on"] is False
+
+
+def test_what_stands_is_measured(board):
+    def value(name, **labels):
+        return REGISTRY.get_sample_value(f"preservarium_{name}", labels)
+
+    stand(board, *(alarm(n, detected_at=T + n * S, recipients=["measured"]) for n in range(11)))
+    stand(board, alarm(11, state="acknowledged", transition="acknowledged", chattering=True))
+    board.measure(T + 20 * S)
+    assert value("alarm_flood", recipient="") == value("alarm_flood", recipient="measured") == 1
+    assert value("alarms_recent", recipient="measured") == 11
+    counts = board.counts()
+    assert {s: value("alarms_standing", severity=s) for s in counts["severity"]} == counts["severity"]
+    assert {s: value("alarms_waiting", severity=s) for s in counts["waiting"]} == counts["waiting"]
+    assert sum(counts["waiting"].values()) == 11
+    assert value("alarms_chattering") == 1
+    board.measure(T + 700 * S)
+    assert value("alarm_flood", recipient="measured") == value("alarms_recent", recipient="measured") == 0
 
 
 def test_a_filter_takes_everything_by_default():
