@@ -23,9 +23,10 @@ from typing import Any, Final, NoReturn, cast
 from urllib.parse import unquote, urlsplit
 
 import aiomqtt
+import orjson
 import structlog
 
-from preservarium import metrics
+from preservarium import metrics, topics
 from preservarium.clock import Clock
 from preservarium.connectors.base import (
     Backoff,
@@ -38,6 +39,7 @@ from preservarium.connectors.base import (
     refused_send,
 )
 from preservarium.connectors.envelopes import uplink_of
+from preservarium.domain.downlinks import server_report
 from preservarium.domain.errors import ReasonCode, Reject, Retry
 from preservarium.records import is_envelope, payload_of
 from preservarium.settings import LiveSettings, Settings, SettingsError
@@ -128,7 +130,8 @@ def sends_of(
 ) -> list[Send]:
     """The records of one MQTT message.
 
-    A network server's uplink names its device itself. Otherwise the topic does; where its pattern has no `{device}`,
+    A network server's uplink names its device itself; what it says of a downlink of ours becomes a report in
+    `device_commands`. Otherwise the topic does; where its pattern has no `{device}`,
     the message must be our envelope, or an array of them.
 
     Raises:
@@ -140,6 +143,9 @@ def sends_of(
             ReasonCode.ENVELOPE_NO_DEVICE, f"no pattern of mqtt.subscriptions matches the topic {topic!r:.200}"
         )
     value = payload_of(data)
+    report = server_report(value)
+    if report is not None:
+        return [Send(topics.COMMANDS, report["device_id"].encode(), orjson.dumps(report))]
     uplink = uplink_of(value)
     if uplink is not None:
         named_mode = names.get("mode") or uplink.mode
