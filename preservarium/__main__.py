@@ -25,6 +25,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "simulate",
     "decode",
     "dlq",
+    "commands",
     "sync",
     "doctor",
     "alarms",

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from preservarium.command_desk import CommandDesk
+from preservarium.console.commands import Commands
 from preservarium.console.dashboards import DashboardViews
 from preservarium.console.follower import BoardFollower
 from preservarium.console.operators import Operators
@@ -28,4 +30,5 @@ def install(app: Any) -> Console:
     app.add_dependency(BoardFollower(board, app.live, app.clock))
     DashboardViews(app).mount(app.web.web_app)
     Operators(app, Desk(board, app.publisher.publish, app.clock), reads).mount(app.web.web_app)
+    Commands(app, CommandDesk(app.publisher.publish, app.clock), reads).mount(app.web.web_app)
     return console

@@ -4,11 +4,12 @@ A small pool of its own, so that a busy console cannot take connections from the
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import asyncpg
+import orjson
 
 from preservarium.domain.errors import Retry
 from preservarium.settings import Postgres as PostgresSettings
@@ -58,6 +59,17 @@ UNION ALL
  FROM alarm_operations WHERE (device_id, rule, pin_position) = ($1, $2, $3) AND (outcome = 'refused' OR alarm_id = '')
  ORDER BY at DESC LIMIT $4)
 ORDER BY at DESC, sequence DESC LIMIT $4
+"""
+_COMMANDS: Final = """
+SELECT command_id, device_id, command, state, reason, attempt, priority, requested_at, requested_by, idempotency_key, cause,
+       expires_at, ended_at, updated_at, content::text AS content, confirm::text AS confirm
+FROM device_commands
+WHERE ($1 = '' OR device_id = $1) AND (cardinality($2::text[]) = 0 OR state = ANY($2)) AND ($3 = '' OR command_id = $3)
+  AND ($4::timestamptz IS NULL OR (requested_at, command_id) < ($4, $5))
+ORDER BY requested_at DESC, command_id DESC LIMIT $6
+"""
+_COMMAND_EVENTS: Final = """
+SELECT sequence, event, state, at, actor, reason, attempt FROM command_events WHERE command_id = $1 ORDER BY sequence LIMIT $2
 """
 
 
@@ -165,6 +177,39 @@ class Views:
         """
         return [_document(row) for row in await self._fetch(_HISTORY, device_id, rule, pin_position, limit)]
 
+    async def commands(
+        self, *, device_id: str, states: Sequence[str], before: tuple[int, str] | None, limit: int
+    ) -> dict[str, Any]:
+        """`{commands, next}`: commands, newest first. Instants in µs.
+
+        Args:
+            device_id: of this device; "" for all.
+            states: in these states; empty for all.
+            before: (requested_at, command_id) of the last command of the page before.
+            limit: most commands.
+
+        Raises:
+            Retry: PostgreSQL cannot be asked, or has not been migrated.
+        """
+        at = _EPOCH + timedelta(microseconds=before[0]) if before else None
+        last = before[1] if before else ""
+        rows = await self._fetch(_COMMANDS, device_id, list(states), "", at, last, limit + 1)
+        page = [_command(row) for row in rows[:limit]]
+        following = (page[-1]["requested_at"], page[-1]["command_id"]) if len(rows) > limit else None
+        return {"commands": page, "next": following}
+
+    async def command(self, command_id: str, *, limit: int) -> dict[str, Any] | None:
+        """One command with its events, oldest first; None where the database does not know it (yet).
+
+        Raises:
+            Retry: PostgreSQL cannot be asked, or has not been migrated.
+        """
+        rows = await self._fetch(_COMMANDS, "", [], command_id, None, "", 1)
+        if not rows:
+            return None
+        events = [_document(row) for row in await self._fetch(_COMMAND_EVENTS, command_id, limit)]
+        return {**_command(rows[0]), "events": events}
+
     async def close(self) -> None:
         """Give the connections back."""
         pool, self._pool = self._pool, None
@@ -214,6 +259,11 @@ def _containing(text: str) -> str:
 
 def _document(row: asyncpg.Record) -> dict[str, Any]:
     return {key: _us(value) if isinstance(value, datetime) else value for key, value in row.items()}
+
+
+def _command(row: asyncpg.Record) -> dict[str, Any]:
+    found = _document(row)
+    return {**found, "content": orjson.loads(found["content"]), "confirm": orjson.loads(found["confirm"])}
 
 
 def _us(instant: datetime) -> int:

@@ -10,6 +10,7 @@ from sink_support import fetch, live, migrated_database
 from preservarium.domain.commands import DeviceCommands, Profile, Turn, downlink_id, parse_line
 from preservarium.stores.event_tables import EventStore
 from preservarium.stores.tables import COMMAND_EVENTS
+from preservarium.stores.views import Views
 
 
 @pytest.fixture
@@ -71,3 +72,24 @@ async def test_what_comes_late_or_again_changes_nothing(dsn, store):
     (row,) = await fetch(dsn, "SELECT state, sequence FROM device_commands")
     assert tuple(row) == ("successful", 4)
     assert len(await fetch(dsn, "SELECT 1 FROM command_events")) == 4
+
+
+async def test_people_see_commands_and_their_events(dsn, store):
+    await store.write(story(), {})
+    views = Views(lambda: live(postgres={"url": dsn})().postgres)
+    try:
+        page = await views.commands(device_id="d1", states=["successful"], before=None, limit=10)
+        (command,) = page["commands"]
+        assert (command["command"], command["requested_at"], command["content"]) == (
+            "set",
+            T + S,
+            {"port": 3, "fields": {"on": 1}},
+        )
+        assert (command["confirm"], page["next"]) == ("published", None)
+        before = (command["requested_at"], command["command_id"])
+        assert (await views.commands(device_id="", states=[], before=before, limit=1))["commands"] == []
+        found = await views.command(command["command_id"], limit=2)
+        assert [e["event"] for e in found["events"]] == ["request", "hand_over"]
+        assert await views.command("none", limit=2) is None
+    finally:
+        await views.close()

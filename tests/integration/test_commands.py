@@ -1,8 +1,10 @@
 """Commands from request to answer: a worker, Kafka, Mosquitto and devices that answer, or do not."""
 
 import asyncio
+import os
 import random
 import signal
+import sys
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -144,6 +146,16 @@ class Site:
         await self.publisher.publish([Send(topics.COMMANDS, device.encode(), orjson.dumps(line))])
         return command_id(device, key)
 
+    async def cli(self, *arguments: str) -> tuple[int, Any]:
+        """Run `preservarium commands …  --json`: its exit code, and what it said."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "preservarium", "commands", *arguments, "--json",
+            env={**os.environ, **self.environment, "PYTHONPATH": str(ROOT)}, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        out, _ = await process.communicate()
+        assert process.returncode is not None
+        return process.returncode, orjson.loads(out)
+
     async def known(self, devices: list[str]) -> None:
         """Wait until the worker knows these devices: without a database, only the topic tells it of them."""
         missing = set(devices)
@@ -218,6 +230,11 @@ async def test_commands_reach_devices_and_are_confirmed_by_what_they_say(site: S
     assert [e for e in story if e != "publish"] == ["request", "hand_over", "confirm"]
     assert site.devices.got == [("d0", b"\x01")]
 
+    status, said = await site.cli("send", "d0", "switch", "--field", "relay=0", "--wait", "30")
+    assert (status, said["state"], said["events"][-1]["event"]) == (0, "successful", "confirm")
+    status, said = await site.cli("send", "d0", "switch", "--field", "relay=9", "--wait", "30")
+    assert (status, said["state"], said["events"][-1]["reason"]) == (1, "failed", "the codec reports: relay is 0 or 1")
+
     wrong = await site.ask("d1", command="switch", fields={"relay": 7})
     assert await site.until_story(wrong, lambda s: "fail" in s) == ["request", "hand_over", "fail"]
     reasons = {e["command_id"]: e["reason"] for e in await site.events() if e["event"] == "fail"}
@@ -226,8 +243,8 @@ async def test_commands_reach_devices_and_are_confirmed_by_what_they_say(site: S
     asleep = await site.ask("sleepy", fields={"relay": 0})
     cancelled = await site.ask("sleepy", fields={"relay": 1})
     await site.until_story(cancelled, lambda s: s == ["request"])
-    cancel = {"kind": "cancel", "device_id": "sleepy", "command_id": cancelled, "actor": "test"}
-    await site.publisher.publish([Send(topics.COMMANDS, b"sleepy", orjson.dumps(cancel))])
+    status, said = await site.cli("cancel", "sleepy", cancelled, "--actor", "ann")
+    assert (status, said["events"][-1]["actor"]) == (0, "ann")
     assert await site.until_story(cancelled, lambda s: "cancel" in s) == ["request", "cancel"]
     assert await site.story(asleep) == ["request"]
     await site.devices.say("sleepy", b"\x01")
