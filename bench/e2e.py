@@ -1,6 +1,6 @@
 """End to end: raw records in Kafka to rows in both stores, beside two peers on the same input in the same run.
 
-    .venv/bin/python bench/e2e.py [--runs 5] [--messages 60000] [--readings 4] [--json]
+    .venv/bin/python -m bench.e2e [--runs 5] [--messages 60000] [--readings 4] [--json]
 
 Each run takes the contestants one after the other (interleaved, so that a slow minute of the machine hits them all), each
 with a fresh topic prefix, fresh databases and its input already in Kafka:
@@ -36,6 +36,7 @@ import psutil
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
+from bench.peers import old_sink
 from preservarium.embedded.clickhouse import ClickHouse
 from preservarium.embedded.kafka import Kafka
 from preservarium.embedded.postgres import Postgres
@@ -53,16 +54,6 @@ FIELDS = {
 }
 #: A contestant that has not stored everything this long after its first row is measured by what it has stored.
 WINDOW_S = 180.0
-
-OLD_SCHEMA = """
-CREATE TABLE IF NOT EXISTS {table} (
-    timestamp TIMESTAMPTZ NOT NULL, device_id VARCHAR(50) NOT NULL, connector_mode VARCHAR(50) NOT NULL,
-    component_type VARCHAR(50) NOT NULL, pin_position VARCHAR(10), value DOUBLE PRECISION, unit VARCHAR(20), topic VARCHAR(255),
-    PRIMARY KEY (timestamp, device_id, connector_mode, component_type, pin_position));
-CREATE INDEX IF NOT EXISTS {table}_device ON {table} (device_id, timestamp DESC);
-CREATE INDEX IF NOT EXISTS {table}_component ON {table} (component_type, timestamp DESC);
-CREATE INDEX IF NOT EXISTS {table}_mode ON {table} (connector_mode, timestamp DESC);
-"""
 
 
 @dataclass
@@ -344,7 +335,7 @@ async def run_one(services: Services, name: str, number: int, arguments: argpars
             lambda: count_clickhouse("measurements"),
         )
     elif name == "plain":
-        await connection.execute(OLD_SCHEMA.format(table="peer_measurements"))
+        await connection.execute(old_sink.SCHEMA.format(table="peer_measurements"))
         await clickhouse.command(
             f"CREATE TABLE {database}.peer_measurements (timestamp DateTime64(6, 'UTC'), device_id LowCardinality(String), "
             "connector_mode LowCardinality(String), component_type LowCardinality(String), pin_position LowCardinality(String), "
@@ -362,7 +353,7 @@ async def run_one(services: Services, name: str, number: int, arguments: argpars
             lambda: count_clickhouse("peer_measurements"),
         )
     else:
-        await connection.execute(OLD_SCHEMA.format(table="iot_measurements_old"))
+        await connection.execute(old_sink.SCHEMA.format(table=old_sink.TABLE))
         total = await load(
             services, prefix, arguments.partitions, arguments.messages, arguments.devices, arguments.readings, old=True
         )
@@ -370,7 +361,7 @@ async def run_one(services: Services, name: str, number: int, arguments: argpars
         contestant = Contestant(
             name,
             subprocess.Popen(argv, env=environment, cwd=work, stdout=log, stderr=log),
-            lambda: count("iot_measurements_old"),
+            lambda: count(old_sink.TABLE),
             None,
         )
     try:

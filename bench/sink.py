@@ -1,130 +1,117 @@
-"""The store alone: readings in memory to committed rows, beside the replaced service's design in the same run.
+"""The sink's speed, each figure beside the replaced service's design (bench/peers/old_sink.py) in the same run.
 
-    .venv/bin/python bench/sink.py [--runs 5] [--rows 100000] [--series 2000] [--dsn postgresql://…] [--json]
+    .venv/bin/python -m bench.sink [store|kafka|backfill …] [--runs 5] [--rows 100000] [--json]
 
-Each run takes the contestants one after the other (interleaved, so that a slow minute of the machine hits them all),
-each into fresh tables of the same server, one reading a message:
+**store**: parsed messages of one reading in memory → committed rows, each contestant into fresh tables of one server. The
+contestants of a run follow each other, so that a slow minute of the machine hits them all.
 
-- old: pydantic model a message, psycopg2 execute_batch of 100 rows and a commit, wide table with its key and three
-  indexes (ON CONFLICT DO NOTHING added, so that its count is fair).
-- copy: our store, batches of `--batch` rows, offsets and latest values in the transaction, one connection.
-- copy2: the same with two batches in flight.
-- merge: always through the temporary table and ON CONFLICT DO NOTHING.
-- unnest: always arrays and ON CONFLICT DO NOTHING, in a transaction with the offsets and nothing else (no latest values).
-- replay: rows that are all stored already (what a redelivery costs).
-- bare: our store without offsets to move, 1,000 rows a batch, and offsets: with them.
+- old: a pydantic model a message, execute_batch of 100 rows and a commit, wide table, its key and three indexes.
+- copy: our store over one connection, batches of `--batch` rows, offsets and latest values in the transaction; two batches
+  are under way, so that one is encoded while the other is stored. serial: one batch after the other.
+- copy2: the same over two connections. four: copy2 with four readings a message, as devices send them.
+- merge, unnest: what the store might do instead: a temporary table, arrays (each with ON CONFLICT DO NOTHING).
+- replay: rows that are all stored already. offsets: batches of 1,000 rows, every other one with an offset to move.
 
-The figure to trust is the ratio between contestants of one run; medians over the runs are printed. CPU is this process's.
+**kafka**: the same messages waiting in Kafka → committed rows: one worker with only the agent sink; the old service; a loop
+by hand (bench/peers/copy_loop.py). CPU is the consumer's, from its first row to its last. Then the worker at half of the rate
+it had: from a record's send to the poll that finds it committed.
+
+**backfill**: what a live write of 500 rows takes alone, and while a week of old rows is written as fast as it goes.
+
+The figure to trust is the ratio between contestants of one run; medians over the runs are printed.
 """
 
 import argparse
 import asyncio
+import gc
+import itertools
 import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import orjson
-import psycopg2
-from psycopg2.extras import execute_batch
-from pydantic import BaseModel, Field, field_validator
+import psutil
+import uvloop
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from confluent_kafka import Producer
 
+from bench.peers import old_sink
+from preservarium import logs, topics
+from preservarium.embedded.kafka import Kafka
 from preservarium.embedded.postgres import Postgres
+from preservarium.embedded.service import free_port
 from preservarium.settings import LiveSettings, load
 from preservarium.stores.base import Move
 from preservarium.stores.migrate import migrate_postgres
 from preservarium.stores.timescale import TimescaleStore
 
-OLD_SCHEMA = """
-DROP TABLE IF EXISTS old_measurements;
-CREATE TABLE old_measurements (
-    timestamp TIMESTAMPTZ NOT NULL, device_id VARCHAR(50) NOT NULL, connector_mode VARCHAR(50) NOT NULL,
-    component_type VARCHAR(50) NOT NULL, pin_position VARCHAR(10), value DOUBLE PRECISION, unit VARCHAR(20),
-    topic VARCHAR(255), PRIMARY KEY (timestamp, device_id, connector_mode, component_type, pin_position));
-CREATE INDEX ON old_measurements (device_id, timestamp DESC);
-CREATE INDEX ON old_measurements (component_type, timestamp DESC);
-CREATE INDEX ON old_measurements (connector_mode, timestamp DESC);
-"""
+ROOT = Path(__file__).resolve().parent.parent
+#: The same for every contestant; durable commits, as each of them has in production.
+SERVER = {"shared_buffers": "1GB", "max_wal_size": "8GB"}
+PARTITIONS = 12
+DAY_US = 86_400_000_000
+#: A poll for what is committed; latencies are known to this much.
+POLL_S = 0.01
 
 
-class IotMeasurement(BaseModel):
-    timestamp: datetime
-    device_id: str = Field(alias="mac_address")
-    connector_mode: str = Field("unknown", alias="mode")
-    component_type: str = Field("unknown", alias="data_point_label")
-    pin_position: str = Field("-1", alias="pin")
-    value: float | None = None
-    unit: str = ""
-    topic: str = Field("", alias="original_topic")
-
-    @field_validator("timestamp", mode="before")
-    @classmethod
-    def convert_timestamp(cls, v):
-        return datetime.fromtimestamp(v, UTC) if isinstance(v, int | float) else v
-
-    @field_validator("value", mode="before")
-    @classmethod
-    def convert_value(cls, v):
-        return float(v) if v is not None else None
-
-
-def inputs(rows: int, series: int) -> tuple[list[dict], list[dict]]:
-    """The same readings as our messages and as the old service's; parsed from JSON as both would have them."""
-    start_us = time.time_ns() // 1000 - 3_600_000_000
-    ours, old = [], []
-    for i in range(rows):
-        device, pin = f"70b3d57ba000{i % series // 10:04x}", i % 10
-        at_us = start_us + i // series * 1_000_000 + i % series
-        value = 20 + i % 1000 / 100
-        ours.append(
+def inputs(rows: int, series: int, readings: int = 1, start_us: int | None = None) -> list[dict[str, Any]]:
+    """Validated messages of so many readings, parsed from JSON as the stage has them."""
+    start_us = start_us or time.time_ns() // 1000 - 3_600_000_000
+    messages = []
+    for i in range(rows // readings):
+        devices = series // readings
+        device, at_us = f"70b3d57ba000{i % devices:04x}", start_us + i // devices * 1_000_000 + i % devices
+        messages.append(
             {
                 "device_id": device, "connector_mode": "LoRaWAN", "topic": f"devices/{device}/up", "timestamp": at_us,
-                "received_at": at_us + 250_000, "raw_partition": i % 12, "raw_offset": i, "raw_index": 0,
+                "received_at": at_us + 250_000, "raw_partition": i % PARTITIONS, "raw_offset": i, "raw_index": 0,
                 "parser": "decentlab@3", "config_rev": 7, "generation": 0,
-                "readings": [{"component_type": "temperature", "pin_position": str(pin), "value": value, "unit": "°C", "quality": 1, "flags": []}],
+                "readings": [
+                    {"component_type": "temperature", "pin_position": str(pin), "value": 20 + i % 1000 / 100, "unit": "°C", "quality": 1}
+                    for pin in range(readings)
+                ],
             }
         )  # fmt: skip
-        old.append(
-            {
-                "mac_address": device, "mode": "LoRaWAN", "data_point_label": "temperature", "pin": str(pin), "value": value,
-                "unit": "°C", "original_topic": f"devices/{device}/up", "timestamp": at_us / 1e6,
-            }
-        )  # fmt: skip
-    return orjson.loads(orjson.dumps(ours)), orjson.loads(orjson.dumps(old))
+    return orjson.loads(orjson.dumps(messages))
 
 
-def run_old(dsn: str, messages: list[dict]) -> None:
-    connection = psycopg2.connect(dsn)
-    columns = list(IotMeasurement.model_fields)
-    statement = (
-        f"INSERT INTO old_measurements ({', '.join(columns)}) VALUES ({', '.join(['%s'] * len(columns))})"
-        " ON CONFLICT DO NOTHING"
-    )
-    for start in range(0, len(messages), 100):
-        models = [IotMeasurement(**m) for m in messages[start : start + 100]]
-        with connection.cursor() as cursor:
-            execute_batch(cursor, statement, [tuple(getattr(m, c) for c in columns) for m in models], page_size=100)
-        connection.commit()
-    connection.close()
+def as_old(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same readings in the old service's format."""
+    old = [
+        {
+            "mac_address": m["device_id"], "mode": m["connector_mode"], "data_point_label": r["component_type"],
+            "pin": r["pin_position"], "value": r["value"], "unit": r["unit"], "original_topic": m["topic"], "timestamp": m["timestamp"] / 1e6,
+        }
+        for m in messages
+        for r in m["readings"]
+    ]  # fmt: skip
+    return orjson.loads(orjson.dumps(old))
 
 
-async def run_ours(store: TimescaleStore, messages: list[dict], batch: int, flights: int, offsets: bool = True) -> None:
+# --- the store alone
+
+
+async def run_ours(store: TimescaleStore, messages: list[dict[str, Any]], batch: int, flights: int) -> None:
     async def lane(partition: int) -> None:
         # A partition is in one flight at a time: each lane is a partition with its share of the readings.
-        expected = (await store.offsets("bench", [partition]))[partition] if offsets else None
+        expected = (await store.offsets("bench", [partition]))[partition]
         next_offset = expected or 0
         part = messages[partition * len(messages) // flights : (partition + 1) * len(messages) // flights]
-        for start in range(0, len(part), batch):
-            chunk = part[start : start + batch]
-            moves = {("bench", partition): Move(expected, next_offset + len(chunk))} if offsets else {}
-            result = await store.write(chunk, moves)
-            assert result.accepted + result.duplicates == len(chunk), result
+        each = max(1, batch // len(part[0]["readings"]))
+        for start in range(0, len(part), each):
+            chunk = part[start : start + each]
+            result = await store.write(chunk, {("bench", partition): Move(expected, next_offset + len(chunk))})
+            assert not result.rejected, result
             expected = next_offset = next_offset + len(chunk)
 
     await asyncio.gather(*(lane(p) for p in range(flights)))
@@ -141,7 +128,7 @@ def instant(us: int) -> datetime:
     return datetime.fromtimestamp(us // 1_000_000, UTC).replace(microsecond=us % 1_000_000)
 
 
-async def run_unnest(dsn: str, messages: list[dict], batch: int) -> None:
+async def run_unnest(dsn: str, messages: list[dict[str, Any]], batch: int) -> None:
     connection = await asyncpg.connect(dsn)
     rows = await connection.fetch(
         "SELECT series_id, device_id, connector_mode, component_type, pin_position FROM series"
@@ -172,100 +159,380 @@ async def run_unnest(dsn: str, messages: list[dict], batch: int) -> None:
 async def reset(dsn: str) -> None:
     connection = await asyncpg.connect(dsn)
     await connection.execute("TRUNCATE measurements, rollup_dirty, sink_offsets")
-    await connection.execute(OLD_SCHEMA)
+    await connection.execute(f"DROP TABLE IF EXISTS {old_sink.TABLE}")
+    await connection.execute(old_sink.SCHEMA.format(table=old_sink.TABLE))
     await connection.execute("CHECKPOINT")
     await connection.close()
 
 
-async def latency(store: TimescaleStore, messages: list[dict]) -> float:
-    """Median of writing 100 rows, milliseconds."""
+async def latency_ms(store: TimescaleStore, messages: list[dict[str, Any]]) -> list[float]:
+    """Of each write of 100 rows."""
     spent = []
     for start in range(0, min(len(messages), 10_000), 100):
         began = time.perf_counter()
         await store.write(messages[start : start + 100], {})
         spent.append((time.perf_counter() - began) * 1000)
-    return statistics.median(spent)
+    return spent
 
 
-async def bench(dsn: str, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+def calm() -> None:
+    """What the worker does at its start (preservarium/engine.py), for every contestant in this process."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
+
+
+async def bench_store(dsn: str, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     settings = LiveSettings(load(postgres={"url": dsn}))
     await migrate_postgres(settings())
-    ours, old = inputs(arguments.rows, arguments.series)
-    old = old[: arguments.rows // 4]
-    first = TimescaleStore(settings)
+    ours = inputs(arguments.rows, arguments.series)
+    four = inputs(arguments.rows, arguments.series, 4, ours[0]["timestamp"] - DAY_US)
+    old = as_old(ours)
+    calm()
+    single = TimescaleStore(LiveSettings(load(postgres={"url": dsn, "pool_max": 1})))
+    double = TimescaleStore(LiveSettings(load(postgres={"url": dsn, "pool_max": 2})))
     always = TimescaleStore(settings, copy_first=False)
+    batch = arguments.batch
 
-    async def copy(flights: int = 1, batch: int = arguments.batch, offsets: bool = True) -> None:
-        await run_ours(first, ours, batch, flights, offsets)
-
-    contestants = {
-        "old": (len(old), lambda: asyncio.to_thread(run_old, dsn, old), True),
-        "copy": (len(ours), copy, True),
-        "replay": (len(ours), copy, False),
-        "copy2": (len(ours), lambda: copy(flights=2), True),
-        "merge": (len(ours), lambda: run_ours(always, ours, arguments.batch, 1), True),
-        "unnest": (len(ours), lambda: run_unnest(dsn, ours, arguments.batch), True),
-        "bare": (len(ours), lambda: copy(batch=1000, offsets=False), True),
-        "offsets": (len(ours), lambda: copy(batch=1000), True),
+    contestants: dict[str, tuple[Callable[[], Awaitable[None]], bool]] = {
+        "old": (lambda: asyncio.to_thread(old_sink.write_all, dsn, old), True),
+        "serial": (lambda: run_ours(single, ours, batch, 1), True),
+        "copy": (lambda: run_ours(single, ours, batch, 2), True),
+        "replay": (lambda: run_ours(single, ours, batch, 2), False),
+        "copy2": (lambda: run_ours(double, ours, batch, 3), True),
+        "four": (lambda: run_ours(double, four, batch, 3), True),
+        "merge": (lambda: run_ours(always, ours, batch, 1), True),
+        "unnest": (lambda: run_unnest(dsn, ours, batch), True),
     }
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     cpus: dict[str, list[float]] = {name: [] for name in contestants}
-    milliseconds = []
-    await first.write(ours[: arguments.series], {})  # the series exist: their making is not what is measured
+    milliseconds: list[float] = []
+    moved: list[float] = []
+    bare: list[float] = []
+    for messages in (ours[: arguments.series], four[: arguments.series // 4]):
+        await single.write(messages, {})  # the series exist: their making is not what is measured
+        await double.write(messages, {})
+        await always.write(messages, {})
     for _ in range(arguments.runs):
-        for name, (rows, go, fresh) in contestants.items():
+        for name, (go, fresh) in contestants.items():
             if fresh:
                 await reset(dsn)
             cpu, began = time.process_time(), time.perf_counter()
             await go()
             spent = time.perf_counter() - began
-            rates[name].append(rows / spent)
-            cpus[name].append((time.process_time() - cpu) / rows * 1e6)
+            rates[name].append(arguments.rows / spent)
+            cpus[name].append((time.process_time() - cpu) / arguments.rows * 1e6)
         await reset(dsn)
-        milliseconds.append(await latency(first, ours))
-    await first.close()
-    await always.close()
-    ratios = {name: [r / o for r, o in zip(rates[name], rates["old"], strict=True)] for name in contestants}
-    report = {
-        name: {
+        milliseconds += await latency_ms(single, ours)
+        await reset(dsn)
+        expected: int | None = None
+        for n, start in enumerate(range(0, len(ours), 1000)):
+            moves = {("offsets", 0): Move(expected, start + 1)} if n % 2 else {}
+            began = time.perf_counter()
+            await single.write(ours[start : start + 1000], moves)
+            (moved if moves else bare).append((time.perf_counter() - began) * 1000)
+            expected = start + 1 if moves else expected
+    for store in (single, double, always):
+        await store.close()
+    report: dict[str, dict[str, float]] = {}
+    for name in contestants:
+        ratios = [r / o for r, o in zip(rates[name], rates["old"], strict=True)]
+        report[name] = {
             "rows_per_s": round(statistics.median(rates[name])),
-            "ratio_to_old": round(statistics.median(ratios[name]), 2),
-            "ratio_min": round(min(ratios[name]), 2),
-            "ratio_max": round(max(ratios[name]), 2),
+            "ratio_to_old": round(statistics.median(ratios), 2),
+            "ratio_min": round(min(ratios), 2),
+            "ratio_max": round(max(ratios), 2),
             "client_cpu_us_per_row": round(statistics.median(cpus[name]), 2),
         }
-        for name in contestants
+    report["offsets"] = {
+        "cost_at_1000_rows": round(statistics.median(moved) / statistics.median(bare) - 1, 3),
+        "ms_with": round(statistics.median(moved), 2),
+        "ms_without": round(statistics.median(bare), 2),
     }
-    cost = [1 - o / b for o, b in zip(rates["offsets"], rates["bare"], strict=True)]
-    report["offsets"]["cost_of_offsets"] = round(statistics.median(cost), 3)
-    gain = [c / m for c, m in zip(rates["copy"], rates["merge"], strict=True)]
-    report["copy"]["ratio_to_merge"] = round(statistics.median(gain), 2)
-    gain = [c / m for c, m in zip(rates["copy"], rates["unnest"], strict=True)]
-    report["copy"]["ratio_to_unnest"] = round(statistics.median(gain), 2)
-    report["batch of 100"] = {"milliseconds": round(statistics.median(milliseconds), 2)}
+    for other in ("merge", "unnest"):
+        gain = [c / m for c, m in zip(rates["serial"], rates[other], strict=True)]
+        report["serial"][f"ratio_to_{other}"] = round(statistics.median(gain), 2)
+    report["batch of 100"] = {
+        "ms_median": round(statistics.median(milliseconds), 2),
+        "ms_p99": round(statistics.quantiles(milliseconds, n=100)[98], 2),
+    }
+    return report
+
+
+# --- live data beside a back-fill
+
+
+async def bench_backfill(dsn: str, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    settings = LiveSettings(load(postgres={"url": dsn}))
+    await migrate_postgres(settings())
+    now_us = time.time_ns() // 1000
+    week = inputs(arguments.rows, arguments.series, 1, now_us - 7 * DAY_US)
+    for i, message in enumerate(week):
+        message["timestamp"] += i * (6 * DAY_US) // len(week)
+    live = inputs(arguments.rows, arguments.series, 1, now_us - 300_000_000)
+    calm()
+    spent: dict[str, list[float]] = {"alone": [], "staged": [], "merged": []}
+    stored = 0.0
+    for _ in range(arguments.runs):
+        for how in spent:
+            await reset(dsn)
+            store, other = TimescaleStore(settings), TimescaleStore(settings, late_lane=True)
+            await store.write(live[:500], {})
+            done = asyncio.Event()
+
+            async def fill(store: TimescaleStore = other, done: asyncio.Event = done, how: str = how) -> int:
+                written = 0
+                for start in itertools.count(0, 2_000):
+                    if done.is_set():
+                        break
+                    part = week[start % len(week) : start % len(week) + 2_000]
+                    await store.write(part, {})
+                    written += len(part)
+                    if how == "merged":
+                        await store.maintain()
+                return written
+
+            filling = asyncio.create_task(fill()) if how != "alone" else None
+            began = time.perf_counter()
+            for start in range(500, 500 * 121, 500):
+                at = start % len(live)
+                before = time.perf_counter()
+                await store.write(live[at : at + 500], {})
+                spent[how].append((time.perf_counter() - before) * 1000)
+                await asyncio.sleep(0.05)
+            done.set()
+            if filling is not None:
+                stored += await filling / (time.perf_counter() - began)
+            await store.close()
+            await other.close()
+    report = {
+        f"live, {how}": {
+            "ms_median": round(statistics.median(times), 1),
+            "ms_p99": round(statistics.quantiles(times, n=100)[98], 1),
+        }
+        for how, times in spent.items()
+    }
+    report["back-fill"] = {"rows_per_s": round(stored / arguments.runs / 2)}
+    return report
+
+
+# --- from Kafka
+
+
+class Consumer:
+    """A process under measurement, and how many rows it has committed."""
+
+    def __init__(
+        self, argv: list[str], environment: dict[str, str], log: Path, count: Callable[[], Awaitable[int]]
+    ) -> None:
+        self.count = count
+        self._log = log.open("wb")
+        self.process = subprocess.Popen(argv, env=environment, cwd=log.parent, stdout=self._log, stderr=self._log)
+        self._root = psutil.Process(self.process.pid)
+
+    def cpu_s(self) -> float:
+        times = [p.cpu_times() for p in (self._root, *self._root.children(recursive=True))]
+        return sum(t.user + t.system for t in times)
+
+    async def measure(self, total: int) -> tuple[float, float]:
+        """Rows a second and µs of CPU a row, from the first rows seen to the last."""
+        first: tuple[float, int, float] | None = None
+        deadline = time.monotonic() + 180
+        while True:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"ended by itself or stands still; see {self._log.name}")
+            seen = (time.monotonic(), await self.count(), self.cpu_s())
+            if seen[1] and first is None:
+                first = seen
+            if first is not None and seen[1] >= total:
+                rows = seen[1] - first[1]
+                return rows / (seen[0] - first[0]), (seen[2] - first[2]) / rows * 1e6
+            await asyncio.sleep(0.05)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._log.close()
+
+
+async def make_topics(kafka: Kafka, names: list[str]) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
+    await admin.start()
+    await admin.create_topics([NewTopic(name, PARTITIONS, 1) for name in names])
+    await admin.close()
+
+
+def fill(kafka: Kafka, topic: str, messages: list[dict[str, Any]], device: str) -> None:
+    producer = Producer(
+        {"bootstrap.servers": kafka.bootstrap_servers, "linger.ms": 20, "compression.type": "lz4", "queue.buffering.max.messages": 1_000_000}
+    )  # fmt: skip
+    for i, message in enumerate(messages):
+        producer.produce(topic, orjson.dumps(message), message[device].encode(), i % PARTITIONS)
+    producer.flush()
+
+
+async def run_kafka(
+    name: str, number: int, kafka: Kafka, server: Postgres, arguments: argparse.Namespace, directory: Path
+) -> tuple[float, float, list[float]]:
+    """Rate, CPU a row, and of the worker the delays at half the rate, in ms."""
+    prefix, database = f"s{number}.{name}.", f"bench_{number}_{name}"
+    admin = await asyncpg.connect(server.dsn())
+    await admin.execute(f'CREATE DATABASE "{database}"')
+    await admin.close()
+    dsn = server.dsn(database)
+    work = directory / f"{number}-{name}"
+    work.mkdir()
+    settings = load(postgres={"url": dsn})
+    await migrate_postgres(settings)
+    ours = inputs(arguments.rows, arguments.series)
+    store = TimescaleStore(lambda: settings)
+    await store.write(ours[: arguments.series], {})
+    await store.close()
+    await reset(dsn)
+    old = as_old(ours[: arguments.rows // 4])
+    topic = prefix + ("decoded_iot_data" if name == "old" else topics.VALIDATED.name)
+    declared = [topic] if name != "worker" else [t.full(prefix) for t in topics.TOPICS]
+    await make_topics(kafka, declared)
+    await asyncio.to_thread(
+        fill, kafka, topic, old if name == "old" else ours, "mac_address" if name == "old" else "device_id"
+    )
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "PEER_PREFIX": prefix, "PEER_BROKER": kafka.bootstrap_servers, "PEER_POSTGRES": dsn,
+        "PRESERVARIUM_KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap_servers, "PRESERVARIUM_KAFKA__TOPIC_PREFIX": prefix,
+        "PRESERVARIUM_KAFKA__GROUP": f"{prefix}group", "PRESERVARIUM_KAFKA__PARTITIONS": str(PARTITIONS),
+        "PRESERVARIUM_POSTGRES__URL": dsn, "PRESERVARIUM_DATA_DIR": str(work / "data"), "PRESERVARIUM_AGENTS__ENABLED": "sink",
+        "PRESERVARIUM_WEB__PORT": str(free_port()), "PRESERVARIUM_LOG_LEVEL": "WARNING", "PRESERVARIUM_ENV_FILE": os.devnull,
+    }  # fmt: skip
+    argv = {
+        "old": [sys.executable, str(ROOT / "bench/peers/old_sink.py")],
+        "loop": [sys.executable, str(ROOT / "bench/peers/copy_loop.py")],
+        "worker": [str(Path(sys.executable).with_name("faust")), "-A", "preservarium", "worker", "-l", "warn"],
+    }[name]
+    connection = await asyncpg.connect(dsn)
+    table = old_sink.TABLE if name == "old" else "measurements"
+
+    async def count() -> int:
+        return int(await connection.fetchval(f"SELECT count(*) FROM {table}"))
+
+    consumer = Consumer(argv, environment, work / "log", count)
+    delays: list[float] = []
+    try:
+        rate, cpu_us = await consumer.measure(len(old) if name == "old" else len(ours))
+        if name == "worker":
+            delays = await delays_ms(kafka, topic, connection, rate / 2, arguments.series)
+    finally:
+        consumer.stop()
+        await connection.close()
+    return rate, cpu_us, delays
+
+
+async def delays_ms(
+    kafka: Kafka, topic: str, connection: asyncpg.Connection, rate: float, series: int, seconds: float = 8.0
+) -> list[float]:
+    """From the send of a record to the poll that finds it committed, for all records of so many seconds."""
+    messages = inputs(int(rate * seconds), series, 1, time.time_ns() // 1000)
+    values = [orjson.dumps(m) for m in messages]
+    held = {
+        r[0]: r[1]
+        for r in await connection.fetch("SELECT partition, next_offset FROM sink_offsets WHERE sink = 'sink'")
+    }
+    start = [held[p] for p in range(PARTITIONS)]
+    sent: list[list[float]] = [[] for _ in range(PARTITIONS)]
+
+    def send() -> None:
+        producer = Producer(
+            {"bootstrap.servers": kafka.bootstrap_servers, "linger.ms": 5, "queue.buffering.max.messages": 1_000_000}
+        )
+        at, begin = 0, time.monotonic()
+        while at < len(values):
+            due = min(len(values), int((time.monotonic() - begin) * rate))
+            while at < due:
+                p = at % PARTITIONS
+                sent[p].append(time.monotonic())
+                producer.produce(topic, values[at], messages[at]["device_id"].encode(), p)
+                at += 1
+            producer.poll(0)
+            time.sleep(0.005)
+        producer.flush()
+
+    sending = asyncio.create_task(asyncio.to_thread(send))
+    seen = [0] * PARTITIONS
+    delays: list[float] = []
+    deadline = time.monotonic() + seconds + 30
+    while sum(seen) < len(values) and time.monotonic() < deadline:
+        rows = await connection.fetch("SELECT partition, next_offset FROM sink_offsets WHERE sink = 'sink'")
+        now = time.monotonic()
+        for partition, next_offset in rows:
+            upto = next_offset - start[partition]
+            delays += [(now - t) * 1000 for t in sent[partition][seen[partition] : upto]]
+            seen[partition] = max(seen[partition], upto)
+        await asyncio.sleep(POLL_S)
+    await sending
+    assert sum(seen) == len(values), "not everything was stored"
+    return delays
+
+
+async def bench_kafka(server: Postgres, arguments: argparse.Namespace, directory: Path) -> dict[str, dict[str, float]]:
+    found: dict[str, list[tuple[float, float, list[float]]]] = {"old": [], "loop": [], "worker": []}
+    with_kafka = Kafka(directory / "kafka")
+    with_kafka.start()
+    try:
+        for number in range(arguments.runs):
+            for name, results in found.items():
+                results.append(await run_kafka(name, number, with_kafka, server, arguments, directory))
+                rate, cpu_us, _ = results[-1]
+                print(f"run {number} {name:8} {rate:9,.0f} rows/s {cpu_us:6.1f} µs", file=sys.stderr, flush=True)
+    finally:
+        with_kafka.stop()
+    report: dict[str, dict[str, float]] = {}
+    for name, results in found.items():
+        report[f"kafka, {name}"] = {
+            "rows_per_s": round(statistics.median(r[0] for r in results)),
+            "cpu_us_per_row": round(statistics.median(r[1] for r in results), 2),
+        }
+    for name in ("loop", "worker"):
+        pairs = list(zip(found[name], found["old"], strict=True))
+        report[f"kafka, {name}"]["ratio_to_old"] = round(statistics.median(a[0] / b[0] for a, b in pairs), 2)
+        report[f"kafka, {name}"]["cpu_share_of_old"] = round(statistics.median(a[1] / b[1] for a, b in pairs), 3)
+    pairs = list(zip(found["worker"], found["loop"], strict=True))
+    report["kafka, worker"]["cpu_to_loop"] = round(statistics.median(a[1] / b[1] for a, b in pairs), 2)
+    delays = [delay for result in found["worker"] for delay in result[2]]
+    report["half load"] = {
+        "ms_median": round(statistics.median(delays)),
+        "ms_p99": round(statistics.quantiles(delays, n=100)[98]),
+    }
     return report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["store", "kafka", "backfill"], help="store, kafka, backfill")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--series", type=int, default=2_000)
     parser.add_argument("--batch", type=int, default=5_000)
-    parser.add_argument("--dsn", default="", help="an empty database; without it a server is started")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    if arguments.dsn:
-        report = asyncio.run(bench(arguments.dsn, arguments))
-    else:
-        directory = Path(tempfile.mkdtemp(prefix="preservarium-bench-"))
-        server = Postgres(directory, settings={"shared_buffers": "1GB", "max_wal_size": "8GB"})
-        server.start()
-        try:
-            report = asyncio.run(bench(server.dsn(), arguments))
-        finally:
-            server.stop()
-            shutil.rmtree(directory, ignore_errors=True)
+    logs.set_level("WARNING")
+    directory = Path(tempfile.mkdtemp(prefix="preservarium-bench-"))
+    directory.chmod(0o755)
+    server = Postgres(directory / "postgres", settings=SERVER)
+    report: dict[str, dict[str, float]] = {}
+    server.start()
+    try:
+        if "store" in arguments.parts:
+            report |= uvloop.run(bench_store(server.dsn(), arguments))
+        if "kafka" in arguments.parts:
+            report |= uvloop.run(bench_kafka(server, arguments, directory))
+        if "backfill" in arguments.parts:
+            report |= uvloop.run(bench_backfill(server.dsn(), arguments))
+    finally:
+        server.stop()
+        shutil.rmtree(directory, ignore_errors=True)
     if arguments.json:
         json.dump({"cpus": os.cpu_count(), "python": sys.version.split()[0], **report}, sys.stdout, indent=2)
         print()

@@ -326,9 +326,13 @@ class GroupFeed:
             return max(1, min(POLL_MS, round(self._linger_s() * 250)))
         return POLL_MS
 
+    def _share(self) -> int:
+        """Most records of one partition that wait in memory."""
+        return max(1, self._records_max() * WAITING_FLIGHTS // max(1, len(self.lanes)))
+
     def _pause_full(self, consumer: Any) -> None:
         """Fetch neither partitions that wait for a dependency nor those of which enough is in memory."""
-        limit = max(1, self._records_max() * WAITING_FLIGHTS // max(1, len(self.lanes)))
+        limit = self._share()
         paused = {
             lane.partition
             for lane in self.lanes.values()
@@ -347,7 +351,7 @@ class GroupFeed:
     # --- flights ------------------------------------------------------------------------------------------------
 
     def _start_flights(self) -> None:
-        records_max, linger_s = self._records_max(), self._linger_s()
+        records_max, linger_s, share = self._records_max(), self._linger_s(), self._share()
         while len(self._flights) < self._flights_max:
             ready = [
                 x
@@ -358,7 +362,9 @@ class GroupFeed:
                 return
             waiting = sum(lane.pending_records for lane in ready)
             oldest_s = min(lane.waiting_since_s for lane in ready)
-            if waiting < records_max and monotonic() - oldest_s < linger_s:
+            # Nothing is waited for where a partition has its share: it is not fetched any more, so no company would come.
+            full = max(lane.pending_records for lane in ready) >= share
+            if waiting < records_max and not full and monotonic() - oldest_s < linger_s:
                 return
             ready.sort(key=lambda lane: lane.waiting_since_s)
             batches: list[Batch] = []

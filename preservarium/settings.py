@@ -61,7 +61,7 @@ class Postgres(_Section):
     user: str = Field("preservarium", description="Role.")
     password: SecretStr = Field(SecretStr(""), description="Password; better in PRESERVARIUM_POSTGRES__PASSWORD_FILE.")
     url: SecretStr = Field(SecretStr(""), description="A postgresql:// URL; wins over the fields above.")
-    pool_max: int = Field(6, ge=2, le=100, description="Connections a worker may hold.")
+    pool_max: int = Field(6, ge=1, le=100, description="Connections a worker may hold.")
     command_timeout_s: float = Field(30.0, gt=0, description="A statement that takes longer is cancelled.")
     connect_timeout_s: float = Field(5.0, gt=0, description="A connection must stand within this time.")
 

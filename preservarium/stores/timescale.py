@@ -63,19 +63,25 @@ _COLUMNS: Final = (
     "received_at", "raw_partition", "raw_offset", "raw_index", "generation", "derivation_id",
 )  # fmt: skip
 _COLUMN_LIST: Final = ", ".join(_COLUMNS)
+#: Most rows have nothing in these; a batch without them leaves them out of its COPY.
+_RARE_COLUMNS: Final = ("value_text", "flags", "unit", "topic")
+_PLAIN_COLUMNS: Final = tuple(c for c in _COLUMNS if c not in _RARE_COLUMNS)
 
 # Binary COPY (PostgreSQL manual, COPY, "Binary Format"): a count of fields, then length and bytes of each; -1 is NULL.
+# Rows are kept without the count; a plain row is one of _PLAIN_COLUMNS with a value, and no other has its length.
 _HEADER: Final = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
 _TRAILER: Final = struct.pack(">h", -1)
-_PREFIX: Final = struct.Struct(">hiii").pack  # fields | 4 series_id | length of the timestamp
-_VALUE: Final = struct.Struct(">qihid").pack  # timestamp | 2 quality | 8 value
+_PREFIX: Final = struct.Struct(">iii")  # 4 series_id | length of the timestamp
+_VALUE: Final = struct.Struct(">qihid")  # timestamp | 2 quality | 8 value
 _NO_VALUE: Final = struct.Struct(">qihi").pack  # timestamp | 2 quality | -1
-_TAIL: Final = struct.Struct(">iqihiqii").pack  # 8 received_at | 2 raw_partition | 8 raw_offset | 4 raw_index
-_DERIVATION: Final = struct.Struct(">iiii").pack  # 4 generation | 4 derivation_id
-_NULLS: Final = struct.pack(">iiii", -1, -1, -1, -1)  # value_text, flags, unit, topic
+_TAIL: Final = struct.Struct(">iqihiqii")  # 8 received_at | 2 raw_partition | 8 raw_offset | 4 raw_index
+_DERIVATION: Final = struct.Struct(">iiii")  # 4 generation | 4 derivation_id
 _NULL: Final = struct.pack(">i", -1)
-_HEAD: Final = struct.Struct(">hiiiqih").unpack_from  # back again: …, series_id, …, timestamp, …, quality
-_VALUE_AT: Final = 28
+_NULLS: Final = _NULL * len(_RARE_COLUMNS)
+_TAIL_BYTES: Final = _TAIL.size + _DERIVATION.size
+_RARE_AT: Final = _PREFIX.size + _VALUE.size  #: where the rare columns belong in a plain row
+_PLAIN: Final = struct.Struct(">4xi4xq4xh4xd4xq42x")  # series_id, timestamp, quality, value, received_at of a plain row
+assert _PLAIN.size == _RARE_AT + _TAIL_BYTES, "a plain row is read as it is written"
 _TEXT_OID: Final = 25
 
 #: (device_id, connector_mode, component_type, pin_position)
@@ -392,7 +398,7 @@ class TimescaleStore(OffsetStore):
         for derivation, generation in generations:
             number = names.derivations.get(derivation)
             if number is not None and _is_int4(generation):
-                names.tails[(*derivation, generation)] = _DERIVATION(4, generation, 4, number)
+                names.tails[(*derivation, generation)] = _DERIVATION.pack(4, generation, 4, number)
         return names
 
     async def _resolve_series(self, connection: Any, wanted: dict[SeriesKey, tuple[str, str]], names: "_Names") -> None:
@@ -405,7 +411,7 @@ class TimescaleStore(OffsetStore):
             if statement is _INSERT_SERIES:
                 columns += [[wanted[k][0] for k in missing], [wanted[k][1] for k in missing]]
             for number, device, mode, component, pin, unit, topic in await connection.fetch(statement, *columns):
-                names.series[device, mode, component, pin] = (_PREFIX(len(_COLUMNS), 4, number, 8), unit, topic)
+                names.series[device, mode, component, pin] = (_PREFIX.pack(4, number, 8), unit, topic)
 
     async def _resolve_derivations(self, connection: Any, wanted: set[DerivationKey], names: "_Names") -> None:
         for statement in (_SELECT_DERIVATIONS, _INSERT_DERIVATIONS, _SELECT_DERIVATIONS):
@@ -547,7 +553,7 @@ def _encode_slice(
 
     `first` is the index of the first message.
     """
-    rows, epoch, negative, positive = out.rows, TIMESTAMP_MIN_US, float("-inf"), float("inf")
+    rows, pack, epoch, negative, positive = out.rows, _VALUE.pack, TIMESTAMP_MIN_US, float("-inf"), float("inf")
     oldest, newest = max(bounds.oldest, bounds.late), bounds.newest
     total = 0
     for index, message in enumerate(messages, first):
@@ -564,7 +570,7 @@ def _encode_slice(
                 text = derivation_fault((message["parser"], message["config_rev"], message.get("experiment_id")))
                 raise ValueError(text or f"generation {generation!r}")
             tail = (
-                _TAIL(
+                _TAIL.pack(
                     8,
                     message["received_at"] - epoch,
                     2,
@@ -576,7 +582,6 @@ def _encode_slice(
                 )
                 + derivation
             )
-            plain_tail = _NULLS + tail
             device, mode, topic = message["device_id"], message["connector_mode"], message["topic"]
             message_time = message["timestamp"]
             for position, reading in enumerate(message["readings"]):
@@ -603,9 +608,7 @@ def _encode_slice(
                     and "revised" not in reading
                     and type(timestamp) is int
                 ):
-                    rows[prefix, timestamp] = (
-                        prefix + _VALUE(timestamp - epoch, 2, reading["quality"], 8, value) + plain_tail
-                    )
+                    rows[prefix, timestamp] = prefix + pack(timestamp - epoch, 2, reading["quality"], 8, value) + tail
                 else:
                     rare = _encode_rare(reading, timestamp, known, topic, bounds)
                     if isinstance(rare, bytes):
@@ -667,7 +670,7 @@ def _encode_rare(
     if value is None:
         row = prefix + _NO_VALUE(timestamp - TIMESTAMP_MIN_US, 2, reading["quality"], -1)
     else:
-        row = prefix + _VALUE(timestamp - TIMESTAMP_MIN_US, 2, reading["quality"], 8, value)
+        row = prefix + _VALUE.pack(timestamp - TIMESTAMP_MIN_US, 2, reading["quality"], 8, value)
     if flags:
         items = b"".join(_text(flag) for flag in flags)
         # Array (PostgreSQL source, array_send): dimensions, has-null flag, element type; then length, lower bound.
@@ -702,35 +705,25 @@ def _newest(parts: Sequence[_Rows]) -> dict[bytes, bytes]:
     if len(filled) == 1:
         # Two writers in opposite orders would wait for each other, so rows are sorted anyway. As bytes they sort like
         # their keys: series numbers and times since 2000 are positive.
-        return {row[:_PREFIX_BYTES]: row for row in sorted(filled[0].values())}
-    rows = sorted((row for part in filled for row in part.values()), key=_row_key)
-    return {row[:_PREFIX_BYTES]: row for row in rows}
-
-
-_PREFIX_BYTES: Final = struct.calcsize(">hiii")
-_FAST_ROW: Final = struct.Struct(">6xi4xq4xhid16x4xq42x")
-_TAIL_BYTES: Final = struct.calcsize(">iqihiqii") + struct.calcsize(">iiii")
-
-
-def _row_key(row: bytes) -> bytes:
-    return row[: _PREFIX_BYTES + 8]
+        return {row[: _PREFIX.size]: row for row in sorted(filled[0].values())}
+    rows = sorted((row for part in filled for row in part.values()), key=lambda row: row[: _PREFIX.size + 8])
+    return {row[: _PREFIX.size]: row for row in rows}
 
 
 def _columns(rows: Collection[bytes]) -> list[Any]:
     """series_id, timestamp, value, value_text, quality, received_at of rows; times in µs since 2000."""
-    joined = b"".join(rows)
-    if len(joined) == len(rows) * _FAST_ROW.size:
-        series, timestamps, qualities, lengths, values, received = zip(*_FAST_ROW.iter_unpack(joined), strict=True)
-        if set(map(len, rows)) == {_FAST_ROW.size} and set(lengths) == {8}:
-            return [series, timestamps, values, [None] * len(rows), qualities, received]
+    if set(map(len, rows)) == {_PLAIN.size}:
+        series, timestamps, qualities, values, received = zip(*_PLAIN.iter_unpack(b"".join(rows)), strict=True)
+        return [series, timestamps, values, (), qualities, received]  # unnest fills the shorter array with NULL
     return list(zip(*map(_read_row, rows), strict=True))
 
 
 def _read_row(row: bytes) -> tuple[int, int, float | None, str | None, int, int]:
-    _, _, series_id, _, timestamp, _, quality = _HEAD(row)
-    at = _VALUE_AT
-    length = int.from_bytes(row[at : at + 4], signed=True)
-    at += 4
+    if len(row) == _PLAIN.size:
+        series_id, timestamp, quality, value, received_at = _PLAIN.unpack(row)
+        return series_id, timestamp, value, None, quality, received_at
+    _, series_id, _, timestamp, _, quality, length = struct.unpack_from(">iiiqihi", row)
+    at = struct.calcsize(">iiiqihi")
     value, text = None, None
     if length == 8:
         value = struct.unpack_from(">d", row, at)[0]
@@ -770,10 +763,15 @@ def _find(
 
 async def _copy(connection: Any, table: str, rows: Iterable[bytes]) -> None:
     """Binary COPY, sorted by key: two writers in opposite orders would wait for each other."""
+    ordered = sorted(rows)
+    columns = _PLAIN_COLUMNS
+    if set(map(len, ordered)) != {_PLAIN.size}:
+        columns = _COLUMNS
+        ordered = [row[:_RARE_AT] + _NULLS + row[_RARE_AT:] if len(row) == _PLAIN.size else row for row in ordered]
     data = bytearray(_HEADER)
-    data += b"".join(sorted(rows))
+    data += struct.pack(">h", len(columns)).join([b"", *ordered])
     data += _TRAILER
-    await connection.copy_to_table(table, source=data, columns=_COLUMNS, format="binary")
+    await connection.copy_to_table(table, source=data, columns=columns, format="binary")
 
 
 #: Ranges of changed minutes in one write; beyond it hours are marked, then days: a back-fill touches thousands.

@@ -176,6 +176,12 @@ async def test_a_flight_is_formed_over_several_partitions() -> None:
         assert sorted(partition for partition, _ in group.flights[0]) == [*range(8)]
 
 
+async def test_a_partition_that_has_its_share_in_memory_does_not_linger_for_company() -> None:
+    """It is not fetched any more, and the others have nothing: whoever waited for a full flight would wait in vain."""
+    async with Group({0: 500} | dict.fromkeys(range(1, 8), 0), records_max=100, linger_s=3600.0) as group:
+        await until(lambda: len(group.seen.get(0, ())) >= 400)
+
+
 async def test_a_slow_flight_stops_neither_polling_nor_the_other_flights() -> None:
     async with Group({0: 500, 1: 500}, flights=2, records_max=10) as group:
         group.go.clear()
