@@ -426,6 +426,7 @@ class _Work:
         for answer in self._answers:
             action = answer["action"] if answer["action"] in ACTIONS else "unknown"
             metrics.ALARM_ACTIONS.labels(action, answer["outcome"]).inc()
+            metrics.ALARM_ANSWER_SECONDS.observe(max(0, answer["answered_at"] - answer["at"]) / 1e6)
 
 
 def _object(raw: bytes) -> dict[str, Any]:

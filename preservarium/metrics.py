@@ -116,6 +116,8 @@ ANOMALIES = _counter("anomalies_total", "Anomalies that began.")
 # --- alarms and notices ---
 ALARM_LATE = _counter("alarm_late_total", "Readings no younger than the last one of their alarm: not evaluated.")
 ALARM_TRANSITIONS = _counter("alarm_transitions_total", "Alarm transitions.", "transition", "severity")
+ALARM_BOARD_CURRENT = _gauge("alarm_board_current", "1 while this worker's alarm list is everything, and of now.")
+ALARM_ANSWER_SECONDS = _histogram("alarm_answer_seconds", "Time from an operator's action to the machine's answer.")
 ALARM_ACTIONS = _counter("alarm_actions_total", "Operators' actions by outcome: done, refused.", "action", "outcome")
 # Each worker that has the alarm list sees the whole system: take the maximum over the workers, not the sum.
 ALARMS_STANDING = _gauge("alarms_standing", "Annunciated alarms that stand, in the whole system.", "severity")

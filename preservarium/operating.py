@@ -136,6 +136,8 @@ class Board:
 
     def __init__(self) -> None:
         self._standing: dict[PointKey, dict[str, Any]] = {}
+        #: order that was asked for -> sort key of each alarm: a page of 20,000 alarms must not compute them each time
+        self._keys: dict[str, dict[PointKey, tuple[Any, ...]]] = {}
         self._answers: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._floods = Floods()
         #: alarms that found no room
@@ -165,7 +167,7 @@ class Board:
     def put(self, point: PointKey, alarm: dict[str, Any] | None) -> None:
         """How an alarm stands now; None: normal."""
         if alarm is None:
-            self._standing.pop(point, None)
+            self._remove(point)
             self.dropped.discard(point)
             return
         before = self._standing.get(point)
@@ -174,14 +176,21 @@ class Board:
                 self.dropped.add(point)
             return
         self._standing[point] = alarm
+        for order, keys in self._keys.items():
+            keys[point] = sort_key(alarm, order)
         if alarm.get("transition") == "raised" and (before is None or before.get("alarm_id") != alarm["alarm_id"]):
             self._floods.take(alarm["detected_at"], alarm.get("recipients") or ())
+
+    def _remove(self, point: PointKey) -> None:
+        self._standing.pop(point, None)
+        for keys in self._keys.values():
+            keys.pop(point, None)
 
     def keep(self, points: Iterable[PointKey]) -> None:
         """Forget all other alarms: after everything was read anew."""
         kept = set(points)
         for point in [p for p in self._standing if p not in kept]:
-            del self._standing[point]
+            self._remove(point)
         self.dropped &= kept
 
     def answer(self, value: bytes | None) -> None:
@@ -227,13 +236,18 @@ class Board:
         Raises:
             TypeError: `after` is no key of that order.
         """
-        found = [(sort_key(a, order), a) for a in self._standing.values() if wanted.takes(a)]
+        keys = self._keys.get(order)
+        if keys is None:
+            keys = self._keys[order] = {p: sort_key(a, order) for p, a in self._standing.items()}
+        found = [(keys[p], p) for p, a in self._standing.items() if wanted.takes(a)]
         total = len(found)
         if after is not None:
-            found = [each for each in found if each[0] > tuple(after)]
-        # Not a sort: a page is short, and 20,000 alarms are sorted for nothing otherwise.
-        page = heapq.nsmallest(limit, found, key=lambda each: each[0])
-        return Page([a for _, a in page], list(page[-1][0]) if len(found) > len(page) and page else None, total)
+            position = tuple(after)
+            found = [each for each in found if each[0] > position]
+        # Not a sort: a page is short, and 20,000 alarms would be sorted for nothing.
+        page = heapq.nsmallest(limit, found)
+        following = list(page[-1][0]) if len(found) > len(page) and page else None
+        return Page([self._standing[p] for _, p in page], following, total)
 
     def counts(self) -> dict[str, Any]:
         """How many stand: by severity (of those that are annunciated), by state, and how many wait for somebody."""

@@ -78,7 +78,7 @@ class Plant:
             sends.append(Send(topics.DEVICE_REGISTRY, device.encode(), orjson.dumps(document)))
         await self._publisher.publish(sends)
 
-    async def start(self) -> str:
+    async def start(self, **extra: str) -> str:
         """Start a worker; the address of its web port."""
         number, port = len(self.processes), free_port()
         with (self.directory / f"plant-{number}.log").open("wb") as log:
@@ -87,7 +87,7 @@ class Plant:
                 cwd=ROOT,
                 env={
                     **os.environ, **self.environment, "PRESERVARIUM_WEB__PORT": str(port), "PYTHONPATH": str(ROOT),
-                    "PRESERVARIUM_DATA_DIR": str(self.directory / f"data-{number}"),
+                    "PRESERVARIUM_DATA_DIR": str(self.directory / f"data-{number}"), **extra,
                 },
                 stdout=log,
                 stderr=subprocess.STDOUT,

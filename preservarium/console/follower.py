@@ -7,6 +7,7 @@ from typing import Any, Final
 import structlog
 from mode import Service
 
+from preservarium import metrics
 from preservarium.clock import Clock, SystemClock
 from preservarium.domain.errors import Retry
 from preservarium.operating import Board, follow
@@ -49,6 +50,7 @@ class BoardFollower(Service):
     @Service.task
     async def _measure(self) -> None:
         while not self.should_stop:
+            metrics.ALARM_BOARD_CURRENT.set(self._board.complete)
             if self._board.ready.is_set():
                 self._board.measure(self._clock.now_us())
             await self.sleep(MEASURED_EVERY_S)

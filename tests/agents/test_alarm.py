@@ -3,9 +3,10 @@
 from typing import Any
 
 import orjson
+import pytest
 from quality_support import S, T, World, batch, catalogue, errors, lines, live, message, offer, reading, record
 
-from preservarium import topics
+from preservarium import metrics, topics
 from preservarium.alarming import ACTION_BYTES_MAX, Alarming
 from preservarium.publish import partition_of
 from preservarium.stage import Tick
@@ -217,6 +218,19 @@ async def test_every_action_is_answered():
     assert transitions[0]["alarm_id"] == raised
     assert answers[1]["reason"] == "the alarm is acknowledged already"
     assert answers[2]["until"] == T + 560 * S
+
+
+async def test_answers_are_counted_with_their_time():
+    def counted(outcome: str) -> float:
+        return metrics.ALARM_ACTIONS.labels("acknowledge", outcome)._value.get()
+
+    stage = Stage()
+    await stage.readings(record(1, value(1, 31)))
+    before = counted("done"), counted("refused"), metrics.ALARM_ANSWER_SECONDS._sum.get()
+    stage.world.clock.advance((T + 502 * S - stage.world.clock.now_us()) / S)
+    await stage.actions(record(1, action(), action()))
+    assert (counted("done"), counted("refused")) == (before[0] + 1, before[1] + 1)
+    assert metrics.ALARM_ANSWER_SECONDS._sum.get() == pytest.approx(before[2] + 4)
 
 
 async def test_an_action_that_is_sent_twice_is_done_once_and_answered_once():

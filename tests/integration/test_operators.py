@@ -168,3 +168,34 @@ async def test_another_worker_shows_and_does_the_same_and_a_restart_forgets_noth
         return await listed(http, first) == {} == await listed(http, second)
 
     await until(empty, 40, plant.log)
+
+
+async def test_nothing_that_operators_do_waits_for_the_database(plant: Plant, http: Any, pg_dsn: str) -> None:
+    url = await plant.start(PRESERVARIUM_POSTGRES__URL="postgresql://nobody@127.0.0.1:1/none")
+    await plant.reads("dev-1", 31)
+
+    async def there() -> bool:
+        return "dev-1" in await listed(http, url)
+
+    await until(there, 40, plant.log)
+    assert (await act(http, url, "dev-1", "acknowledge", comment="seen"))["outcome"] == "done"
+    assert (await act(http, url, "dev-1", "clear"))["outcome"] == "refused"
+    async with http.get(f"{url}/api/alarms") as response:
+        page = await response.json()
+    assert (page["source"], page["complete"], page["note"]) == ("kafka", True, None)
+    async with http.get(f"{url}/api/alarms/dev-1/hot/-1") as response:
+        found = await response.json()
+    assert (found["state"], found["history"], "does not answer" in found["history_note"]) == (
+        "acknowledged",
+        None,
+        True,
+    )
+    async with http.get(f"{url}/api/status") as response:
+        guards = (await response.json())["guards"]
+    assert guards["breakers"]["postgres"]["state"] in ("open", "half_open", "closed")
+    assert {"alarm", "alarm-actions", "sink-actions"} <= set(guards["fuses"])
+    # The database comes back: what was done meanwhile is kept.
+    plant.processes[0].terminate()
+    plant.processes[0].wait(20)
+    await plant.start()
+    assert [e.type for e in await chain(pg_dsn, "dev-1", 2)] == ["action_done", "action_refused"]

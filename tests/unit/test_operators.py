@@ -11,8 +11,10 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client import REGISTRY
 
+from preservarium import metrics
 from preservarium.clock import ManualClock
 from preservarium.console import access
+from preservarium.console.follower import BoardFollower
 from preservarium.console.openapi import DOCUMENT
 from preservarium.console.operators import BODY_BYTES_MAX, Operators
 from preservarium.domain.alarm import TRANSITIONS, State
@@ -20,7 +22,7 @@ from preservarium.domain.device_alarms import ACTIONS, ActionDoc, AnswerDoc, Sta
 from preservarium.domain.errors import Retry
 from preservarium.notices.links import acknowledge_link
 from preservarium.operating import ANSWERS_MAX, SORTS, STANDING_MAX, STATES, Board, Desk, Filter, sort_key
-from preservarium.settings import Web
+from preservarium.settings import Web, load
 
 T = 1_760_000_000_000_000
 S = 1_000_000
@@ -278,6 +280,20 @@ def test_what_stands_is_measured(board):
 
 def test_a_filter_takes_everything_by_default():
     assert all(Filter().takes(alarm(state=state)) for state in STATES["standing"])
+
+
+async def test_a_board_that_cannot_be_followed_says_why():
+    board = Board()
+    stand(board, alarm(1), alarm(2, state="shelved"))
+    follower = BoardFollower(board, lambda: load(kafka={"bootstrap_servers": "127.0.0.1:1"}))
+    await follower.start()
+    async with asyncio.timeout(20):
+        while "Kafka" not in board.trouble:
+            await asyncio.sleep(0.02)
+    await follower.stop()
+    assert metrics.ALARM_BOARD_CURRENT._value.get() == 0
+    assert not board.complete
+    assert "may be old" in board.note()
 
 
 # --- one alarm ---
