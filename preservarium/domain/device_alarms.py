@@ -378,7 +378,8 @@ class DeviceAlarms:
             for pin, row in kept["a"].get(rule.name, {}).items():
                 if not row[1] and row[0] and rule.pin_position in (None, pin):
                     deadline = rule.deadline(row[0])
-                    if deadline is not None:
+                    # Beyond what waits to be put in order, nothing is known yet: whatever releases that asks again.
+                    if deadline is not None and deadline < _oldest_held(kept, rule.lateness_us):
                         found.append(deadline + rule.lateness_us + 1)
         return min(found, default=None)
 
@@ -520,6 +521,9 @@ class DeviceAlarms:
             while end < len(samples) and samples[end].at == samples[start].at:
                 end += 1
             together = samples[start:end]
+            if rule_set.silences:
+                first = together[0]
+                self._notice(kept, generation, rule_set.silences, first.at, first.received_at, rules, outcome)
             inputs = self._take_inputs(kept, together, rule_set, outcome) if rule_set.several else {}
             late = dict.fromkeys(together, False)
             for masters in (True, False):
@@ -533,6 +537,32 @@ class DeviceAlarms:
                         self._several(kept, generation, rule, pin, sample, rules, outcome)
             outcome.late += sum(late.values())
             start = end
+
+    def _notice(
+        self,
+        kept: dict[str, Any],
+        generation: int,
+        watching: Sequence[Rule],
+        now: int,
+        detected_at: int,
+        rules: DeviceRules,
+        outcome: Outcome,
+    ) -> None:
+        """Raise what no-data rules have to say at `now`, in the order of the deadlines, masters of groups first."""
+        points = self._live.setdefault(generation, {})
+        found: list[tuple[int, bool, str, str, _Live]] = []
+        for rule in watching:
+            for pin in {*kept["a"].get(rule.name, {}), *(pin for name, pin in points if name == rule.name)}:
+                live = self._point(generation, kept, points, rule.name, pin, outcome)
+                if live is None or rule.pin_position not in (None, pin):
+                    continue
+                verdict = silent(rule, live.watch, now)
+                if verdict is not None:
+                    found.append((verdict.at, not rule.group_master, rule.name, pin, live))
+        for at, _, name, pin, live in sorted(found, key=lambda one: one[:4]):
+            nothing = _Sample(at, "", pin, 0.0, detected_at, 0, 0, 0)
+            verdicts = (Verdict(Evaluation.RAISED, at),)
+            self._told(generation, live, rules.by_name[name], pin, verdicts, nothing, rules, outcome)
 
     def _single(
         self,
@@ -676,21 +706,13 @@ class DeviceAlarms:
         if rules is None or kept is None:
             return outcome
         self._housekeeping(kept, GENERATION_LIVE, now_us, rules, outcome)
-        points = self._live.setdefault(GENERATION_LIVE, {})
         for one in rules.sets:
             held = _held(kept, one.lateness_us) if one.lateness_us else None
             if held is not None and held["q"] and held["seen"] + one.lateness_us <= now_us:
                 self._release(kept, GENERATION_LIVE, len(held["q"]), one, rules, outcome)
-        for rule in rules.no_data:
-            pins = {*kept["a"].get(rule.name, {}), *(pin for name, pin in points if name == rule.name)}
-            for pin in sorted(pins):
-                if rule.pin_position not in (None, pin):
-                    continue
-                live = self._point(GENERATION_LIVE, kept, points, rule.name, pin, outcome)
-                verdict = silent(rule, live.watch, now_us - rule.lateness_us) if live is not None else None
-                if live is not None and verdict is not None:
-                    nothing = _Sample(verdict.at, "", pin, 0.0, now_us, 0, 0, 0)
-                    self._told(GENERATION_LIVE, live, rule, pin, (verdict,), nothing, rules, outcome)
+            # What still waits may be what a series is waited for.
+            shown = min(now_us - one.lateness_us, _oldest_held(kept, one.lateness_us))
+            self._notice(kept, GENERATION_LIVE, _quiet(one, rules), shown, now_us, rules, outcome)
         return outcome
 
     def act(self, action: Action, rules: DeviceRules | None, source: str, offset: int, index: int) -> Outcome:
@@ -1000,9 +1022,20 @@ def _samples(message: Mapping[str, Any], rule_set: RuleSet) -> Iterator[_Sample]
             yield _Sample(at, *found, *_coordinates(message))
 
 
+def _quiet(rule_set: RuleSet, rules: DeviceRules) -> list[Rule]:
+    """The no-data rules of a set."""
+    return [rule for rule in rules.no_data if rule.lateness_us == rule_set.lateness_us]
+
+
 def _held(kept: Mapping[str, Any], lateness_us: int) -> dict[str, Any] | None:
     held: dict[str, Any] | None = kept.get("h", {}).get(str(lateness_us))
     return held
+
+
+def _oldest_held(kept: Mapping[str, Any], lateness_us: int) -> int:
+    """Event time of the oldest reading that waits; beyond all where none does."""
+    held = _held(kept, lateness_us)
+    return held["q"][0][0] if held is not None and held["q"] else TIMESTAMP_MAX_US
 
 
 def _computed(rule: Rule, values: Sequence[float]) -> float | None:

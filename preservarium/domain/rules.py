@@ -174,7 +174,8 @@ class RuleSet:
     lateness_us: int
     by_type: Mapping[str, tuple[Rule, ...]]  #: of one series each
     several: Mapping[str, tuple[Rule, ...]]  #: of several series, under each component type that they take in
-    ordered: bool  #: what readings of one instant say depends on their order: several series, or a group's master
+    ordered: bool  #: what readings say depends on what was said before of others: several series, groups
+    silences: tuple[Rule, ...]  #: of no_data, in groups: they must be noticed before what comes later
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +259,9 @@ def _rule_set(lateness_us: int, rules: Sequence[Rule]) -> RuleSet:
             continue
         for component_type in dict.fromkeys([one.component_type, *(i.component_type for i in one.inputs)]):
             several[component_type] = (*several.get(component_type, ()), one)
-    return RuleSet(lateness_us, by_type, several, bool(several) or any(one.group_master for one in rules))
+    silences = tuple(one for one in rules if one.kind == "no_data" and one.group)
+    ordered = bool(several) or bool(silences) or any(one.group_master for one in rules)
+    return RuleSet(lateness_us, by_type, several, ordered, silences)
 
 
 def compile_rule(doc: RuleDoc, datatype: DatatypeDoc | None, outages: Any = None) -> Rule:

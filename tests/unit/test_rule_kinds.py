@@ -532,6 +532,20 @@ def test_silence_waits_for_late_readings_too():
     assert device.tick(91) == [("gone", "raised", 60)]
 
 
+def test_a_reading_that_waits_is_no_silence():
+    device = Device(
+        rules({**SILENT, "lateness_s": 30}, {**SILENT, "name": "damp", "component_type": "hum", "lateness_s": 30})
+    )
+    device.reads(0, temp=20, hum=50)
+    device.reads(58, temp=20)
+    # The temperature of second 58 waits; of the humidity, second 58 is not known yet.
+    assert device.due == 88
+    device.reads(85, temp=20)
+    assert device.reads(95, temp=20) == []
+    assert device.tick(95) == [("damp", "raised", 60)]
+    assert device.tick(100) == []
+
+
 # --- what cannot be
 
 
