@@ -30,7 +30,7 @@ STAGE: Final = "group"
 TICK_S: Final = 1.0
 #: Key of the number of the partition's next notice; no recipient has a control character in its name.
 NUMBER_KEY: Final = b"\x00number"
-#: Recipients that one tick works on; the others wait for the next. A few milliseconds of work.
+#: Recipients that one tick works on; the others wait for the next. One takes some milliseconds where it has hundreds of alarms.
 RECIPIENTS_A_TICK_MAX: Final = 50
 #: Records after which other tasks get their turn.
 _RECORDS_A_TURN: Final = 100
@@ -185,6 +185,7 @@ class Grouping:
             if due and len(touched) >= RECIPIENTS_A_TICK_MAX:
                 break
             inbox, policy = touched[recipient] = self._inbox(partition, recipient), self._policies.of(recipient)
+            await asyncio.sleep(0)
             plans += inbox.take()
             number = inbox.plan(policy, now_us, number, behind=tick.behind)
         for plan in sorted(plans, key=lambda plan: plan["number"]):
