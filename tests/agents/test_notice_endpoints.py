@@ -180,6 +180,20 @@ async def test_a_slow_receiver_is_given_up_in_time(hook: Hook, endpoint: Endpoin
     assert asyncio.get_running_loop().time() - started < 10
 
 
+async def test_a_receiver_that_dies_over_a_request_is_out_of_reach_for_now():
+    async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Le")
+        writer.close()
+
+    server = await asyncio.start_server(die, "127.0.0.1", 0)
+    hook = Hook(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/hook")
+    with pytest.raises(RefusedForNow, match="out of reach"):
+        await hook.send()
+    await hook.channel.close()
+    server.close()
+
+
 async def test_a_receiver_that_is_down_gets_it_once_it_is_back(hook: Hook, endpoint: Endpoint):
     notice = delivery()
     await endpoint.stop()
