@@ -21,9 +21,8 @@ from typing import Any, Final, cast
 import asyncpg
 import orjson
 
-from preservarium.domain.alarm_history import AlarmKey, Difference, History, Tally, compare
+from preservarium.domain.alarm_history import AlarmKey, Difference, Playback, Tally, compare
 from preservarium.domain.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc, RuleDoc
-from preservarium.domain.device_alarms import DeviceAlarms
 from preservarium.domain.errors import PreservariumError
 from preservarium.domain.rules import DeviceRules, compile_rules
 from preservarium.registry_file import SECTIONS
@@ -184,7 +183,7 @@ def _needs(rules: DeviceRules) -> set[str]:
     return {
         component_type
         for rule in rules.by_name.values()
-        for component_type in (rule.component_type, *(each.component_type for each in getattr(rule, "inputs", ())))
+        for component_type in (rule.component_type, *(each.component_type for each in rule.inputs))
     }
 
 
@@ -250,41 +249,68 @@ def _restricted(
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
-class Playback:
-    """One device's readings through one set of rules, as a worker would see them if nothing ever came late.
+class Assembler:
+    """Makes messages of rows: readings of one device, time and reception are one.
 
     Args:
-        device_id: the device.
-        rules: its rules.
-        names: rules whose alarms count; None: all.
+        series: what the rows' numbers mean.
+        emit: called with device and message, in order.
     """
 
-    def __init__(self, device_id: str, rules: DeviceRules, names: frozenset[str] | None = None) -> None:
-        self.history = History(device_id, names)
-        self._alarms = DeviceAlarms(device_id)
-        self._rules = rules
-        #: whether something can happen without a reading
-        self._timed = bool(getattr(rules, "no_data", ())) or any(one.lateness_us for one in getattr(rules, "sets", ()))
+    def __init__(self, series: Sequence[history.Series], emit: Callable[[str, dict[str, Any]], None]) -> None:
+        self._series = series
+        self._emit = emit
+        self._device_id = ""
+        self._at = self._received_at = 0
+        self._readings: list[dict[str, Any]] = []
+        self._position = 0
 
-    def take(self, message: Mapping[str, Any]) -> None:
-        """Take a message; they come in the order of their times."""
-        if self._timed:
-            self._tick(message["timestamp"])
-        outcome = self._alarms.observe(message, self._rules)
-        if outcome.transitions:
-            self.history.take(outcome.transitions)
+    def take(self, rows: Iterable[history.Row]) -> int:
+        """Take rows; how many they were."""
+        series = self._series
+        device_id, last_at, last_received_at, readings = self._device_id, self._at, self._received_at, self._readings
+        count = 0
+        for number, at, value, quality, received_at, unit_unknown in rows:
+            count += 1
+            one = series[number]
+            reading: dict[str, Any] = {
+                "component_type": one.component_type,
+                "pin_position": one.pin_position,
+                "value": value if value == value else None,
+                "quality": quality,
+            }
+            if unit_unknown:
+                reading["flags"] = ["unit_unknown"]
+            if at == last_at and received_at == last_received_at and one.device_id == device_id:
+                readings.append(reading)
+                continue
+            if readings:
+                self._send(device_id, last_at, last_received_at, readings)
+            device_id, last_at, last_received_at, readings = one.device_id, at, received_at, [reading]
+        self._device_id, self._at, self._received_at, self._readings = device_id, last_at, last_received_at, readings
+        return count
 
-    def close(self, to_us: int) -> History:
-        """Let time pass to the end."""
-        if self._timed:
-            self._tick(to_us)
-        self.history.close(to_us)
-        return self.history
+    def finish(self) -> None:
+        """Emit the last message."""
+        if self._readings:
+            self._send(self._device_id, self._at, self._received_at, self._readings)
+            self._readings = []
 
-    def _tick(self, now_us: int) -> None:
-        outcome = cast(Any, self._alarms).tick(now_us, self._rules)
-        if outcome.transitions:
-            self.history.take(outcome.transitions)
+    def _send(self, device_id: str, at: int, received_at: int, readings: list[dict[str, Any]]) -> None:
+        self._position += 1
+        self._emit(
+            device_id,
+            {
+                "generation": 0,
+                # Its place in the playback: the raw coordinates are in the order of arrival, which is another one.
+                "raw_partition": 0,
+                "raw_offset": self._position,
+                "raw_index": 0,
+                "timestamp": at + history.EPOCH_US,
+                "received_at": received_at + history.EPOCH_US,
+                "readings": readings,
+            },
+        )
 
 
 class _Piece:
@@ -302,76 +328,34 @@ class _Piece:
         self._test = test
         self._documents = documents
         self._devices = devices
-        self._series = series
+        self._assembler = Assembler(series, self._message)
         self._told = told
         self._device_id: str | None = None
         self._new: Playback | None = None
         self._live: Playback | None = None
-        self._position = 0
         self._unsaid = 0
-        self._waiting: tuple[int, int, list[dict[str, Any]]] | None = None
-        self._seen: set[str] = set()
 
     def take(self, rows: Iterator[history.Row]) -> None:
-        """Take rows; those of one device, time and reception become one message."""
-        series = self._series
-        waiting = self._waiting
-        device_id = self._device_id
-        count = 0
-        for number, at, value, quality, received_at, unit_unknown in rows:
-            count += 1
-            one = series[number]
-            if one.device_id != device_id:
-                self._waiting = waiting
-                self._close()
-                device_id = one.device_id
-                self._open(device_id)
-                waiting = None
-            if self._new is None:
-                continue
-            reading: dict[str, Any] = {
-                "component_type": one.component_type,
-                "pin_position": one.pin_position,
-                "value": value if value == value else None,
-                "quality": quality,
-            }
-            if unit_unknown:
-                reading["flags"] = ["unit_unknown"]
-            if waiting is not None:
-                if waiting[0] == at and waiting[1] == received_at:
-                    waiting[2].append(reading)
-                    continue
-                self._message(waiting)
-            waiting = (at, received_at, [reading])
-        self._waiting = waiting
+        """Take rows, device after device."""
+        count = self._assembler.take(rows)
         self.result.readings += count
         self._unsaid += count
         if self._unsaid >= _TOLD_EVERY:
             self._told(self._unsaid)
             self._unsaid = 0
 
-    def _message(self, waiting: tuple[int, int, list[dict[str, Any]]]) -> None:
-        at, received_at, readings = waiting
-        self._position += 1
-        message = {
-            "generation": 0,
-            # Its place in the playback: the raw coordinates are in the order of arrival, which is another one.
-            "raw_partition": 0,
-            "raw_offset": self._position,
-            "raw_index": 0,
-            "timestamp": at + history.EPOCH_US,
-            "received_at": received_at + history.EPOCH_US,
-            "readings": readings,
-        }
-        assert self._new is not None
-        self._new.take(message)
+    def _message(self, device_id: str, message: dict[str, Any]) -> None:
+        if device_id != self._device_id:
+            self._close()
+            self._open(device_id)
+        if self._new is not None:
+            self._new.take(message)
         if self._live is not None:
             self._live.take(message)
 
     def _open(self, device_id: str) -> None:
         self._device_id = device_id
         self._new = self._live = None
-        self._seen.add(device_id)
         device = self._devices.get(device_id)
         if device is None:
             self.result.unknown_devices += 1
@@ -391,9 +375,6 @@ class _Piece:
         """The device's last reading was taken."""
         if self._new is None:
             return
-        if self._waiting is not None:
-            self._message(self._waiting)
-            self._waiting = None
         new = self._new.close(self._test.to_us)
         live = self._live.close(self._test.to_us) if self._live is not None else None
         result = self.result
@@ -413,6 +394,7 @@ class _Piece:
 
     def finish(self) -> Result:
         """The result, after the last row."""
+        self._assembler.finish()
         self._close()
         self._told(self._unsaid)
         self.result.alarms = nlargest(LISTED_MAX, self.result.alarms, key=lambda one: (one[1].raised, one[0]))

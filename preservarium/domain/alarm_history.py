@@ -9,9 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-#: ISA-18.2, 16.4 (chattering): an alarm that is raised so often within a minute asks for a dead-band or a delay.
-CHATTER_RAISES: Final = 3
-CHATTER_US: Final = 60_000_000
+from preservarium.domain.device_alarms import CHATTER_RAISES, CHATTER_US, DeviceAlarms
+from preservarium.domain.rules import DeviceRules
 
 #: End of an alarm that still stands, in a history: after every instant.
 OPEN: Final = 1 << 62
@@ -130,6 +129,43 @@ class History:
                 spans = self.spans[key]
                 spans[-1] = max(to_us, spans[-2])
                 self._lasted(tally, spans[-1] - spans[-2])
+
+
+class Playback:
+    """One device's readings through one set of rules, as a worker would see them if nothing ever came late.
+
+    Args:
+        device_id: the device.
+        rules: its rules.
+        names: rules whose alarms count; None: all.
+    """
+
+    def __init__(self, device_id: str, rules: DeviceRules, names: frozenset[str] | None = None) -> None:
+        self.history = History(device_id, names)
+        self._alarms = DeviceAlarms(device_id)
+        self._rules = rules
+        #: whether something can happen without a reading
+        self._timed = bool(getattr(rules, "no_data", ())) or any(one.lateness_us for one in getattr(rules, "sets", ()))
+
+    def take(self, message: Mapping[str, Any]) -> None:
+        """Take a message; they come in the order of their times."""
+        if self._timed:
+            self._tick(message["timestamp"])
+        outcome = self._alarms.observe(message, self._rules)
+        if outcome.transitions:
+            self.history.take(outcome.transitions)
+
+    def close(self, to_us: int) -> History:
+        """Let time pass to the end."""
+        if self._timed:
+            self._tick(to_us)
+        self.history.close(to_us)
+        return self.history
+
+    def _tick(self, now_us: int) -> None:
+        outcome = self._alarms.tick(now_us, self._rules)
+        if outcome.transitions:
+            self.history.take(outcome.transitions)
 
 
 @dataclass(slots=True)
