@@ -32,7 +32,7 @@ from preservarium.domain.device_alarms import (
     parse_action,
 )
 from preservarium.domain.errors import ReasonCode, Reject
-from preservarium.domain.lineage import identity
+from preservarium.domain.lineage import GENERATION_LIVE, identity
 from preservarium.domain.reading import PIN_POSITION_NONE, ErrorLine
 from preservarium.domain.rules import DeviceRules, compile_rules
 from preservarium.publish import partition_of
@@ -123,8 +123,11 @@ class Alarming:
                 work.message(record, index, message)
             if number % RECORDS_A_TURN == 0:
                 await asyncio.sleep(0)
-        newest = max((message["received_at"] for lines in parsed for message in lines), default=0)
-        self._heard[batch.partition] = (self._clock.now_us(), newest)
+        newest = max(
+            (m["received_at"] for lines in parsed for m in lines if m["generation"] == GENERATION_LIVE), default=0
+        )
+        if newest:  # a replay's messages are old by intention
+            self._heard[batch.partition] = (self._clock.now_us(), newest)
         return work.finish()
 
     async def tick(self, tick: Tick) -> Effects:

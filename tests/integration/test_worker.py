@@ -118,6 +118,52 @@ async def test_state_survives_stops_kills_and_the_loss_of_the_disk(worker: Worke
     await worker.stop(fresh)
 
 
+async def test_silence_is_told_once_by_whichever_worker_there_is_at_its_deadline(worker: Worker) -> None:
+    await make_topics(worker.kafka, worker.prefix, PARTITIONS, [topics.VALIDATED, topics.ALERTS, topics.ALARM_STANDING])
+    devices = [f"dev-{i}" for i in range(30)]
+
+    async def publish(at_us: int, offset: int) -> None:
+        sends = []
+        for device in devices:
+            message = {
+                "device_id": device, "connector_mode": "MQTT", "topic": "", "timestamp": at_us, "received_at": at_us,
+                "raw_partition": 0, "raw_offset": offset, "raw_index": 0, "parser": "p@1", "config_rev": 1, "generation": 0,
+                "readings": [{"component_type": "temp", "pin_position": "-1", "value": 20.0, "unit": "°C", "quality": 1}],
+            }  # fmt: skip
+            sends.append(Send(topics.VALIDATED, device.encode(), json.dumps(message).encode()))
+        await worker.publish(sends)
+
+    async def told() -> list[Any]:
+        return [
+            json.loads(r.value) for r in await read_all(worker.kafka, topics.ALERTS.full(worker.prefix), PARTITIONS)
+        ]
+
+    settle = {"PRESERVARIUM_ALARM__SETTLE_S": "1"}
+    first = await worker.ready("silence", **settle)
+    heard_us = time.time_ns() // 1_000
+    await publish(heard_us, 1)
+    await until(lambda: sum(worker.report().get("tables", {}).get("alarm_states", {}).values()) == len(devices), 20)
+    worker.workers.signal(first, signal.SIGKILL)
+
+    second = await worker.ready("silence", **settle)
+    async with asyncio.timeout(60):
+        while len(await told()) < len(devices):
+            await asyncio.sleep(0.3)
+    raised = await told()
+    assert {(t["device_id"], t["transition"], t["occurred_at"]) for t in raised} == {
+        (device, "raised", heard_us + 8_000_000) for device in devices
+    }
+    again_us = time.time_ns() // 1_000
+    await publish(again_us, 2)
+    async with asyncio.timeout(30):
+        while len(await told()) < 2 * len(devices):
+            await asyncio.sleep(0.3)
+    cleared = [t for t in await told() if t["transition"] == "cleared"]
+    assert {t["alarm_id"] for t in cleared} == {t["alarm_id"] for t in raised}
+    assert {t["cleared_at"] for t in cleared} == {again_us}
+    await worker.stop(second)
+
+
 async def test_a_fatal_error_ends_the_worker_with_a_failure(worker: Worker) -> None:
     await worker.make_topics()
     await worker.publish([Send(topics.RAW, b"k", b"v")])

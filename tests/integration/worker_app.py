@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from preservarium import topics
+from preservarium.alarming import Alarming
+from preservarium.catalogue import Catalogue
 from preservarium.domain.errors import Fatal, Retry
 from preservarium.engine import app
 from preservarium.stage import Batch, Effects, Send
@@ -61,6 +63,29 @@ if MODE == "down":
     async def forward(batch: Batch) -> Effects:
         """Pass on; depends on Kafka alone."""
         return Effects([Send(topics.STANDARDIZED, r.key, r.value, batch.partition) for r in batch.records])
+
+
+if MODE == "silence":
+    catalogue = Catalogue()
+    catalogue.offer("datatype", {"name": "temp", "rev": 1, "kind": "number", "unit": "°C"})
+    rule = {"name": "gone", "rev": 2, "component_type": "temp", "kind": "no_data", "severity": "minor", "no_data_s": 8}
+    catalogue.offer("rule", rule)
+    catalogue._ready.set()
+    alarm_states = app.state_table("alarm_states", help="Alarms.")
+    alarming = Alarming(
+        alarm_states.get,
+        alarm_states.name,
+        lambda _, device_id: {"device_id": device_id, "rev": 1, "type": "t", "enabled": True, "rules": {"gone": {}}},
+        catalogue,
+        app.live,
+        app.clock,
+        items=alarm_states.items,
+    )
+
+    @app.stage(topics.VALIDATED, name="alarm", on_tick=alarming.tick, tick_s=lambda: 0.2)
+    async def alarm(batch: Batch) -> Effects:
+        """Watch for silence."""
+        return await alarming.observe(batch)
 
 
 class Closed:
