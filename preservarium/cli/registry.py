@@ -257,7 +257,7 @@ def history(stream: str, as_json: bool) -> None:
         out.print(
             f"[bold]{escape(e.stream_id)}[/] {e.version}  {at}  {e.type} by {escape(e.actor)}  [dim]{e.hash[:12]}[/]"
         )
-        for key, value in e.data.get("doc", e.data.get("set", {})).items():
+        for key, value in e.data.get("doc", e.data.get("set", {} if "unset" in e.data else e.data)).items():
             out.print(f"    {escape(key)}: {_value(value)}")
         for key in e.data.get("unset", ()):
             out.print(f"    {escape(key)}: [dim]taken away[/]")
