@@ -77,7 +77,7 @@ class Sandbox(Protocol):
 class Publishes(Protocol):
     """Takes messages for devices."""
 
-    async def publish(self, messages: Sequence[tuple[str, bytes]]) -> tuple[list[bool], str]:
+    async def publish(self, messages: Sequence[tuple[str, bytes, int]]) -> tuple[list[bool], str]:
         """Which were acknowledged, and why not all."""
         ...
 
@@ -193,7 +193,9 @@ class Downlinks:
             if line["expires_at"] <= now_us:
                 self._report(line, "expired", "its time was over before it could be sent")
         messages = await self._made(self._open(lines))
-        acknowledged, trouble = await self._broker.publish([(line["topic"], data) for line, data in messages])
+        acknowledged, trouble = await self._broker.publish(
+            [(line["topic"], data, line["qos"]) for line, data in messages]
+        )
         for (line, _), done in zip(messages, acknowledged, strict=True):
             if done:
                 self._report(line, "sent", "")
@@ -278,7 +280,7 @@ class Downlinks:
 
 
 _NEEDED: Final[Mapping[str, type]] = {
-    "downlink_id": str, "device_id": str, "expires_at": int, "format": str, "topic": str, "parser": str,
+    "downlink_id": str, "device_id": str, "expires_at": int, "format": str, "topic": str, "qos": int, "parser": str,
     "variables": dict, "content": dict, "confirmed": bool,
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""MQTT out: downlinks at QoS 1, each awaited until its PUBACK.
+"""MQTT out: downlinks, as a rule at QoS 1, each awaited until its PUBACK.
 
 One connection a worker, made when the first downlink comes and made anew after any trouble: what was under way on the
 old one is then unknown, and its owner sends it again (MQTT 3.1.1, 4.4: the message may be delivered twice). The session is
@@ -44,8 +44,11 @@ class Broker:
         self._watch: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
 
-    async def publish(self, messages: Sequence[tuple[str, bytes]]) -> tuple[list[bool], str]:
+    async def publish(self, messages: Sequence[tuple[str, bytes, int]]) -> tuple[list[bool], str]:
         """Publish messages, several at once.
+
+        Args:
+            messages: topic, payload and quality of service; 0 is acknowledged when it is written to the connection.
 
         Returns:
             Which of them the broker acknowledged, and why not all of them, or "".
@@ -65,16 +68,16 @@ class Broker:
         async with self._turn:
             await self._drop()
 
-    async def _publish(self, messages: Sequence[tuple[str, bytes]], acknowledged: list[bool]) -> None:
+    async def _publish(self, messages: Sequence[tuple[str, bytes, int]], acknowledged: list[bool]) -> None:
         settings = self._live()
         try:
             client, watch = await self._connected(settings)
             places = asyncio.Semaphore(settings.commands.flights)
 
             async def one(number: int) -> None:
-                topic, payload = messages[number]
+                topic, payload, qos = messages[number]
                 async with places:
-                    await client.publish(topic, payload, qos=1, timeout=settings.commands.puback_timeout_s)
+                    await client.publish(topic, payload, qos=qos, timeout=settings.commands.puback_timeout_s)
                 acknowledged[number] = True
 
             everything = asyncio.gather(*(one(n) for n in range(len(messages))), return_exceptions=True)

@@ -305,6 +305,8 @@ TOPICS: Final[Mapping[str, str]] = {
     "chirpstack": "application/{application}/device/{device}/command/down",
     "things_stack": "v3/{application}/devices/{device}/down/push",
 }
+#: MQTT quality of service, where it is not 1: The Things Stack's broker knows 0 only (its documentation, "MQTT Server").
+QOS: Final[Mapping[str, int]] = {"things_stack": 0}
 _PLACEHOLDER: Final = re.compile(r"\{(\w+)\}")
 
 #: Where nothing is said: the broker's word is all that plain MQTT gives.
@@ -320,6 +322,7 @@ class Profile:
     problem: str = ""  #: why it can take none, for people
     format: str = "plain"
     topic: str = ""  #: MQTT topic, complete
+    qos: int = 1  #: of MQTT; with 0 nobody says that the broker has taken it
     parser: str = ""  #: its type's, whose encoder makes the bytes
     variables: Mapping[str, Any] = field(default_factory=dict)
     sleeps: bool = False
@@ -361,12 +364,13 @@ def compile_profile(device: DeviceDoc | None, device_type: DeviceTypeDoc | None,
     elif not full or any(c in full for c in "+#\0"):
         # A wildcard or NUL cannot be in a topic that is published to (MQTT 3.1.1, 4.7.1).
         problem = f"{full!r:.200} is no topic to publish to"
-    return Profile(problem, shape, full, device_type["parser"], variables, sleeps, given, commands)
+    qos = given.pop("qos", QOS.get(shape, 1))
+    return Profile(problem, shape, full, qos, device_type["parser"], variables, sleeps, given, commands)
 
 
 # --- what the registry says ------------------------------------------------------------------------------------------
 
-_DOWNLINK_FIELDS: Final = frozenset({"format", "topic", "sleeps", "lorawan_class", "commands"})
+_DOWNLINK_FIELDS: Final = frozenset({"format", "topic", "qos", "sleeps", "lorawan_class", "commands"})
 #: Commands that one rule asks for; more are a sequence, which a queue does better.
 RULE_COMMANDS_MAX: Final = 20
 
@@ -374,7 +378,7 @@ RULE_COMMANDS_MAX: Final = 20
 def check_downlink(value: dict[str, Any]) -> dict[str, Any]:
     """The `downlink` section of a device type or a device: how it takes commands.
 
-    `format` (plain, chirpstack, things_stack), `topic` with placeholders `{device}` and the device's variables,
+    `format` (plain, chirpstack, things_stack), `topic` with placeholders `{device}` and the device's variables, `qos`,
     `sleeps`, `lorawan_class` (A, which sleeps, B or C), what a command has where it says nothing (`PRESETS`), and
     `commands`: name -> presets and content.
 
@@ -387,6 +391,8 @@ def check_downlink(value: dict[str, Any]) -> dict[str, Any]:
         _refuse(f"format: not one of {', '.join(TOPICS)}")
     if not isinstance(value.get("topic", ""), str):
         _refuse("topic: no text")
+    if type(value.get("qos", 1)) is not int or value.get("qos", 1) not in (0, 1):
+        _refuse("qos: neither 0 nor 1")
     if not isinstance(value.get("sleeps", False), bool):
         _refuse("sleeps: neither true nor false")
     if value.get("lorawan_class", "A") not in ("A", "B", "C"):
@@ -641,6 +647,7 @@ class DownlinkDoc(TypedDict):
     expires_at: int  #: µs; after it, it is not sent any more
     format: str
     topic: str  #: of MQTT
+    qos: int
     parser: str  #: name; its encoder makes the bytes of `fields`
     variables: dict[str, Any]  #: the device's, for the encoder
     content: dict[str, Any]
@@ -905,6 +912,7 @@ class DeviceCommands:
                 "expires_at": command.expires_at,
                 "format": profile.format,
                 "topic": profile.topic,
+                "qos": profile.qos,
                 "parser": profile.parser,
                 "variables": dict(profile.variables),
                 "content": command.content,

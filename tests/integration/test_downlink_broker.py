@@ -26,7 +26,7 @@ def settings(url: str, **fields: Any) -> LiveSettings:
     )
 
 
-async def until_taken(broker: Broker, messages: list[tuple[str, bytes]], within_s: float = 20) -> None:
+async def until_taken(broker: Broker, messages: list[tuple[str, bytes, int]], within_s: float = 20) -> None:
     async with asyncio.timeout(within_s):
         while messages:
             acknowledged, _ = await broker.publish(messages)
@@ -45,7 +45,7 @@ async def listener(mosquitto: str) -> AsyncIterator[tuple[str, aiomqtt.Client]]:
 async def test_every_downlink_is_acknowledged_and_arrives(mosquitto: str, listener: Any) -> None:
     root, client = listener
     broker = Broker(settings(mosquitto, flights=5), SystemClock())
-    messages = [(f"{root}/{n}/down", b"%d" % n) for n in range(100)]
+    messages = [(f"{root}/{n}/down", b"%d" % n, n % 2) for n in range(100)]
     try:
         acknowledged, trouble = await broker.publish(messages)
         assert (all(acknowledged), trouble) == (True, "")
@@ -55,14 +55,14 @@ async def test_every_downlink_is_acknowledged_and_arrives(mosquitto: str, listen
                 got[str(message.topic)] = bytes(message.payload)
                 if len(got) == 100:
                     break
-        assert got == dict(messages)
+        assert got == {topic: payload for topic, payload, _ in messages}
     finally:
         await broker.close()
 
 
 async def test_a_broker_that_is_not_there_is_no_error() -> None:
     broker = Broker(settings("mqtt://127.0.0.1:1"), SystemClock())
-    acknowledged, trouble = await broker.publish([("a", b"")])
+    acknowledged, trouble = await broker.publish([("a", b"", 1)])
     assert acknowledged == [False]
     assert "does not take downlinks" in trouble
     await broker.close()
@@ -73,13 +73,13 @@ async def test_a_broker_that_was_killed_takes_downlinks_when_it_is_back(tmp_path
     service.start()
     broker = Broker(settings(service.url), SystemClock())
     try:
-        await until_taken(broker, [("a/down", b"1")])
+        await until_taken(broker, [("a/down", b"1", 1)])
         service.kill()
-        acknowledged, trouble = await broker.publish([("a/down", b"2")])
+        acknowledged, trouble = await broker.publish([("a/down", b"2", 1)])
         assert acknowledged == [False]
         assert trouble
         service.start()
-        await until_taken(broker, [("a/down", b"2"), ("a/down", b"3")])
+        await until_taken(broker, [("a/down", b"2", 1), ("a/down", b"3", 1)])
     finally:
         await broker.close()
         service.stop()

@@ -141,6 +141,7 @@ def test_a_command_goes_out_and_is_confirmed_by_its_uplink():
             "expires_at": T + DAY * S,
             "format": "plain",
             "topic": "devices/dev-1/down",
+            "qos": 1,
             "parser": "p",
             "variables": {},
             "content": {"fields": {"on": 1}},
@@ -408,6 +409,8 @@ def test_profiles_that_can_send_nothing_say_why():
     assert "not registered" in compile_profile(None, None, "x").problem
     assert "no topic" in compile_profile({**doc, "downlink": {"topic": "a/{device}/#"}}, kind, "x").problem
     assert compile_profile({**doc, "downlink": {"lorawan_class": "A"}}, kind, "x").sleeps
+    assert compile_profile(doc, kind, "x").qos == 0
+    assert compile_profile({**doc, "downlink": {"qos": 1}}, kind, "x").qos == 1
 
 
 # --- confirmations ---------------------------------------------------------------------------------------------------
@@ -612,7 +615,7 @@ def test_sections_of_the_registry_are_checked():
     good = {"format": "chirpstack", "port": 1, "tries": 2, "commands": {"on": {"fields": {"on": 1}, "timeout_s": 5}}}
     assert commands.check_downlink(good) is good
     for wrong in (
-        {"wish": 1}, {"format": "x"}, {"topic": 1}, {"sleeps": 1}, {"lorawan_class": "D"}, {"tries": 0}, {"commands": []},
+        {"wish": 1}, {"format": "x"}, {"topic": 1}, {"qos": 2}, {"sleeps": 1}, {"lorawan_class": "D"}, {"tries": 0}, {"commands": []},
         {"commands": {"on": 1}}, {"commands": {"on": {"wish": 1}}}, {"commands": {"on": {"tries": 0}}},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"\w"):

@@ -37,9 +37,11 @@ class FakeBroker:
         self.taken: list[tuple[str, bytes]] = []
         self.room = 1_000
 
-    async def publish(self, messages: Sequence[tuple[str, bytes]]) -> tuple[list[bool], str]:
+    async def publish(self, messages: Sequence[tuple[str, bytes, int]]) -> tuple[list[bool], str]:
         acknowledged = []
-        for message in messages:
+        for topic, payload, qos in messages:
+            assert qos == 1
+            message = (topic, payload)
             acknowledged.append(self.room > 0)
             if self.room > 0:
                 self.room -= 1
@@ -77,7 +79,7 @@ class Stage:
     def downlink(self, number: int = 1, parser: str = "js", **fields: Any) -> dict[str, Any]:
         return {
             "downlink_id": downlink_id("c", number), "command_id": "c", "device_id": "dev-1", "attempt": number,
-            "expires_at": self.clock.now_us() + 60 * S, "format": "plain", "topic": "devices/dev-1/down",
+            "expires_at": self.clock.now_us() + 60 * S, "format": "plain", "topic": "devices/dev-1/down", "qos": 1,
             "parser": parser, "variables": {}, "content": {"fields": {"on": 1}}, "confirmed": False, **fields,
         }  # fmt: skip
 
