@@ -32,7 +32,6 @@ from preservarium.domain.rules import (
     NO_RULES,
     DeviceRules,
     Evaluation,
-    Input,
     Rule,
     RuleSet,
     Verdict,
@@ -525,17 +524,21 @@ class DeviceAlarms:
                 first = together[0]
                 self._notice(kept, generation, rule_set.silences, first.at, first.received_at, rules, outcome)
             inputs = self._take_inputs(kept, together, rule_set, outcome) if rule_set.several else {}
-            late = dict.fromkeys(together, False)
-            for masters in (True, False):
-                for sample in together:
+            late: set[int] = set()
+            for masters in (True, False) if rule_set.masters else (False,):
+                for number, sample in enumerate(together):
                     for rule in rule_set.by_type.get(sample.component_type, ()):
-                        if rule.group_master is masters and rule.pin_position in (None, sample.pin_position):
-                            late[sample] |= self._single(kept, generation, rule, sample, rules, outcome)
+                        if (
+                            rule.group_master is masters
+                            and rule.pin_position in (None, sample.pin_position)
+                            and self._single(kept, generation, rule, sample, rules, outcome)
+                        ):
+                            late.add(number)
                 for (name, pin), sample in inputs.items():
                     rule = rules.by_name[name]
                     if rule.group_master is masters:
                         self._several(kept, generation, rule, pin, sample, rules, outcome)
-            outcome.late += sum(late.values())
+            outcome.late += len(late)
             start = end
 
     def _notice(
@@ -578,6 +581,8 @@ class DeviceAlarms:
         if live is None:
             return False
         verdicts = take(rule, live.watch, sample.value, sample.at)
+        if not verdicts:
+            return False
         return self._told(generation, live, rule, sample.pin_position, verdicts, sample, rules, outcome)
 
     def _take_inputs(
@@ -610,11 +615,11 @@ class DeviceAlarms:
         if rule.pin_position is not None:
             return [rule.pin_position]
         own = known.get(rule.component_type, {})
-        found = {sample.pin_position} if sample.pin_position in own else set()
         for taken in rule.inputs:
-            if (taken.component_type, taken.pin_position) == (sample.component_type, sample.pin_position):
-                found.update(own)
-        return sorted(found)
+            # A pin that the rule names concerns every pin of its own.
+            if taken.pin_position == sample.pin_position and taken.component_type == sample.component_type:
+                return sorted(own)
+        return [sample.pin_position] if sample.pin_position in own else []
 
     def _several(
         self,
@@ -628,23 +633,26 @@ class DeviceAlarms:
     ) -> None:
         """Evaluate a rule of several series, at the instant of the newest of them."""
         known = kept["i"][str(rule.lateness_us)]
-        series = (Input(rule.component_type, pin), *rule.inputs)
-        found = [
-            known.get(one.component_type, {}).get(pin if one.pin_position is None else one.pin_position)
-            for one in series
-        ]
-        points = self._live.setdefault(generation, {})
-        if found[0] is None:
+        own = known.get(rule.component_type, {}).get(pin)
+        if own is None:
             return  # its own series is not there yet: no alarm to keep a state for
-        live = self._point(generation, kept, points, rule.name, pin, outcome)
+        points = self._live.setdefault(generation, {})
+        live = points.get((rule.name, pin)) or self._point(generation, kept, points, rule.name, pin, outcome)
         if live is None:
             return
-        at = max(one[0] for one in found if one is not None)
-        value = None
-        if all(one is not None and at - one[0] <= rule.inputs_max_age_us for one in found):
-            value = _computed(rule, [one[1] for one in found])
+        at = oldest = own[0]
+        values = [own[1]]
+        for component_type, fixed in rule.inputs:
+            found = known.get(component_type, {}).get(pin if fixed is None else fixed)
+            if found is None:
+                oldest = TIMESTAMP_MIN_US - rule.inputs_max_age_us  # missing is older than anything
+                continue
+            at, oldest = max(at, found[0]), min(oldest, found[0])
+            values.append(found[1])
+        value = _computed(rule, values) if at - oldest <= rule.inputs_max_age_us else None
         verdicts = take(rule, live.watch, value, at)
-        self._told(generation, live, rule, pin, verdicts, sample._replace(value=found[0][1]), rules, outcome)
+        if verdicts:
+            self._told(generation, live, rule, pin, verdicts, sample._replace(value=own[1]), rules, outcome)
 
     def _told(
         self,
@@ -854,9 +862,17 @@ class DeviceAlarms:
         for group in sorted(kept.get("s", {})):
             self._regroup(kept, generation, group, Occasion(now, now), rules, outcome)
         waited = {str(one.lateness_us) for one in rules.sets}
-        for part in ("h", "i"):
-            for lateness in [one for one in kept.get(part, {}) if one not in waited]:
-                del kept[part][lateness]
+        for lateness in [one for one in kept.get("i", {}) if one not in waited]:
+            del kept["i"][lateness]
+        for lateness in [one for one in kept.get("h", {}) if one not in waited]:
+            # Rules that waited so long wait otherwise now: what others have evaluated already is late to them.
+            samples = [_Sample(*sample) for sample in kept["h"].pop(lateness)["q"]]
+            for one in rules.sets:
+                held = _held(kept, one.lateness_us)
+                if held is not None:
+                    held["q"] = sorted([*held["q"], *map(list, samples)])
+                else:
+                    self._evaluate(kept, generation, samples, one, rules, outcome)
 
     def _unshelve(
         self,
@@ -985,13 +1001,15 @@ class DeviceAlarms:
                     point = Point(self._device_id, rule.name, pin, generation)
                     self._step(point, live, Event.SUPPRESS, occasion, rule, rules, outcome)
         elif not stands and group in suppressed:
-            by_master = {(rule, pin) for rule, pin in suppressed.pop(group)}
+            by_master = dict.fromkeys((name, pin) for name, pin in suppressed.pop(group))
             if not suppressed:
                 del kept["s"]
-            for rule, pin, live in members:
-                if (rule.name, pin) in by_master and live.alarm.state is State.SUPPRESSED:
-                    point = Point(self._device_id, rule.name, pin, generation)
-                    self._step(point, live, Event.UNSUPPRESS, occasion, rule, rules, outcome)
+            for name, pin in by_master:
+                one = rules.by_name.get(name)
+                suppressed_one = self._point(generation, kept, points, name, pin, outcome) if one else None
+                if suppressed_one is not None and suppressed_one.alarm.state is State.SUPPRESSED:
+                    point = Point(self._device_id, name, pin, generation)
+                    self._step(point, suppressed_one, Event.UNSUPPRESS, occasion, one, rules, outcome)
 
 
 def _instant(reading: Mapping[str, Any], message_at: int) -> int:

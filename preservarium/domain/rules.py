@@ -176,6 +176,7 @@ class RuleSet:
     several: Mapping[str, tuple[Rule, ...]]  #: of several series, under each component type that they take in
     ordered: bool  #: what readings say depends on what was said before of others: several series, groups
     silences: tuple[Rule, ...]  #: of no_data, in groups: they must be noticed before what comes later
+    masters: bool  #: one of them is the master of a group
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +211,8 @@ def compile_rules(
     """
     overrides = device.get("rules") or {}
     inherited = (device_type.get("rules") or []) if device_type else []
-    names = list(dict.fromkeys([*inherited, *overrides]))
+    # A device that is switched off sends nothing that is taken, and its silence is no alarm.
+    names = list(dict.fromkeys([*inherited, *overrides])) if device.get("enabled", True) else []
     compiled: dict[str, Rule] = {}
     problems: list[str] = []
     for name in names:
@@ -260,8 +262,8 @@ def _rule_set(lateness_us: int, rules: Sequence[Rule]) -> RuleSet:
         for component_type in dict.fromkeys([one.component_type, *(i.component_type for i in one.inputs)]):
             several[component_type] = (*several.get(component_type, ()), one)
     silences = tuple(one for one in rules if one.kind == "no_data" and one.group)
-    ordered = bool(several) or bool(silences) or any(one.group_master for one in rules)
-    return RuleSet(lateness_us, by_type, several, ordered, silences)
+    masters = any(one.group_master for one in rules)
+    return RuleSet(lateness_us, by_type, several, bool(several) or bool(silences) or masters, silences, masters)
 
 
 def compile_rule(doc: RuleDoc, datatype: DatatypeDoc | None, outages: Any = None) -> Rule:
@@ -520,7 +522,10 @@ class Watch:
 
 def level_of(watch: Watch) -> int:
     """The gravest level that holds; 0 is the first."""
-    return sum(one.active for one in watch.higher)
+    level = 0
+    for one in watch.higher:
+        level += one.active
+    return level
 
 
 class Evaluation(StrEnum):
@@ -671,6 +676,17 @@ def _take_levels(rule: Rule, watch: Watch, scaled: float, at: int, before: int, 
     while len(higher) < len(rule.levels):
         higher.append(Watch())
     stood = level_of(watch)
+    # The two common answers, before anything is called: nothing holds, or what holds goes on holding.
+    if watch.active:
+        top = rule.levels[stood - 1].clear_at if stood else rule.clear_at
+        steady = scaled > top and (stood == len(higher) or scaled <= rule.levels[stood].raise_over)
+    else:
+        steady = scaled <= rule.raise_over
+    if steady:
+        watch.since = None
+        for one in higher:
+            one.since = None
+        return ()
     changes = [_advance(rule, rule, watch, scaled, at, before)]
     changes += [_advance(rule, level, one, scaled, at, before) for level, one in zip(rule.levels, higher, strict=True)]
     #: instant -> levels that changed then; all of one reading are raised, or all return

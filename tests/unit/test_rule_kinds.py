@@ -319,6 +319,14 @@ def test_a_reading_that_comes_after_its_own_deadline_ends_the_silence_where_it_b
     assert device.reads(30, temp=20, received=62) == [("gone", "cleared", 60)]
 
 
+def test_a_device_that_is_switched_off_is_not_missed():
+    device = Device(rules(SILENT))
+    device.reads(0, temp=20)
+    device.rules = rules(SILENT, device={"enabled": False})
+    assert device.tick(61) == []
+    assert device.due is None
+
+
 def test_each_pin_is_silent_on_its_own():
     device = Device(rules(SILENT))
     device.reads(0, pin="0", temp=20)
@@ -473,6 +481,15 @@ def test_a_group_whose_master_is_gone_comes_back():
     assert device.reads(2, temp=31) == [("power", "withdrawn", 0), ("hot", "raised", 2)]
 
 
+def test_alarms_that_leave_their_group_come_back():
+    device = Device(rules(*GROUP))
+    device.reads(0, door=0)
+    device.reads(1, temp=31)
+    device.rules = rules(*({k: v for k, v in doc.items() if not k.startswith("group")} for doc in GROUP))
+    assert device.reads(2, temp=31) == [("hot", "raised", 2)]
+    assert device.last.transitions[0]["occurred_at"] == T + S
+
+
 def test_a_refused_action_says_so_in_a_suppressed_group():
     device = Device(rules(*GROUP))
     device.reads(0, door=0)
@@ -530,6 +547,15 @@ def test_silence_waits_for_late_readings_too():
     device.tick(31)
     assert device.tick(90) == []
     assert device.tick(91) == [("gone", "raised", 60)]
+
+
+@pytest.mark.parametrize("lateness_s", [0, 10, 60])
+def test_what_waits_is_not_lost_when_the_rule_waits_otherwise(lateness_s: float):
+    device = Device(rules({**HOT, "lateness_s": 30}))
+    assert device.reads(0, temp=31) == []
+    device.rules = rules({**HOT, "lateness_s": lateness_s})
+    told = device.reads(20, temp=20) + device.tick(100)
+    assert told == [("hot", "raised", 0), ("hot", "cleared", 20)]
 
 
 def test_a_reading_that_waits_is_no_silence():
