@@ -58,6 +58,14 @@ class Memory(Protocol):
 POLL_MS: Final = 50
 #: A fetch request waits this long at the broker (see transport.FETCH_WAIT_MS).
 FETCH_WAIT_MS: Final = 100
+#: A feed that has had nothing to do for so long asks less often: ten fetches and twenty polls a second, for nothing, are
+#: 0.5 % of a core for each stage.
+IDLE_AFTER_S: Final = 3.0
+#: Then a fetch waits this long. It covers every partition, so that the first record of any still comes at once, and ends
+#: the poll, which waits as long.
+IDLE_POLL_MS: Final = 5_000
+#: aiokafka looks whether there is something to fetch this often besides being told; 0.2 s is its own value.
+FETCHER_TURN_S: Final = 0.2
 #: Flights of records that may wait in memory besides those under way, in equal shares of the partitions: one to start at
 #: once when a flight ends, and one more, because shares are never filled evenly.
 WAITING_FLIGHTS: Final = 2
@@ -224,6 +232,7 @@ class GroupFeed:
         self._consumer: Any = None
         self._error: BaseException | None = None
         self._paused: set[int] = set()
+        self._busy_s = monotonic()  #: when there was last something to do
 
     async def run(self) -> None:
         """Poll until cancelled; then stop as at a rebalance: wait for flights, commit, leave the group.
@@ -286,6 +295,9 @@ class GroupFeed:
                 raise self._error
             self._start_flights()
             self._pause_full(consumer)
+            if self._flights or self._paused or any(lane.busy or not lane.known for lane in self.lanes.values()):
+                self._busy_s = now_s
+            self._set_pace(consumer)
             if now_s >= commit_at_s:
                 commit_at_s = now_s + self._live().kafka.commit_interval_s
                 await self._commit(consumer)
@@ -324,7 +336,17 @@ class GroupFeed:
         """Until something falls due: a linger, or a flight that may end."""
         if self._flights or any(lane.pending_records for lane in self.lanes.values()):
             return max(1, min(POLL_MS, round(self._linger_s() * 250)))
-        return POLL_MS
+        return IDLE_POLL_MS if self._idle else POLL_MS
+
+    def _set_pace(self, consumer: Any) -> None:
+        # Hook: aiokafka reads these for every request and turn, and has no settings that can change.
+        fetcher = consumer._fetcher
+        fetcher._fetch_max_wait_ms = IDLE_POLL_MS if self._idle else FETCH_WAIT_MS
+        fetcher._fetcher_timeout = IDLE_POLL_MS / 1000 if self._idle else FETCHER_TURN_S
+
+    @property
+    def _idle(self) -> bool:
+        return monotonic() - self._busy_s > IDLE_AFTER_S
 
     def _share(self) -> int:
         """Most records of one partition that wait in memory."""

@@ -141,6 +141,18 @@ async def test_aiokafka_reads_the_fetch_wait_when_it_starts() -> None:
     await consumer.stop()
 
 
+async def test_aiokafka_reads_the_fetch_wait_for_every_request() -> None:
+    assert "self._fetch_max_wait_ms," in inspect.getsource(Fetcher._get_actions_per_node)
+    assert "self._fetcher_timeout" in inspect.getsource(Fetcher._get_actions_per_node)
+    assert "self._fetcher = Fetcher(" in inspect.getsource(AIOKafkaConsumer.start)
+
+
+def test_aiokafka_asks_for_no_part_of_a_node_while_another_waits_to_be_taken() -> None:
+    """So that a long fetch of an idle feed covers every partition that is not paused."""
+    source = inspect.getsource(Fetcher._get_actions_per_node)
+    assert source.index("if node_id in backoff_by_nodes:") < source.index("# Create fetch request")
+
+
 def test_aiokafka_positions() -> None:
     assert isinstance(TopicPartitionState.has_valid_position, property)
     assert isinstance(TopicPartitionState.position, property)

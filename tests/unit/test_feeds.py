@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from aiokafka import TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError
 from test_runner import Rec
 
+from preservarium import feeds
 from preservarium.clock import SystemClock
 from preservarium.domain.errors import Fatal, Retry
 from preservarium.feeds import GroupFeed
@@ -24,9 +26,11 @@ class Consumer:
         self.ends = dict(ends)
         self.positions = dict.fromkeys(ends, 0)
         self.paused_now: set[int] = set()
+        self._fetcher = SimpleNamespace(_fetch_max_wait_ms=0)
         self.commits: list[dict[int, int]] = []
         self.commit_error: Exception | None = None
         self.polls = 0
+        self.asked_ms: list[tuple[int, int]] = []  # wait of each poll, and of fetches meanwhile
         self.fetch_max = 10
 
     def _tp(self, partition: int) -> TopicPartition:
@@ -34,6 +38,7 @@ class Consumer:
 
     async def getmany(self, *, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[Any]]:
         self.polls += 1
+        self.asked_ms.append((timeout_ms, self._fetcher._fetch_max_wait_ms))
         await asyncio.sleep(0)
         found: dict[TopicPartition, list[Any]] = {}
         for partition, position in self.positions.items():
@@ -167,6 +172,19 @@ async def test_every_record_once_in_order_and_committed() -> None:
         assert group.feed.lanes[1].committed == 37
         assert group.underway_max <= 2
         assert all(sum(len(o) for _, o in flight) <= 25 for flight in group.flights)
+
+
+async def test_a_feed_with_nothing_to_do_asks_rarely_and_comes_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeds, "IDLE_AFTER_S", 0.02)
+    rare = feeds.IDLE_POLL_MS, feeds.IDLE_POLL_MS
+    async with Group({0: 5, 1: 0}) as group:
+        assert group.consumer.asked_ms[:1] in ([], [(feeds.POLL_MS, feeds.FETCH_WAIT_MS)])
+        await until(lambda: rare in group.consumer.asked_ms)
+        assert group.consumer.asked_ms[0] == (feeds.POLL_MS, feeds.FETCH_WAIT_MS)
+        group.consumer.ends[1] = 3
+        asked = len(group.consumer.asked_ms)
+        await until(lambda: group.seen[1] == [0, 1, 2])
+        await until(lambda: any(wait == feeds.FETCH_WAIT_MS for _, wait in group.consumer.asked_ms[asked:]))
 
 
 async def test_a_flight_is_formed_over_several_partitions() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ class Consumer:
         self.kafka = kafka
         self.positions = dict.fromkeys(kafka.ends, 0)
         self.paused_now: set[int] = set()
+        self._fetcher = SimpleNamespace(_fetch_max_wait_ms=0)
         self.fetch_max = 7
         self.refuse: Exception | None = None
         kafka.member = self
