@@ -154,14 +154,15 @@ def rules_of(path: Path, names: Iterable[str] = ()) -> dict[str, RuleDoc]:
     return {name: found[name] for name in wanted} if wanted else found
 
 
-class _Documents:
+class Documents:
     """The registry as it is now, without the devices: they are too many."""
 
     def __init__(self, documents: Mapping[str, Mapping[str, Any]]) -> None:
         self.documents = documents
 
     @classmethod
-    async def load(cls, connection: asyncpg.Connection) -> "_Documents":
+    async def load(cls, connection: asyncpg.Connection) -> "Documents":
+        """Read them."""
         documents = {}
         for kind, table in (("rule", "alarm_rules"), ("type", "device_types"), ("datatype", "datatypes")):
             rows = await connection.fetch(f"SELECT name, rev, doc FROM {table}")
@@ -169,16 +170,19 @@ class _Documents:
         return cls(documents)
 
     def rule(self, name: str) -> RuleDoc | None:
+        """The alarm rule of that name."""
         return self.documents["rule"].get(name)
 
     def type(self, name: str) -> DeviceTypeDoc | None:
+        """The device type of that name."""
         return self.documents["type"].get(name)
 
     def datatype(self, name: str) -> DatatypeDoc | None:
+        """The datatype of that name."""
         return self.documents["datatype"].get(name)
 
 
-def _needs(rules: DeviceRules) -> set[str]:
+def needs(rules: DeviceRules) -> set[str]:
     """Component types that the rules take in."""
     return {
         component_type
@@ -208,7 +212,7 @@ async def prepare(
     if to_us <= from_us:
         message = "the time to look at is empty: --to is not after --from"
         raise BacktestError(message)
-    documents = await _Documents.load(connection)
+    documents = await Documents.load(connection)
     named = {name for one in documents.documents["type"].values() for name in one.get("rules") or ()}
     rows = await connection.fetch(
         "SELECT DISTINCT key FROM devices, json_object_keys(doc -> 'rules') AS key WHERE json_typeof(doc -> 'rules') = 'object'"
@@ -221,7 +225,7 @@ async def prepare(
         compiled = compile_rules(probe, None, look_up, documents.datatype)
         if compiled.problems:
             raise BacktestError("; ".join(compiled.problems))
-        needed |= _needs(compiled)
+        needed |= needs(compiled)
     return Test(
         dsn=settings.postgres.dsn,
         rules=dict(rules),
@@ -235,7 +239,7 @@ async def prepare(
 
 
 def _restricted(
-    device: DeviceDoc, test: Test, documents: _Documents, rule: Callable[[str], RuleDoc | None]
+    device: DeviceDoc, test: Test, documents: Documents, rule: Callable[[str], RuleDoc | None]
 ) -> DeviceRules:
     """The device's rules of those under test."""
     overrides = device.get("rules") or {}
@@ -319,7 +323,7 @@ class _Piece:
     def __init__(
         self,
         test: Test,
-        documents: _Documents,
+        documents: Documents,
         devices: Mapping[str, DeviceDoc],
         series: Sequence[history.Series],
         told: Callable[[int], None],
@@ -409,7 +413,7 @@ async def _evaluate(test: Test, piece: history.Piece, told: Callable[[int], None
             "SELECT device_id, rev, doc FROM devices WHERE device_id = ANY($1)", list({s.device_id for s in series})
         )
         devices = {row["device_id"]: cast(DeviceDoc, {**orjson.loads(row["doc"]), "rev": row["rev"]}) for row in rows}
-        work = _Piece(test, await _Documents.load(connection), devices, series, told)
+        work = _Piece(test, await Documents.load(connection), devices, series, told)
         await history.read(connection, series, test.from_us, test.to_us, work.take)
         return work.finish()
     finally:

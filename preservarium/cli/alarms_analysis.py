@@ -32,7 +32,9 @@ def _table(*names: str) -> Any:
 
     table = Table(box=None, pad_edge=False)
     for name in names:
-        table.add_column(name, justify="left" if name in ("rule", "alarm", "recipient", "first") else "right")
+        table.add_column(
+            name, justify="left" if name in ("rule", "alarm", "recipient", "first", "parameter") else "right"
+        )
     return table
 
 
@@ -223,6 +225,65 @@ def _print_kpis(found: dict[str, Any]) -> None:
             name = escape(f"{one['device_id']} {one['rule']} {one['pin_position']}")
             table.add_row(name, f"{one['annunciations']:,}", f"{one['share']:.1%}")
         out.print(table)
+
+
+# --- suggestion ------------------------------------------------------------------------------------------------------
+
+
+@alarms.command()
+@click.option("--device", required=True, metavar="ADDRESS", help="Address of the device.")
+@click.option("--rule", required=True, metavar="NAME", help="Name of the rule that chatters.")
+@_from
+@_to
+@_json
+def suggest(device: str, rule: str, from_: str, to: str | None, as_json: bool) -> None:
+    """Find the dead-band or delay that would have spared 90 % of an alarm's transitions.
+
+    Candidates are played over the stored readings by the code that runs live. At least 20 transitions are needed; the
+    suggestion that changes least for how long the alarm stands comes first.
+    """
+    import asyncpg
+    from rich.markup import escape
+
+    from preservarium.stores.migrate import MigrationError, connect_postgres
+    from preservarium.suggesting import Suggested
+    from preservarium.suggesting import suggest as work
+
+    from_us, to_us = _times(from_, to)
+
+    async def ask() -> Suggested:
+        connection = await connect_postgres(load())
+        try:
+            return await work(connection, device, rule, from_us=from_us, to_us=to_us)
+        except asyncpg.UndefinedTableError as e:
+            message = f"the database is not migrated ({e}): run `preservarium migrate`"
+            raise MigrationError(message) from None
+        finally:
+            await connection.close(timeout=5)
+
+    found = asyncio.run(ask())
+    advice = found.advice
+    if as_json:
+        print_json({
+            "device_id": device, "rule": rule, "from": found.from_us, "to": to_us, "messages": found.messages,
+            "transitions": advice.transitions, "raised": advice.raised, "chatter": advice.chatter, "active_s": advice.active_us / 1e6,
+            "calm": advice.calm, "tried": advice.tried, "suggestions": [one.document() for one in advice.suggestions],
+        })  # fmt: skip
+        return
+    out = console()
+    out.print(
+        f"{escape(rule)} of {escape(device)}: {advice.transitions:,} transitions in {found.messages:,} messages since"
+        f" {shown(found.from_us)}, raised {advice.raised:,} times, {advice.chatter:,} of them in a chatter;"
+        f" it stood for {shown_span(advice.active_us / 1e6) or '0 s'}"
+    )
+    if not advice.suggestions:
+        out.print("Too few to calm anything." if advice.calm else "No single dead-band or delay spares 90 % of them.")
+        return
+    table = _table("parameter", "now", "better", "transitions", "spared", "raised", "stands for")
+    for one in advice.suggestions:
+        table.add_row(one.parameter, f"{one.before:g}", f"{one.value:g}", f"{one.transitions:,}", f"{one.spared:.0%}", f"{one.raised:,}",
+                      shown_span(one.active_us / 1e6))  # fmt: skip
+    out.print(table)
 
 
 commands: list[click.Command] = [alarms]

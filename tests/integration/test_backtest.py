@@ -16,6 +16,7 @@ from preservarium.domain.rules import compile_rules
 from preservarium.settings import load
 from preservarium.stores import history
 from preservarium.stores.timescale import TimescaleStore
+from preservarium.suggesting import suggest
 
 S = 1_000_000
 T = NOW_US // (60 * S) * 60 * S - 86_400 * S
@@ -214,3 +215,59 @@ def test_the_command_prints_the_same_for_people_and_for_programs(stored, tmp_pat
     assert orjson.loads(one.stdout)["devices"] == 1
     wrong = CliRunner().invoke(cli, [*arguments, "--name", "cold"])
     assert wrong.exit_code == 1
+
+
+async def test_a_suggestion_is_what_the_back_test_of_it_says(stored):
+    connection = await asyncpg.connect(stored)
+    try:
+        found = await suggest(connection, DEVICES[0], "hot", from_us=T, to_us=T + STEPS * 60 * S)
+    finally:
+        await connection.close()
+    assert found.messages == STEPS
+    assert found.advice.suggestions
+    for one in found.advice.suggestions:
+        changed = {**RULE, "rev": 0, one.parameter: one.value}
+        document, _ = await evaluate(stored, rules={"hot": changed}, devices=[DEVICES[0]])
+        assert document["rules"]["hot"]["transitions"] == one.transitions
+        assert document["live"]["hot"]["transitions"] == found.advice.transitions
+        assert one.transitions <= found.advice.transitions * 0.1
+        assert document["rules"]["hot"]["active_s"] == pytest.approx(one.active_us / 1e6)
+
+
+def test_the_command_suggests(stored, monkeypatch):
+    monkeypatch.setenv("PRESERVARIUM_POSTGRES__URL", stored)
+    arguments = [
+        "alarms",
+        "suggest",
+        "--device",
+        DEVICES[0],
+        "--rule",
+        "hot",
+        "--from",
+        str(T),
+        "--to",
+        str(T + STEPS * 60 * S),
+    ]
+    as_json = CliRunner().invoke(cli, [*arguments, "--json"])
+    assert as_json.exit_code == 0, as_json.output
+    document = orjson.loads(as_json.stdout)
+    printed = CliRunner().invoke(cli, arguments)
+    assert printed.exit_code == 0, printed.output
+    for one in document["suggestions"]:
+        assert one["spared"] >= 0.9
+        assert one["parameter"] in printed.stdout
+    unknown = CliRunner().invoke(cli, [*arguments, "--device", DEVICES[-1]])
+    assert unknown.exit_code == 1
+    assert "not in the registry" in unknown.output
+    off = CliRunner().invoke(cli, [*arguments, "--device", DEVICES[2]])
+    assert "does not watch" in off.output
+
+
+async def test_the_newest_messages_are_looked_at_where_there_are_too_many(stored):
+    connection = await asyncpg.connect(stored)
+    try:
+        found = await suggest(connection, DEVICES[0], "hot", from_us=T, to_us=T + STEPS * 60 * S, messages_max=50)
+    finally:
+        await connection.close()
+    assert found.messages == 50
+    assert found.from_us == T + (STEPS - 50) * 60 * S
