@@ -51,8 +51,18 @@ ACTION_BYTES_MAX: Final = 16_384
 #: Texts of configuration problems that were logged; a registry with more has one line too many anyway.
 PROBLEMS_LOGGED_MAX: Final = 1_000
 
-#: Devices whose deadlines one tick sees to; the others wait for the next one. Some 20 ms of work.
+#: Devices whose deadlines one tick sees to. Where a gateway fails, thousands are silent at once: each raises some alarms, at
+#: some 0.1 ms each, and readings of others wait meanwhile.
 DUE_A_TICK_MAX: Final = 500
+
+#: Between ticks: how late silence is told at most, and what looking at the head of a queue may cost.
+TICK_S: Final = 5.0
+
+#: Until the next tick where more devices were due than one tick sees to; batches come in between.
+TICK_AGAIN_S: Final = 0.1
+
+#: Devices between two turns of the event loop: some 10 ms of work.
+DUE_A_TURN: Final = 20
 
 #: The deadline in a state document: a number under this key stands nowhere else in it, and in a text the quotes would be
 #: escaped. So nothing need be parsed of a million series to find those that wait.
@@ -85,6 +95,8 @@ class Alarming:
     ) -> None:
         self._items = items
         self._deadlines: dict[int, _Deadlines] = {}
+        #: when a tick found more due than it sees to, s on the monotonic clock
+        self._crowded_s = -TICK_S
         #: partition -> when it was taken over, µs by the worker's clock
         self._taken_over: dict[int, int] = {}
         #: partition -> (when messages were observed last, when the newest of them was received), µs
@@ -149,9 +161,18 @@ class Alarming:
         if tick.behind or catching_up or tick.now_us - self._taken_over[tick.partition] < settle_us:
             return Effects()
         work = _Work(self, Batch(topics.VALIDATED.name, tick.partition, ()), [])
-        for device_id in self._deadlines[tick.partition].due(tick.now_us, DUE_A_TICK_MAX):
+        due = self._deadlines[tick.partition].due(tick.now_us, DUE_A_TICK_MAX)
+        if len(due) == DUE_A_TICK_MAX:
+            self._crowded_s = self._clock.monotonic_s()
+        for number, device_id in enumerate(due, 1):
             work.time(device_id, tick.now_us)
+            if number % DUE_A_TURN == 0:
+                await asyncio.sleep(0)
         return work.finish()
+
+    def tick_s(self) -> float:
+        """Until the next tick: the usual time, or hardly any where many are due."""
+        return TICK_AGAIN_S if self._clock.monotonic_s() - self._crowded_s < TICK_S else TICK_S
 
     async def _find_deadlines(self, tick: Tick) -> None:
         """Look through the table: what was known may be from before the partition went to another worker and back."""

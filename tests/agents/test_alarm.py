@@ -7,7 +7,7 @@ import pytest
 from quality_support import S, T, World, batch, catalogue, errors, lines, live, message, offer, reading, record
 
 from preservarium import metrics, topics
-from preservarium.alarming import ACTION_BYTES_MAX, Alarming
+from preservarium.alarming import ACTION_BYTES_MAX, DUE_A_TICK_MAX, TICK_S, Alarming
 from preservarium.publish import partition_of
 from preservarium.stage import Tick
 
@@ -339,6 +339,22 @@ async def test_a_device_that_is_not_known_now_is_left_alone():
     stage.world.devices.clear()
     stage.alarming.rules.forget("dev-1")
     assert await stage.tick(65) == []
+
+
+async def test_many_silent_devices_are_seen_to_in_ticks_that_follow_at_once():
+    stage = Silent()
+    assert stage.alarming.tick_s() == TICK_S
+    await stage.tick(0)
+    names = [f"many-{i}" for i in range(DUE_A_TICK_MAX + 5)]
+    for name in names:
+        stage.world.devices[name] = {**stage.world.devices["dev-1"], "device_id": name}
+    await stage.readings(*(record(i, value(i, 20, at=1, device=name)) for i, name in enumerate(names)))
+    first = told(await stage.tick(65))
+    assert len(first) == DUE_A_TICK_MAX
+    assert stage.alarming.tick_s() < 1
+    assert len(told(await stage.tick(66))) == 5
+    stage.world.clock.advance(TICK_S)
+    assert stage.alarming.tick_s() == TICK_S
 
 
 async def test_ticks_cost_nothing_where_nothing_is_due():
