@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, Final, Protocol
 
 import orjson
+import structlog
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
@@ -25,6 +26,7 @@ from preservarium.domain.commands import (
     Profile,
     Turn,
     alarm_requests,
+    check_rule_commands,
     compile_profile,
     parse_line,
 )
@@ -36,6 +38,8 @@ from preservarium.records import error_line, error_send, parse_trusted
 from preservarium.settings import LiveSettings
 from preservarium.stage import Batch, Effects, Record, Send, Tick
 from preservarium.validation import RECORDS_A_TURN, load_state
+
+log = structlog.get_logger(__name__)
 
 STAGE: Final = "commands"
 ALARMS_STAGE: Final = "command-alarms"
@@ -205,8 +209,13 @@ class Commanding:
         commands: list[Any] = (rule.get("commands") if rule else None) or []
         device = self._known(partition, transition["device_id"])
         own = ((device.get("rules") or {}).get(name) if device else None) or {}
-        found: list[Any] = own.get("commands", commands) or []
-        return found
+        found = own.get("commands", commands) or []
+        try:
+            return check_rule_commands(found)
+        except ValueError as e:
+            # Refused where registry files are read; whatever came another way must not hold up the alarms.
+            log.error("rule_commands_unusable", rule=name, device_id=transition["device_id"], error=str(e))
+            return []
 
 
 def command_send(line: dict[str, Any]) -> Send:

@@ -423,6 +423,8 @@ class Device(_Model):
             if unknown := (changed or {}).keys() - (Rule.model_fields.keys() - {"name"}):
                 message = f"{name}: a rule has no field {sorted(unknown)[0]!r}"
                 raise ValueError(message)
+            if (changed or {}).get("commands") is not None:
+                check_rule_commands((changed or {})["commands"])
             if changed and changed.get("outages") is not None:
                 try:
                     changed["outages"] = _outages(changed["outages"])

@@ -6,7 +6,7 @@
 | `POST /ingest?device=X[&port=N][&mode=M]` | JSON | one raw message of X with the whole body as payload |
 | the same, `application/x-ndjson` | one payload a line | one raw message of X each |
 | the same, `application/octet-stream` | bytes | one raw message of X |
-| `POST /ingest/ttn`, `POST /ingest/chirpstack` | the network server's event | one raw message |
+| `POST /ingest/ttn`, `POST /ingest/chirpstack` | the network server's event | one raw message, or a report of a downlink |
 
 An envelope is an object with `device` and one of `payload`, `payload_b64`; optional `port`, `mode`, `topic`, `meta`,
 `experiment_id`. `received_at` is stamped here; one that the sender gives is kept as `meta.time`.
@@ -25,10 +25,11 @@ import orjson
 import structlog
 from aiohttp import web
 
-from preservarium import metrics
+from preservarium import metrics, topics
 from preservarium.clock import Clock
 from preservarium.connectors.base import Limits, Publishes, RawProducer, envelope_send, message_send
 from preservarium.connectors.envelopes import Uplink, chirpstack, ttn, uplink_of
+from preservarium.domain.downlinks import server_report
 from preservarium.domain.errors import Fatal, ReasonCode, Reject, Retry
 from preservarium.records import is_envelope, loads, payload_of
 from preservarium.settings import LiveSettings
@@ -196,6 +197,8 @@ class Ingest:
             return message_send(query["device"], item, limits, CONNECTOR, mode, now_us, port=port)
         if isinstance(item, Reject):
             raise item
+        if isinstance(item, _Report):
+            return Send(topics.COMMANDS, item.line["device_id"].encode(), orjson.dumps(item.line))
         uplink = item if isinstance(item, Uplink) else None if is_envelope(item) else uplink_of(item)
         if uplink is not None:
             port, meta = uplink.port, uplink.meta
@@ -220,11 +223,24 @@ class _Payload:
         self.value = value
 
 
+class _Report:
+    """What a network server says of a downlink of ours."""
+
+    __slots__ = ("line",)
+
+    def __init__(self, line: dict[str, Any]) -> None:
+        self.line = line
+
+
 def _network_server(recognise: Callable[[Any], Uplink | None], body: bytes) -> Iterator[Any]:
     whole = loads(body)
     for event in whole if isinstance(whole, list) else [whole]:
         try:
-            yield recognise(event) if isinstance(event, dict) else _not_an_object()
+            report = server_report(event)
+            if report is not None:
+                yield _Report(report)
+            else:
+                yield recognise(event) if isinstance(event, dict) else _not_an_object()
         except Reject as e:
             yield e
 

@@ -421,6 +421,8 @@ def check_rule_commands(value: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Raises:
         ValueError: the message names the field.
     """
+    if not isinstance(value, list) or not all(isinstance(asked, dict) for asked in value):
+        _refuse("not a list of objects")
     if len(value) > RULE_COMMANDS_MAX:
         _refuse(f"a rule may ask for {RULE_COMMANDS_MAX} commands")
     for number, asked in enumerate(value):

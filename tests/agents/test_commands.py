@@ -235,3 +235,5 @@ async def test_alarms_ask_for_the_commands_of_their_rule():
     assert (line["command"], line["cause"], line["at"], line["actor"]) == ("fan", "t1", T, "alarm hot")
     stage.world.devices["dev-1"]["rules"] = {"hot": {"commands": []}}
     assert (await stage.stage.alarms(given)).sends == []
+    stage.world.devices["dev-1"]["rules"] = {"hot": {"commands": [{"on": "never"}]}}
+    assert (await stage.stage.alarms(given)).sends == []

@@ -95,7 +95,7 @@ class Site:
             "PRESERVARIUM_KAFKA__GROUP": name,
             "PRESERVARIUM_KAFKA__PARTITIONS": str(PARTITIONS),
             "PRESERVARIUM_KAFKA__SESSION_TIMEOUT_S": "6",
-            "PRESERVARIUM_AGENTS__ENABLED": "registry,normalize,validate,commands,downlink",
+            "PRESERVARIUM_AGENTS__ENABLED": "registry,normalize,validate,alarm,commands,downlink",
             "PRESERVARIUM_POSTGRES__URL": "postgresql://nobody@127.0.0.1:1/none",
             "PRESERVARIUM_MQTT__ENABLED": "true",
             "PRESERVARIUM_MQTT__URL": url,
@@ -125,6 +125,11 @@ class Site:
                 "name": "relay", "manufacturer": "m", "parser": "relay",
                 "downlink": {"timeout_s": 60, "commands": {"switch": {"confirm": CONFIRM}}},
             },
+            "rule/on": {
+                "name": "on", "component_type": "relay", "kind": "high", "severity": "minor", "threshold": 0.5,
+                "commands": [{"on": "raised", "device_id": "d5", "command": "switch", "fields": {"relay": 0}}],
+            },
+            "type/watched": {"name": "watched", "manufacturer": "m", "parser": "relay", "rules": ["on"]},
             "type/sleepy": {
                 "name": "sleepy", "manufacturer": "m", "parser": "relay", "downlink": {"lorawan_class": "A", "confirm": CONFIRM},
             },
@@ -133,8 +138,8 @@ class Site:
             Send(topics.TYPE_REGISTRY, key.encode(), orjson.dumps({**document, "rev": n}), 0)
             for n, (key, document) in enumerate(types.items(), 1)
         ]
-        for name in ["sleepy", *(f"d{n}" for n in range(devices))]:
-            kind = "sleepy" if name == "sleepy" else "relay"
+        for name in ["sleepy", "watched", *(f"d{n}" for n in range(devices))]:
+            kind = name if name in ("sleepy", "watched") else "relay"
             document = {"device_id": name, "rev": 9, "type": kind, "enabled": True}
             sends.append(Send(topics.DEVICE_REGISTRY, name.encode(), orjson.dumps(document)))
         await self.publisher.publish(sends)
@@ -222,7 +227,7 @@ async def site(kafka: str, broker: Mosquitto, tmp_path: Path) -> AsyncIterator[S
 
 async def test_commands_reach_devices_and_are_confirmed_by_what_they_say(site: Site, broker: Mosquitto) -> None:
     await site.workers.ready(site.workers.start())
-    await site.known(["d0", "d1", "d2", "d3", "d4"])
+    await site.known(["d0", "d1", "d2", "d3", "d4", "d5"])
 
     switched = await site.ask("d0", command="switch", fields={"relay": 1})
     story = await site.until_story(switched, lambda s: "confirm" in s)
@@ -250,6 +255,12 @@ async def test_commands_reach_devices_and_are_confirmed_by_what_they_say(site: S
     await site.devices.say("sleepy", b"\x01")
     await site.until_story(asleep, lambda s: "confirm" in s)
     assert site.devices.got[-1] == ("sleepy", b"\x00")
+
+    # An alarm asks another device.
+    await site.devices.say("watched", b"\x01")
+    await until(lambda: site.devices.got[-1] == ("d5", b"\x00"), 30, lambda: site.workers.log(-1)[-3000:])
+    (by_alarm,) = {e["command_id"] for e in await site.events() if e["requested_by"] == "alarm on"}
+    await site.until_story(by_alarm, lambda s: "confirm" in s)
 
     site.devices.answers = False
     silent = await site.ask("d2", command="switch", fields={"relay": 1}, timeout_s=1, tries=2)

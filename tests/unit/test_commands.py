@@ -626,3 +626,5 @@ def test_sections_of_the_registry_are_checked():
                        {"on": "cleared", "command": "x", "tries": 0}):  # fmt: skip
         with pytest.raises(ValueError, match=r"\w"):
             commands.check_rule_commands([wrong_rule])
+    with pytest.raises(ValueError, match="list"):
+        commands.check_rule_commands({"on": "raised"})  # type: ignore[arg-type]

@@ -248,3 +248,13 @@ async def test_a_body_that_does_not_come_is_given_up(monkeypatch):
     async with door.client:
         assert (await door.post("/ingest", body()))[0] == 408
     assert door.publisher.lines(topics.RAW) == []
+
+
+async def test_what_a_network_server_says_of_our_downlink_is_a_report(door):
+    downlink = "0123456789abcdef0123456789abcdef"
+    event = {"deviceInfo": {"devEui": "e1"}, "queueItemId": downlink, "acknowledged": True}
+    assert (await door.post("/ingest/chirpstack?event=ack", event))[0] == 202
+    (send,) = door.publisher.sends
+    line = json.loads(send.value)
+    assert (send.topic, send.key) == (topics.COMMANDS, b"e1")
+    assert (line["kind"], line["report"], line["downlink_id"]) == ("report", "acknowledged", downlink)

@@ -6,6 +6,9 @@ from uuid import UUID
 import orjson
 import pytest
 
+from preservarium import topics
+from preservarium.connectors.base import Limits
+from preservarium.connectors.mqtt import patterns_of, sends_of
 from preservarium.domain.commands import REPORTS, parse_line
 from preservarium.domain.downlinks import (
     PAYLOAD_BYTES_MAX,
@@ -148,3 +151,11 @@ def test_network_servers_report(event, word, reason):
 )  # fmt: skip
 def test_other_events_report_nothing(event):
     assert server_report(event) is None
+
+
+def test_the_mqtt_connector_takes_reports_where_uplinks_come():
+    patterns = patterns_of("application/+/device/+/event/+")
+    limits = Limits(payload_bytes_max=1_000, record_bytes_max=10_000)
+    (send,) = sends_of(patterns, "application/a/device/e/event/ack", orjson.dumps(CHIRPSTACK), limits, "MQTT", 5)
+    assert (send.topic, send.key) == (topics.COMMANDS, EUI.encode())
+    assert orjson.loads(send.value or b"")["report"] == "not_acknowledged"
