@@ -82,6 +82,15 @@ REGISTRY_RELAYED = _counter("registry_relayed_total", "Registry records that the
 REGISTRY_DOCUMENTS = _gauge("registry_documents", "Documents of iot_type_registry in this worker's memory.", "kind")
 REGISTRY_REV = _gauge("registry_rev", "Highest revision of iot_type_registry that this worker has seen.")
 
+# --- extract ---
+EXTRACT_ROWS = _counter(
+    "extract_rows_total", "Rows that the source told of: sent, gone, or known already.", "table", "outcome"
+)
+EXTRACT_LOOKS = _counter(
+    "extract_looks_total", "Looks at a table, and whether they found a change.", "table", "outcome"
+)
+EXTRACT_LEADS = _gauge("extract_leads", "1 in the worker that extracts.")
+
 # --- connectors ---
 CONNECTOR_MESSAGES = _counter("connector_messages_total", "Device messages taken, acknowledged by Kafka.", "connector")
 CONNECTOR_REFUSED = _counter("connector_refused_total", "Device messages refused at the door.", "connector", "reason")

@@ -267,6 +267,40 @@ class Sync(_Section):
     query_cache_rows_max: int = Field(10_000, ge=0, description="An answer of more rows is not kept.")
 
 
+class Extract(_Section):
+    """Tasks and employees out of a database that has no change feed."""
+
+    url: SecretStr = Field(
+        SecretStr(""), description="postgresql://… or mongodb://… of the database; empty: nothing is extracted."
+    )
+    tasks_table: str = Field("tasks", description="Table, `schema.table`, or collection of tasks; empty: none.")
+    tasks_columns: str = Field(
+        "", description="Columns that are named otherwise than the fields of docs/TASKS.md: `field=column, …`."
+    )
+    employees_table: str = Field("employees", description="Table or collection of employees; empty: none.")
+    employees_columns: str = Field("", description="As tasks_columns.")
+    time_zone: str = Field("UTC", description="Of timestamps that carry none.")
+    channel: str = Field(
+        "preservarium_extract", description="PostgreSQL: LISTENed to; its notices wake a look. Empty: none."
+    )
+    overlap_s: float = Field(
+        60.0,
+        ge=1,
+        le=3_600,
+        description="A change may become visible so long after its updated_at; more than clocks differ, and long transactions take.",
+    )
+    interval_min_s: float = Field(2.0, gt=0, json_schema_extra=RELOAD, description="Between looks while changes come.")
+    interval_max_s: float = Field(
+        900.0, gt=0, json_schema_extra=RELOAD, description="Between looks when none came for long."
+    )
+    reconcile_s: float = Field(
+        86_400.0,
+        gt=0,
+        json_schema_extra=RELOAD,
+        description="Every key is compared so often: finds rows that were deleted, and changes that left updated_at alone.",
+    )
+
+
 class Fuse(_Section):
     """Stops a partition when so much of it is refused that the fault must be ours."""
 
@@ -522,6 +556,7 @@ class Settings(BaseSettings):
     anomaly: Anomaly = Anomaly()
     sink: Sink = Sink()
     sync: Sync = Sync()
+    extract: Extract = Extract()
     fuse: Fuse = Fuse()
     breaker: Breaker = Breaker()
     mail: Mail = Mail()

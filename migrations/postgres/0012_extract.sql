@@ -1,0 +1,25 @@
+-- What was taken out of databases that have no change feed: how far, and which version of each row.
+-- Written after Kafka has acknowledged the events, so a crash in between sends some again, under the same event ids.
+
+CREATE TABLE extract_positions (
+  source        text PRIMARY KEY,
+  position      jsonb NOT NULL,
+  reconciled_at timestamptz,
+  updated_at    timestamptz NOT NULL DEFAULT now());
+COMMENT ON COLUMN extract_positions.source IS 'tasks or employees.';
+COMMENT ON COLUMN extract_positions.reconciled_at IS 'When every key was last compared with the source.';
+
+CREATE TABLE extract_rows (
+  source     text NOT NULL,
+  id         text COLLATE "C" NOT NULL,
+  changed_us bigint NOT NULL,
+  place      bigint NOT NULL,
+  key        text NOT NULL,
+  at_us      bigint,
+  PRIMARY KEY (source, id));
+COMMENT ON TABLE extract_rows IS
+  'The version of each row that was sent: what is the same is not sent again, and what the source has no more is told as deleted.';
+COMMENT ON COLUMN extract_rows.changed_us IS 'The row''s updated_at, µs since the epoch; 0 where it has none.';
+COMMENT ON COLUMN extract_rows.place IS 'Orders changes of one updated_at: the transaction that wrote the row.';
+COMMENT ON COLUMN extract_rows.key IS 'Key of its records: file_id or employee_code.';
+COMMENT ON COLUMN extract_rows.at_us IS 'assigned_at of a task, for the event that tells of its deletion.';

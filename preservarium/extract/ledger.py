@@ -1,0 +1,100 @@
+"""What was sent: how far each table was read, and the version of each of its rows.
+
+Both are written in one transaction, after Kafka has acknowledged the events. A crash before it sends them again, with the
+same ids, from the same place.
+"""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+import orjson
+
+from preservarium.extract.source import Position, Table, Version
+
+#: Keys asked about at once when all of them are compared.
+PAGE_ROWS: Final = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """The version of a row that was sent."""
+
+    version: Version
+    key: str  #: of its records
+    at_us: int | None  #: assigned_at of a task
+
+
+class Ledger:
+    """On a connection to our own database. Errors are asyncpg's."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    async def position(self, table: Table) -> tuple[Position | None, datetime | None]:
+        """(where to go on, when all keys were last compared)."""
+        row = await self._connection.fetchrow(
+            "SELECT position, reconciled_at FROM extract_positions WHERE source = $1", table
+        )
+        return (None, None) if row is None else (orjson.loads(row[0]) or None, row[1])
+
+    async def sent(self, table: Table, ids: Sequence[str]) -> dict[str, Sent]:
+        """What was sent of these rows."""
+        rows = await self._connection.fetch(
+            "SELECT id, changed_us, place, key, at_us FROM extract_rows WHERE source = $1 AND id = ANY ($2::text[])",
+            table,
+            list(ids),
+        )
+        return {r[0]: Sent((r[1], r[2]), r[3], r[4]) for r in rows}
+
+    async def record(
+        self, table: Table, sent: Mapping[str, Sent], gone: Sequence[str], position: Position | None
+    ) -> None:
+        """Keep what was sent, forget what is gone, move on."""
+        async with self._connection.transaction():
+            if sent:
+                await self._connection.execute(
+                    "INSERT INTO extract_rows (source, id, changed_us, place, key, at_us)"
+                    " SELECT $1, * FROM unnest($2::text[], $3::bigint[], $4::bigint[], $5::text[], $6::bigint[])"
+                    " ON CONFLICT (source, id) DO UPDATE SET changed_us = excluded.changed_us, place = excluded.place,"
+                    " key = excluded.key, at_us = excluded.at_us",
+                    table, list(sent), [s.version[0] for s in sent.values()], [s.version[1] for s in sent.values()],
+                    [s.key for s in sent.values()], [s.at_us for s in sent.values()],
+                )  # fmt: skip
+            if gone:
+                await self._connection.execute(
+                    "DELETE FROM extract_rows WHERE source = $1 AND id = ANY ($2::text[])", table, list(gone)
+                )
+            if position is not None:
+                await self._connection.execute(
+                    "INSERT INTO extract_positions (source, position) VALUES ($1, $2)"
+                    " ON CONFLICT (source) DO UPDATE SET position = excluded.position, updated_at = now()",
+                    table, orjson.dumps(position).decode(),
+                )  # fmt: skip
+
+    async def reconciled(self, table: Table) -> None:
+        """All keys were compared just now."""
+        await self._connection.execute(
+            "INSERT INTO extract_positions (source, position, reconciled_at) VALUES ($1, 'null', now())"
+            " ON CONFLICT (source) DO UPDATE SET reconciled_at = now()",
+            table,
+        )
+
+    async def pages(self, table: Table) -> AsyncIterator[list[str]]:
+        """Ids of all rows that were sent, a page at a time; pages may be forgotten while they are read."""
+        last = ""
+        while True:
+            rows = await self._connection.fetch(
+                "SELECT id FROM extract_rows WHERE source = $1 AND id > $2 ORDER BY id LIMIT $3", table, last, PAGE_ROWS
+            )
+            if not rows:
+                return
+            last = rows[-1][0]
+            yield [r[0] for r in rows]
+
+    async def forget(self, table: Table) -> None:
+        """Have everything sent again."""
+        async with self._connection.transaction():
+            await self._connection.execute("DELETE FROM extract_rows WHERE source = $1", table)
+            await self._connection.execute("DELETE FROM extract_positions WHERE source = $1", table)

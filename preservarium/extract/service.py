@@ -1,0 +1,280 @@
+"""One worker at a time takes changes out of the source and makes Kafka records of them.
+
+A PostgreSQL advisory lock makes one worker the leader, as for the registry's relay. Two that take themselves for the leader
+for a moment do no harm: the events that both send have the same ids.
+
+Each step: leave out versions that were sent, send, wait for Kafka's acknowledgement, record. Nothing that happens in between
+loses a change or makes another one of it.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import asyncpg
+import orjson
+import structlog
+from mode import Service
+
+from preservarium import metrics, topics
+from preservarium.domain.errors import Retry
+from preservarium.extract.ledger import Ledger, Sent
+from preservarium.extract.source import KEYS, STEP_ROWS, Change, Source, SourceError, Step, Table, Version, Woken
+from preservarium.publish import Publisher
+from preservarium.settings import Settings
+from preservarium.stage import Send
+
+log = structlog.get_logger(__name__)
+
+#: Session advisory lock of the leader.
+LEADER_LOCK_KEY: Final = 0x5052_4553_4558  # "PRESEX"
+#: How long the others wait before they ask for the lock again: the longest gap when a leader dies.
+FOLLOW_S: Final = 5.0
+#: Notices come in bursts; what one look finds is not worth several.
+SETTLE_S: Final = 0.2
+BACKOFF_FIRST_S: Final = 0.5
+BACKOFF_MAX_S: Final = 30.0
+#: Above every transaction number (32 bits): the event of a deletion is newer than any of the version that it deletes, and
+#: older than whatever comes with a later `updated_at`.
+GONE_PLACE: Final = 2**62
+
+TOPICS: Final = {"tasks": topics.TASK_EVENTS, "employees": topics.EMPLOYEES}
+
+
+def event_id(version: Version) -> str:
+    """A change's place in its source, as preservarium/domain/tasks.py orders them."""
+    return f"{version[0]}-{version[1]}"
+
+
+def send_of(table: Table, change: Change) -> Send:
+    """The record that tells of a row."""
+    line: dict[str, Any] = {"event_id": event_id(change.version), **change.fields}
+    if change.version[0]:
+        line["updated_at"] = change.version[0]
+    if table == "tasks":
+        line["task_id"] = change.id
+    return Send(TOPICS[table], _key(change.fields.get(KEYS[table])), orjson.dumps(line))
+
+
+def gone_of(table: Table, id: str, sent: Sent, *, moved_by: Version | None = None) -> Send:
+    """The record that tells that a row, as it was sent, is no more.
+
+    Args:
+        table: which.
+        id: the row's.
+        sent: its last version.
+        moved_by: the version that gave the row another key, where it still exists.
+    """
+    version = moved_by or (sent.version[0], sent.version[1] + GONE_PLACE)
+    line: dict[str, Any] = {"event_id": event_id(version), KEYS[table]: sent.key, "deleted": True}
+    if table == "tasks":
+        line |= {"task_id": id, "assigned_at": sent.at_us}
+    elif version[0]:
+        line["updated_at"] = version[0]
+    return Send(TOPICS[table], _key(sent.key), orjson.dumps(line))
+
+
+def _key(value: Any) -> bytes | None:
+    return None if value in (None, "") else str(value).encode()
+
+
+def source_of(settings: Callable[[], Settings]) -> Source:
+    """The source that the settings name.
+
+    Raises:
+        SourceError: the URL is of no kind that we know.
+    """
+    url = settings().extract.url.get_secret_value()
+    scheme = url.partition(":")[0]
+    if scheme in ("postgres", "postgresql"):
+        from preservarium.extract.postgres import PostgresSource
+
+        return PostgresSource(settings)
+    if scheme in ("mongodb", "mongodb+srv"):
+        from preservarium.extract.mongo import MongoSource
+
+        return MongoSource(settings)
+    message = f"PRESERVARIUM_EXTRACT__URL: {scheme!r} is none of postgresql, mongodb"
+    raise SourceError(message)
+
+
+class Extractor:
+    """Reads, sends and records. For one task at a time."""
+
+    def __init__(self, source: Source, ledger: Ledger, publish: Callable[[Sequence[Send]], Any]) -> None:
+        self._source = source
+        self._ledger = ledger
+        self._publish = publish
+
+    async def turn(self) -> int:
+        """Bring the topics up to what the source holds now, as far as it tells; returns the events sent.
+
+        Raises:
+            Retry: Kafka did not acknowledge.
+            Whatever the source's and our database's drivers raise.
+        """
+        total = 0
+        for table in self._source.tables:
+            position, _ = await self._ledger.position(table)
+            sent = 0
+            async for step in self._source.read(table, position):
+                sent += await self._apply(table, step)
+            if position is None:
+                # All of it was read just now: that was a comparison of all keys.
+                await self._ledger.reconciled(table)
+            metrics.EXTRACT_LOOKS.labels(table, "changed" if sent else "same").inc()
+            total += sent
+        return total
+
+    async def gone(self, table: Table, ids: Iterable[str]) -> int:
+        """Tell of rows that somebody says are gone, where they are."""
+        total = 0
+        asked = sorted(ids)
+        for start in range(0, len(asked), STEP_ROWS):
+            page = asked[start : start + STEP_ROWS]
+            there = {change.id for change in await self._source.rows(table, page)}
+            total += await self._apply(table, Step(gone=[i for i in page if i not in there]))
+        return total
+
+    async def reconcile(self, table: Table) -> int:
+        """Compare every key and version with what was sent; returns the events that this made necessary.
+
+        Finds what a watermark cannot: rows that are gone, and changes that did not move it. Memory: a page of keys.
+        """
+        total = 0
+        async for versions in self._source.versions(table):
+            sent = await self._ledger.sent(table, [id for id, _ in versions])
+            missed = [id for id, version in versions if id not in sent or version not in (None, sent[id].version)]
+            if missed:
+                total += await self._apply(table, Step(await self._source.rows(table, missed)))
+        async for page in self._ledger.pages(table):
+            total += await self.gone(table, page)
+        await self._ledger.reconciled(table)
+        if total:
+            log.info("extract_reconciled", table=table, events=total)
+        return total
+
+    async def _apply(self, table: Table, step: Step) -> int:
+        known = (
+            await self._ledger.sent(table, [*(c.id for c in step.changes), *step.gone])
+            if step.changes or step.gone
+            else {}
+        )
+        sends: list[Send] = []
+        sent: dict[str, Sent] = {}
+        for change in step.changes:
+            before = known.get(change.id)
+            key = str(change.fields.get(KEYS[table]) or "")
+            if before is not None and before.version == change.version:
+                continue
+            if before is not None and before.key and before.key != key:
+                sends.append(gone_of(table, change.id, before, moved_by=change.version))
+            sends.append(send_of(table, change))
+            at = change.fields.get("assigned_at")
+            sent[change.id] = Sent(change.version, key, at if isinstance(at, int) else None)
+        gone = [id for id in step.gone if id in known]
+        sends += [gone_of(table, id, known[id]) for id in gone if known[id].key]
+        if sends:
+            await self._publish(sends)
+        if sends or step.position is not None:
+            await self._ledger.record(table, sent, gone, step.position)
+        metrics.EXTRACT_ROWS.labels(table, "sent").inc(len(sent))
+        metrics.EXTRACT_ROWS.labels(table, "gone").inc(len(gone))
+        metrics.EXTRACT_ROWS.labels(table, "known").inc(len(step.changes) - len(sent))
+        return len(sends)
+
+    async def due(self, table: Table, reconcile_s: float) -> float:
+        """Seconds until all keys of a table are to be compared; 0 where it is time."""
+        _, at = await self._ledger.position(table)
+        if at is None:
+            return 0.0
+        return max(0.0, reconcile_s - (datetime.now(UTC) - at).total_seconds())
+
+
+class ExtractService(Service):
+    """Runs an extractor for as long as the worker runs; whatever is down, it tries again."""
+
+    def __init__(self, settings: Callable[[], Settings], publisher: Publisher, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._settings = settings
+        self._publisher = publisher
+
+    @Service.task
+    async def _work(self) -> None:
+        pause_s = BACKOFF_FIRST_S
+        said = ""
+        while not self.should_stop:
+            try:
+                await self._session()
+                pause_s, said = BACKOFF_FIRST_S, ""
+            except Exception as e:
+                # Whatever it is, also a defect of ours: the stream does not stop for it.
+                text = f"{type(e).__name__}: {e}"
+                if text != said:
+                    expected = isinstance(
+                        e, SourceError | Retry | OSError | TimeoutError | asyncpg.PostgresError | asyncpg.InterfaceError
+                    )
+                    log.warning("extract_interrupted", error=text, exc_info=None if expected else e)
+                said = text
+                metrics.EXTRACT_LEADS.set(0)
+                await self.sleep(pause_s * random.uniform(0.5, 1.0))
+                pause_s = min(pause_s * 2, BACKOFF_MAX_S)
+
+    async def _session(self) -> None:
+        """One connection's life as follower and then leader: returns when it ends or the worker stops."""
+        postgres = self._settings().postgres
+        connection = await asyncpg.connect(
+            postgres.dsn, timeout=postgres.connect_timeout_s, command_timeout=postgres.command_timeout_s
+        )
+        source: Source | None = None
+        try:
+            while not await connection.fetchval("SELECT pg_try_advisory_lock($1)", LEADER_LOCK_KEY):
+                await self.sleep(FOLLOW_S)
+                if self.should_stop:
+                    return
+            source = source_of(self._settings)
+            await source.open()
+            metrics.EXTRACT_LEADS.set(1)
+            log.info("extract_leads", tables=list(source.tables))
+            # The connection that holds the lock is the one that records: without the lock nothing is recorded.
+            await self._lead(source, Extractor(source, Ledger(connection), self._publisher.publish))
+        finally:
+            metrics.EXTRACT_LEADS.set(0)
+            if source is not None:
+                await source.close()
+            with suppress(
+                asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError
+            ):
+                await connection.close(timeout=2)
+
+    async def _lead(self, source: Source, extractor: Extractor) -> None:
+        wait_s = self._settings().extract.interval_min_s
+        woken = Woken()
+        while not self.should_stop:
+            s = self._settings().extract
+            sent = await extractor.turn()
+            for table, ids in woken.gone.items():
+                sent += await extractor.gone(table, ids)
+            due_s = s.interval_max_s
+            for table in source.tables:
+                if woken.overflow or await extractor.due(table, s.reconcile_s) <= 0:
+                    sent += await extractor.reconcile(table)
+                due_s = min(due_s, await extractor.due(table, s.reconcile_s))
+            wait_s = s.interval_min_s if sent else min(s.interval_max_s, wait_s * 2)
+            woken = await self._waited(source, max(0.01, min(wait_s, due_s)))
+            if not self.should_stop:
+                await self.sleep(SETTLE_S)
+
+    async def _waited(self, source: Source, timeout_s: float) -> Woken:
+        """What the source tells, or nothing where the worker stops meanwhile."""
+        task = asyncio.ensure_future(source.wait(timeout_s))
+        await self.wait_first(asyncio.wait([task]))
+        if not task.done():
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            return Woken()
+        return task.result()
