@@ -10,16 +10,19 @@ COMMENT ON COLUMN extract_positions.source IS 'tasks or employees.';
 COMMENT ON COLUMN extract_positions.reconciled_at IS 'When every key was last compared with the source.';
 
 CREATE TABLE extract_rows (
-  source     text NOT NULL,
-  id         text COLLATE "C" NOT NULL,
-  changed_us bigint NOT NULL,
-  place      bigint NOT NULL,
-  key        text NOT NULL,
-  at_us      bigint,
+  source      text NOT NULL,
+  id          text COLLATE "C" NOT NULL,
+  changed_us  bigint NOT NULL,
+  place       bigint NOT NULL,
+  order_us    bigint NOT NULL,
+  order_place bigint NOT NULL,
+  key         text NOT NULL,
+  at_us       bigint,
   PRIMARY KEY (source, id));
 COMMENT ON TABLE extract_rows IS
   'The version of each row that was sent: what is the same is not sent again, and what the source has no more is told as deleted.';
-COMMENT ON COLUMN extract_rows.changed_us IS 'The row''s updated_at, µs since the epoch; 0 where it has none.';
-COMMENT ON COLUMN extract_rows.place IS 'Orders changes of one updated_at: the transaction that wrote the row.';
+COMMENT ON COLUMN extract_rows.changed_us IS 'The row''s updated_at, µs since the epoch; 0 where it has none, -1 where the row is gone.';
+COMMENT ON COLUMN extract_rows.place IS 'With changed_us the row''s version: the transaction that wrote it.';
+COMMENT ON COLUMN extract_rows.order_us IS 'With order_place the id of its last event; every further one is greater.';
 COMMENT ON COLUMN extract_rows.key IS 'Key of its records: file_id or employee_code.';
-COMMENT ON COLUMN extract_rows.at_us IS 'assigned_at of a task, for the event that tells of its deletion.';
+COMMENT ON COLUMN extract_rows.at_us IS 'assigned_at of a task, for the event that tells of its deletion; of a row that is gone, when that was seen.';

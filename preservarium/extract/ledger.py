@@ -11,10 +11,14 @@ from typing import Any, Final
 
 import orjson
 
-from preservarium.extract.source import Position, Table, Version
+from preservarium.extract.source import Order, Position, Table, Version
 
 #: Keys asked about at once when all of them are compared.
 PAGE_ROWS: Final = 2_000
+#: Version of a row that is gone.
+GONE: Final[Version] = (-1, 0)
+#: A row that is gone is remembered for so long, so that its events, if it comes again, are newer than its deletion.
+GONE_KEPT_S: Final = 7 * 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +26,14 @@ class Sent:
     """The version of a row that was sent."""
 
     version: Version
+    order: Order  #: of its last event
     key: str  #: of its records
-    at_us: int | None  #: assigned_at of a task
+    at_us: int | None  #: assigned_at of a task; of a row that is gone, when that was seen
+
+    @property
+    def gone(self) -> bool:
+        """Whether its deletion was the last that was sent."""
+        return self.version == GONE
 
 
 class Ledger:
@@ -42,30 +52,25 @@ class Ledger:
     async def sent(self, table: Table, ids: Sequence[str]) -> dict[str, Sent]:
         """What was sent of these rows."""
         rows = await self._connection.fetch(
-            "SELECT id, changed_us, place, key, at_us FROM extract_rows WHERE source = $1 AND id = ANY ($2::text[])",
+            "SELECT id, changed_us, place, order_us, order_place, key, at_us FROM extract_rows WHERE source = $1 AND id = ANY ($2::text[])",
             table,
             list(ids),
         )
-        return {r[0]: Sent((r[1], r[2]), r[3], r[4]) for r in rows}
+        return {r[0]: Sent((r[1], r[2]), (r[3], r[4]), r[5], r[6]) for r in rows}
 
-    async def record(
-        self, table: Table, sent: Mapping[str, Sent], gone: Sequence[str], position: Position | None
-    ) -> None:
-        """Keep what was sent, forget what is gone, move on."""
+    async def record(self, table: Table, sent: Mapping[str, Sent], position: Position | None) -> None:
+        """Keep what was sent, and move on."""
         async with self._connection.transaction():
             if sent:
                 await self._connection.execute(
-                    "INSERT INTO extract_rows (source, id, changed_us, place, key, at_us)"
-                    " SELECT $1, * FROM unnest($2::text[], $3::bigint[], $4::bigint[], $5::text[], $6::bigint[])"
+                    "INSERT INTO extract_rows (source, id, changed_us, place, order_us, order_place, key, at_us)"
+                    " SELECT $1, * FROM unnest($2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::text[], $8::bigint[])"
                     " ON CONFLICT (source, id) DO UPDATE SET changed_us = excluded.changed_us, place = excluded.place,"
-                    " key = excluded.key, at_us = excluded.at_us",
+                    " order_us = excluded.order_us, order_place = excluded.order_place, key = excluded.key, at_us = excluded.at_us",
                     table, list(sent), [s.version[0] for s in sent.values()], [s.version[1] for s in sent.values()],
+                    [s.order[0] for s in sent.values()], [s.order[1] for s in sent.values()],
                     [s.key for s in sent.values()], [s.at_us for s in sent.values()],
                 )  # fmt: skip
-            if gone:
-                await self._connection.execute(
-                    "DELETE FROM extract_rows WHERE source = $1 AND id = ANY ($2::text[])", table, list(gone)
-                )
             if position is not None:
                 await self._connection.execute(
                     "INSERT INTO extract_positions (source, position) VALUES ($1, $2)"
@@ -74,7 +79,11 @@ class Ledger:
                 )  # fmt: skip
 
     async def reconciled(self, table: Table) -> None:
-        """All keys were compared just now."""
+        """All keys were compared just now; what has been gone for long is forgotten."""
+        await self._connection.execute(
+            "DELETE FROM extract_rows WHERE source = $1 AND changed_us < 0 AND at_us < (extract(epoch FROM now()) - $2) * 1000000",
+            table, GONE_KEPT_S,
+        )  # fmt: skip
         await self._connection.execute(
             "INSERT INTO extract_positions (source, position, reconciled_at) VALUES ($1, 'null', now())"
             " ON CONFLICT (source) DO UPDATE SET reconciled_at = now()",
@@ -86,15 +95,12 @@ class Ledger:
         last = ""
         while True:
             rows = await self._connection.fetch(
-                "SELECT id FROM extract_rows WHERE source = $1 AND id > $2 ORDER BY id LIMIT $3", table, last, PAGE_ROWS
+                "SELECT id FROM extract_rows WHERE source = $1 AND id > $2 AND changed_us >= 0 ORDER BY id LIMIT $3",
+                table,
+                last,
+                PAGE_ROWS,
             )
             if not rows:
                 return
             last = rows[-1][0]
             yield [r[0] for r in rows]
-
-    async def forget(self, table: Table) -> None:
-        """Have everything sent again."""
-        async with self._connection.transaction():
-            await self._connection.execute("DELETE FROM extract_rows WHERE source = $1", table)
-            await self._connection.execute("DELETE FROM extract_positions WHERE source = $1", table)

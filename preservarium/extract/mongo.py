@@ -60,6 +60,7 @@ class MongoSource:
         self._streams: dict[Table, Any] = {}
         self._waiting: dict[Table, Any] = {}  #: a change that `wait` took from a stream
         self._compare = False
+        self._now_us = 0
 
     @property
     def tables(self) -> Sequence[Table]:
@@ -137,6 +138,7 @@ class MongoSource:
                         # That change is read with the collection, and once more after it.
                         self._waiting[table] = None
                 after = json_util.loads(position["after"]) if position and "after" in position else None
+                await self.now_us()
                 async for step in self._snapshot(table, after, token):
                     yield step
                 yield Step(position={"token": token})
@@ -162,11 +164,19 @@ class MongoSource:
             page.append(document)
             if len(page) == STEP_ROWS:
                 at = json_util.dumps(page[-1]["_id"])
-                yield Step([self._change(table, d, None) for d in page], position={"token": token, "after": at})
+                yield Step(
+                    [self._change(table, d, None) for d in page],
+                    position={"token": token, "after": at},
+                    observed_us=self._now_us,
+                )
                 page = []
         if page:
             at = json_util.dumps(page[-1]["_id"])
-            yield Step([self._change(table, d, None) for d in page], position={"token": token, "after": at})
+            yield Step(
+                [self._change(table, d, None) for d in page],
+                position={"token": token, "after": at},
+                observed_us=self._now_us,
+            )
 
     async def _changes(self, table: Table, stream: Any) -> AsyncIterator[Step]:
         from bson import json_util
@@ -194,7 +204,7 @@ class MongoSource:
                     changes[id] = self._change(table, document, event["clusterTime"])
             if seen:
                 position = {"again": True} if ended else {"token": json_util.dumps(stream.resume_token)}
-                yield Step(list(changes.values()), list(gone), position)
+                yield Step(list(changes.values()), list(gone), position, await self.now_us())
             if ended:
                 log.warning("extract_collection_ended", table=table, action="everything is read once more")
                 self._compare = True
@@ -218,7 +228,16 @@ class MongoSource:
         changed = _value(document.get(columns["updated_at"]))
         if type(changed) is not int:
             changed = at.time * 1_000_000 if at is not None else 0
-        return Change(_text(document["_id"]), (changed, 0 if at is None else at.time << 32 | at.inc), fields)
+        version = changed, 0 if at is None else at.time << 32 | at.inc
+        # By the log's time, and not by what writers say: a stream tells changes in the order in which they happened.
+        order = (self._now_us, 0) if at is None else (at.time * 1_000_000, version[1])
+        return Change(_text(document["_id"]), version, order, fields)
+
+    async def now_us(self) -> int:
+        """See `Source`."""
+        hello = await self._client.admin.command("hello")
+        self._now_us = _value(hello.get("localTime")) or time.time_ns() // 1_000
+        return self._now_us
 
     async def versions(self, table: Table) -> AsyncIterator[list[tuple[str, Version | None]]]:
         """See `Source`. A stream misses nothing, so only which documents there are is compared."""
@@ -233,6 +252,7 @@ class MongoSource:
 
     async def rows(self, table: Table, ids: Sequence[str]) -> list[Change]:
         """See `Source`."""
+        await self.now_us()
         wanted = [candidate for id in ids for candidate in _candidates(id)]
         found = self._collection(table).find({"_id": {"$in": wanted}}).batch_size(STEP_ROWS)
         return [self._change(table, document, None) async for document in found]

@@ -128,9 +128,16 @@ class _Table:
             f" UNION ALL SELECT '{_NO_TIME}', count(*), {digest} FROM {self.name} WHERE {self.at} IS NULL HAVING count(*) > 0"
         )
 
-    def change(self, row: Any) -> Change:
-        fields = dict(zip(self.fields, row[3:], strict=True))
-        return Change(row[0], (row[1] or 0, row[2]), fields)
+    def change(self, row: Any, unsure_us: int = 0) -> Change:
+        """A row as a change.
+
+        Args:
+            row: of `select`.
+            unsure_us: the time of the look where a newer version than this one's number says may have been sent.
+        """
+        version = row[1] or 0, row[2]
+        order = (max(unsure_us, version[0]), unsure_us) if unsure_us else version
+        return Change(row[0], version, order, dict(zip(self.fields, row[3:], strict=True)))
 
 
 def _us(sql: str) -> str:
@@ -212,14 +219,17 @@ class PostgresSource:
 
     # --- reading
 
-    async def _horizon(self) -> tuple[str, str]:
-        """(the second below which nothing can come any more, a second far above it), as text in the session's time zone.
+    async def _horizon(self) -> tuple[str, str, int]:
+        """(the second below which nothing can come any more, a second far above it, now).
+
+        The seconds are text in the session's time zone, now is in µs since the epoch.
 
         Other roles' transactions are hidden from a role without pg_read_all_stats; for them the overlap must do.
         """
         row = await self._connection.fetchrow(
             """
-            SELECT date_trunc('second', h)::text, date_trunc('second', h + make_interval(secs => $3))::text FROM (
+            SELECT date_trunc('second', h)::text, date_trunc('second', h + make_interval(secs => $3))::text,
+                   (extract(epoch FROM now()) * 1000000)::bigint FROM (
               SELECT greatest(now() - make_interval(secs => $2), least(
                 now() - make_interval(secs => $1),
                 (SELECT min(xact_start) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()),
@@ -229,14 +239,18 @@ class PostgresSource:
             float(max(HOLD_MAX_S, self._settings().extract.overlap_s)),
             float(AHEAD_MAX_S),
         )
-        return row[0], row[1]
+        return row[0], row[1], row[2]
 
     async def read(self, table: Table, position: Position | None) -> AsyncIterator[Step]:
         """See `Source`."""
         t = self._tables[table]
-        horizon, ahead = await self._horizon()
+        horizon, ahead, now_us = await self._horizon()
+        unsure_us = 0
         if table not in self._sent:
-            async for step in self._walk(t, position, horizon):
+            # Above the recorded line whoever was here before us may have sent what was not recorded, and transactions that
+            # were open then may have written since, with an older time. Below it neither can be.
+            unsure_us = now_us if position is not None and "at" in position else 0
+            async for step in self._walk(t, position, horizon, now_us, unsure_us):
                 yield step
             self._sent[table] = {}
             self._at[table] = horizon
@@ -247,13 +261,15 @@ class PostgresSource:
         for name in sorted(groups):
             if before.get(name) == groups[name]:
                 continue
-            async for changes in self._group(t, name, ahead):
-                yield Step(changes, position={"at": self._at[table]})
+            async for rows in self._group(t, name, ahead):
+                yield Step([t.change(r, unsure_us) for r in rows], position={"at": self._at[table]}, observed_us=now_us)
             self._sent[table][name] = groups[name]
         # Rows of the seconds below are settled now: they were read after the horizon was drawn.
         self._at[table] = max(self._at[table], horizon)
 
-    async def _walk(self, t: _Table, position: Position | None, horizon: str) -> AsyncIterator[Step]:
+    async def _walk(
+        self, t: _Table, position: Position | None, horizon: str, now_us: int, unsure_us: int
+    ) -> AsyncIterator[Step]:
         where, arguments = f"{t.at} < $1::text::{t.at_type}", [horizon]
         if position is not None and position.get("walk"):
             arguments += position["walk"]
@@ -263,11 +279,14 @@ class PostgresSource:
             where += f" AND {t.at} >= $2::text::{t.at_type}"
         query = f"{t.select.replace('SELECT ', f'SELECT {t.at}::text, ', 1)} WHERE {where} ORDER BY {t.at}, {t.id}"
         async for rows in self._cursor(query, *arguments):
-            yield Step([t.change(r[1:]) for r in rows], position={"walk": [rows[-1][0], rows[-1][1]]})
+            changes = [t.change(r[1:], unsure_us) for r in rows]
+            # A line that was recorded stays until all above it was read: what is above it stays unsure.
+            walked: Position | None = {"walk": [rows[-1][0], rows[-1][1]]} if not unsure_us else None
+            yield Step(changes, position=walked, observed_us=now_us)
         if position is None or position.get("walk"):
             yield Step(position={"at": horizon})
 
-    async def _group(self, t: _Table, name: str, ahead: str) -> AsyncIterator[list[Change]]:
+    async def _group(self, t: _Table, name: str, ahead: str) -> AsyncIterator[list[Any]]:
         if name == _NO_TIME:
             where, arguments = f"{t.at} IS NULL", []
         elif name == _LATER:
@@ -277,7 +296,7 @@ class PostgresSource:
             at = f"$1::text::{t.at_type}"
             where, arguments = f"{t.at} BETWEEN {at} AND {at} + INTERVAL '999999 microseconds'", [name]
         async for rows in self._cursor(f"{t.select} WHERE {where}", *arguments):
-            yield [t.change(r) for r in rows]
+            yield rows
 
     async def _cursor(self, query: str, *arguments: Any) -> AsyncIterator[list[Any]]:
         """Rows of one picture of the table, `STEP_ROWS` at a time, through a cursor on the server."""
@@ -294,8 +313,14 @@ class PostgresSource:
     async def rows(self, table: Table, ids: Sequence[str]) -> list[Change]:
         """See `Source`."""
         t = self._tables[table]
+        now_us = await self.now_us()
         found = await self._connection.fetch(f"{t.select} WHERE {t.id} = ANY ($1::text[]::{t.id_type}[])", list(ids))
-        return [t.change(r) for r in found]
+        return [t.change(r, now_us) for r in found]
+
+    async def now_us(self) -> int:
+        """See `Source`."""
+        now: int = await self._connection.fetchval("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
+        return now
 
     # --- waiting
 

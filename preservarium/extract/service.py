@@ -21,8 +21,8 @@ from mode import Service
 
 from preservarium import metrics, topics
 from preservarium.domain.errors import Retry
-from preservarium.extract.ledger import Ledger, Sent
-from preservarium.extract.source import KEYS, STEP_ROWS, Change, Source, SourceError, Step, Table, Version, Woken
+from preservarium.extract.ledger import GONE, Ledger, Sent
+from preservarium.extract.source import KEYS, STEP_ROWS, Change, Order, Source, SourceError, Step, Table, Woken
 from preservarium.publish import Publisher
 from preservarium.settings import Settings
 from preservarium.stage import Send
@@ -37,21 +37,25 @@ FOLLOW_S: Final = 5.0
 SETTLE_S: Final = 0.2
 BACKOFF_FIRST_S: Final = 0.5
 BACKOFF_MAX_S: Final = 30.0
-#: Above every transaction number (32 bits): the event of a deletion is newer than any of the version that it deletes, and
-#: older than whatever comes with a later `updated_at`.
-GONE_PLACE: Final = 2**62
 
 TOPICS: Final = {"tasks": topics.TASK_EVENTS, "employees": topics.EMPLOYEES}
 
 
-def event_id(version: Version) -> str:
-    """A change's place in its source, as preservarium/domain/tasks.py orders them."""
-    return f"{version[0]}-{version[1]}"
+def event_id(order: Order) -> str:
+    """As preservarium/domain/tasks.py orders them."""
+    return f"{order[0]}-{order[1]}"
 
 
-def send_of(table: Table, change: Change) -> Send:
+def after(order: Order, before: Order | None, observed_us: int) -> Order:
+    """An event's order, greater than that of the row's last one."""
+    if before is None or order > before:
+        return order
+    return before[0], max(before[1] + 1, observed_us)
+
+
+def send_of(table: Table, change: Change, order: Order) -> Send:
     """The record that tells of a row."""
-    line: dict[str, Any] = {"event_id": event_id(change.version), **change.fields}
+    line: dict[str, Any] = {"event_id": event_id(order), **change.fields}
     if change.version[0]:
         line["updated_at"] = change.version[0]
     if table == "tasks":
@@ -59,21 +63,13 @@ def send_of(table: Table, change: Change) -> Send:
     return Send(TOPICS[table], _key(change.fields.get(KEYS[table])), orjson.dumps(line))
 
 
-def gone_of(table: Table, id: str, sent: Sent, *, moved_by: Version | None = None) -> Send:
-    """The record that tells that a row, as it was sent, is no more.
-
-    Args:
-        table: which.
-        id: the row's.
-        sent: its last version.
-        moved_by: the version that gave the row another key, where it still exists.
-    """
-    version = moved_by or (sent.version[0], sent.version[1] + GONE_PLACE)
-    line: dict[str, Any] = {"event_id": event_id(version), KEYS[table]: sent.key, "deleted": True}
+def gone_of(table: Table, id: str, sent: Sent, order: Order) -> Send:
+    """The record that tells that a row, as it was sent, is no more."""
+    line: dict[str, Any] = {"event_id": event_id(order), KEYS[table]: sent.key, "deleted": True}
     if table == "tasks":
         line |= {"task_id": id, "assigned_at": sent.at_us}
-    elif version[0]:
-        line["updated_at"] = version[0]
+    elif sent.version[0]:
+        line["updated_at"] = sent.version[0]
     return Send(TOPICS[table], _key(sent.key), orjson.dumps(line))
 
 
@@ -136,7 +132,8 @@ class Extractor:
         for start in range(0, len(asked), STEP_ROWS):
             page = asked[start : start + STEP_ROWS]
             there = {change.id for change in await self._source.rows(table, page)}
-            total += await self._apply(table, Step(gone=[i for i in page if i not in there]))
+            missing = [i for i in page if i not in there]
+            total += await self._apply(table, Step(gone=missing, observed_us=await self._source.now_us()))
         return total
 
     async def reconcile(self, table: Table) -> int:
@@ -147,9 +144,14 @@ class Extractor:
         total = 0
         async for versions in self._source.versions(table):
             sent = await self._ledger.sent(table, [id for id, _ in versions])
-            missed = [id for id, version in versions if id not in sent or version not in (None, sent[id].version)]
+            missed = [
+                id
+                for id, version in versions
+                if id not in sent or sent[id].gone or version not in (None, sent[id].version)
+            ]
             if missed:
-                total += await self._apply(table, Step(await self._source.rows(table, missed)))
+                step = Step(await self._source.rows(table, missed), observed_us=await self._source.now_us())
+                total += await self._apply(table, step)
         async for page in self._ledger.pages(table):
             total += await self.gone(table, page)
         await self._ledger.reconciled(table)
@@ -158,32 +160,37 @@ class Extractor:
         return total
 
     async def _apply(self, table: Table, step: Step) -> int:
-        known = (
-            await self._ledger.sent(table, [*(c.id for c in step.changes), *step.gone])
-            if step.changes or step.gone
-            else {}
-        )
+        asked = [*(c.id for c in step.changes), *step.gone]
+        known = await self._ledger.sent(table, asked) if asked else {}
         sends: list[Send] = []
         sent: dict[str, Sent] = {}
         for change in step.changes:
             before = known.get(change.id)
-            key = str(change.fields.get(KEYS[table]) or "")
             if before is not None and before.version == change.version:
                 continue
-            if before is not None and before.key and before.key != key:
-                sends.append(gone_of(table, change.id, before, moved_by=change.version))
-            sends.append(send_of(table, change))
+            key = str(change.fields.get(KEYS[table]) or "")
+            order = after(change.order, None if before is None else before.order, step.observed_us)
+            if before is not None and not before.gone and before.key not in ("", key):
+                sends.append(gone_of(table, change.id, before, order))
+            sends.append(send_of(table, change, order))
             at = change.fields.get("assigned_at")
-            sent[change.id] = Sent(change.version, key, at if isinstance(at, int) else None)
-        gone = [id for id in step.gone if id in known]
-        sends += [gone_of(table, id, known[id]) for id in gone if known[id].key]
+            sent[change.id] = Sent(change.version, order, key, at if isinstance(at, int) else None)
+        changed = len(sent)
+        for id in step.gone:
+            before = known.get(id)
+            if before is not None and not before.gone:
+                # An event that was not recorded may have been sent: newer than whatever was seen before now.
+                order = after((step.observed_us, step.observed_us), before.order, step.observed_us)
+                if before.key:
+                    sends.append(gone_of(table, id, before, order))
+                sent[id] = Sent(GONE, order, before.key, step.observed_us)
         if sends:
             await self._publish(sends)
-        if sends or step.position is not None:
-            await self._ledger.record(table, sent, gone, step.position)
-        metrics.EXTRACT_ROWS.labels(table, "sent").inc(len(sent))
-        metrics.EXTRACT_ROWS.labels(table, "gone").inc(len(gone))
-        metrics.EXTRACT_ROWS.labels(table, "known").inc(len(step.changes) - len(sent))
+        if sent or step.position is not None:
+            await self._ledger.record(table, sent, step.position)
+        metrics.EXTRACT_ROWS.labels(table, "sent").inc(changed)
+        metrics.EXTRACT_ROWS.labels(table, "gone").inc(len(sent) - changed)
+        metrics.EXTRACT_ROWS.labels(table, "known").inc(len(step.changes) - changed)
         return len(sends)
 
     async def due(self, table: Table, reconcile_s: float) -> float:

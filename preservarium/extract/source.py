@@ -2,7 +2,12 @@
 
 A source reads and never writes. It gives changes in steps of at most `STEP_ROWS`, each with the position after it; a step
 is recorded once Kafka has acknowledged it, and the source is asked for the next one only then. It may give a row more than
-once, and in any order: the ledger leaves out versions that were sent, and an event's id says which version is newer.
+once: the ledger leaves out versions that were sent.
+
+**Which event of a row is newer.** Not the one with the greater `updated_at`: a transaction that began earlier may write
+last, with the time of its beginning, and so may a writer whose clock is behind. What was seen later is newer. An event's
+id is made of the row's version alone as long as that grows, so that a repetition after a crash has the same id; where it
+does not, or where an event may have been sent that was not recorded, of the time when it was seen.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -17,8 +22,10 @@ STEP_ROWS: Final = 500
 Table = Literal["tasks", "employees"]
 #: Where a source goes on, as JSON; None: from the beginning.
 Position = dict[str, Any]
-#: (updated_at in µs since the epoch, 0 where there is none; the order among changes of one instant)
+#: (updated_at in µs since the epoch, 0 where there is none; which of several changes of one instant)
 Version = tuple[int, int]
+#: Orders the events of a row: two numbers, the first µs since the epoch. Its text is the event's id.
+Order = tuple[int, int]
 
 #: Fields of a task and of an employee that are taken over where the source has them (preservarium/domain/tasks.py).
 FIELDS: Final[dict[Table, tuple[str, ...]]] = {
@@ -43,6 +50,8 @@ class Change:
 
     id: str  #: the source's key of the row
     version: Version
+    #: where its event belongs among those of the row; the service makes it greater where an earlier one was as great
+    order: Order
     fields: dict[str, Any]  #: of FIELDS; instants in µs since the epoch, UTC
 
 
@@ -53,6 +62,7 @@ class Step:
     changes: Sequence[Change] = ()
     gone: Sequence[str] = ()  #: ids of rows that are no more
     position: Position | None = None  #: None: as before
+    observed_us: int = 0  #: the source's clock when this was seen, µs since the epoch
 
 
 @dataclass(slots=True)
@@ -92,6 +102,10 @@ class Source(Protocol):
 
     async def rows(self, table: Table, ids: Sequence[str]) -> list[Change]:
         """The rows of these ids that there are."""
+        ...
+
+    async def now_us(self) -> int:
+        """The source's clock, µs since the epoch."""
         ...
 
     async def wait(self, timeout_s: float) -> Woken:

@@ -163,6 +163,7 @@ async def test_fields_and_instants(client: Client, tasks: Collection) -> None:
     tasks.put(id, who=7, updated_at=AT, completed_at=None, note="not ours")
     (change,) = (await steps(await opened(client, tasks_columns="employee_code=who")))[0].changes
     assert (change.id, change.version) == (str(id), (AT_US, 0))
+    assert change.order > (0, 0)
     assert change.fields == {
         "file_id": "f", "stage": "s", "status": "x", "employee_code": 7, "assigned_at": AT_US, "completed_at": None,
     }  # fmt: skip
