@@ -93,11 +93,16 @@ class GroupStage:
     def carry_out(self, effects: Effects) -> None:
         self.sent += lines(self.world.carry_out(effects, self.partition), topics.NOTICES)
 
-    async def tick(self, crash: str = "", behind: bool = False) -> None:
-        """One tick; `crash`: before anything, after the sends, or in the middle of writing the state."""
+    async def tick(self, crash: str = "", behind: bool = False) -> bool:
+        """One tick; whether it crashed.
+
+        `crash`: where there is something to carry out, do it not at all (before), but for the state (sent), or with the
+        first half of the state (between).
+        """
         effects = await self.stage.tick(Tick(self.partition, self.now_us, self.first, behind))
         self.first = False
-        if crash:
+        crashes = bool(crash and (effects.sends or (effects.puts and crash != "sent")))
+        if crashes:
             self.sent += lines(effects.sends if crash != "before" else [], topics.NOTICES)
             if crash == "between":
                 for table, items in effects.puts.items():
@@ -107,6 +112,7 @@ class GroupStage:
             self.start()
         else:
             self.carry_out(effects)
+        return crashes
 
     async def run(self, seconds: float, step_s: float = 1.0) -> list[dict[str, Any]]:
         """Let time pass; what was sent meanwhile."""

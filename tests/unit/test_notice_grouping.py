@@ -217,6 +217,31 @@ async def test_beyond_the_limit_one_notice_says_how_many_were_held():
     assert told[0]["held"]["notices"] == 4
 
 
+async def test_a_worker_whose_clock_is_behind_goes_on_numbering():
+    stage = GroupStage({"group_by": ["alarm"], "group_wait_s": 0})
+    stage.go_to(US + 500 * S)
+    await stage.hear(event(transition(1), 1))
+    await stage.run(3)
+    stage.world.clock._now_us -= 100 * S
+    stage.start()
+    await stage.hear(event(transition(2), 2))
+    await stage.run(3)
+    one, two = stage.sent
+    assert two["number"] == one["number"] + 1
+
+
+async def test_a_recipient_whose_state_was_lost_is_told_under_new_numbers():
+    stage = GroupStage({"group_by": ["alarm"], "group_wait_s": 0})
+    await stage.hear(event(transition(1), 1))
+    await stage.run(3)
+    stage.world.tables.clear()
+    stage.start()
+    await stage.hear(event(transition(2), 2))
+    await stage.run(3)
+    one, two = stage.sent
+    assert two["number"] > one["number"]
+
+
 async def test_alarms_beyond_what_a_document_holds_are_counted():
     stage = GroupStage({"group_wait_s": 0})
     extra = 7
@@ -286,7 +311,7 @@ _operation = st.one_of(
     st.tuples(st.just("raise"), _point, st.sampled_from(["critical", "major", "minor"]), st.sampled_from([0, 0, 120])),
     st.tuples(st.sampled_from(["clear", "acknowledge", "shelve", "withdraw", "again"]), _point),
     st.tuples(st.just("wait"), st.sampled_from([1, 5, 31, 301, 1_000, 4_000])),
-    st.tuples(st.just("crash"), st.sampled_from(["before", "sent", "between", "hear"])),
+    st.tuples(st.just("crash"), st.sampled_from(["before", "sent", "between", "hear"]), st.sampled_from([1, 10, 100])),
 )
 
 
@@ -313,10 +338,10 @@ class Plant:
             if self.heard:
                 await self.stage.hear(*self.heard[-3:])
         elif what == "crash":
-            self.stage.advance(1)
-            await self.stage.tick(crash=rest[0])
-            self.stage.advance(1)
-            await self.stage.tick()
+            for _ in range(40):
+                self.stage.advance(rest[1])
+                if await self.stage.tick(crash=rest[0]):
+                    break
         elif what == "raise":
             await self._raise(*rest)
         else:
@@ -402,12 +427,13 @@ def test_a_crash_at_any_tick_gives_the_same_notices(operations: list[tuple[Any, 
         ticks = 0
         original = plant.stage.tick
 
-        async def tick(crash: str = "", behind: bool = False) -> None:
+        async def tick(crash: str = "", behind: bool = False) -> bool:
             nonlocal ticks
             ticks += 1
             if ticks == crash_at:
                 await original(crash="sent")
-            await original(crash, behind)
+                ticks += 1
+            return await original(crash, behind)
 
         plant.stage.tick = tick  # type: ignore[method-assign]
         for operation in operations:
@@ -416,3 +442,89 @@ def test_a_crash_at_any_tick_gives_the_same_notices(operations: list[tuple[Any, 
         return plant.stage.deliveries()
 
     assert asyncio.run(run(where)) == asyncio.run(run(-1))
+
+
+# --- the reference ---------------------------------------------------------------------------------------------------
+
+
+class Alertmanager:
+    """Alertmanager's dispatching and de-duplication for one group, written from its documentation: the oracle.
+
+    A new group is flushed after group_wait, then every group_interval. A flush notifies where an alert fires that the last
+    notification did not name as firing, where one was resolved since it was named, or, of what still fires, when
+    repeat_interval is over. Resolved alerts leave with the flush that tells of them; an empty group is gone.
+    """
+
+    def __init__(self, wait_s: int, interval_s: int, repeat_s: int) -> None:
+        self.wait_s, self.interval_s, self.repeat_s = wait_s, interval_s, repeat_s
+        self.alerts: dict[int, bool] = {}  #: whether it fires
+        self.flush_s: int | None = None
+        self.named: frozenset[int] = frozenset()
+        self.notified_s: int | None = None
+        self.notifications: list[tuple[int, frozenset[int], frozenset[int]]] = []
+
+    def put(self, now_s: int, alert: int, firing: bool) -> None:
+        if not self.alerts:
+            self.flush_s, self.named, self.notified_s = now_s + self.wait_s, frozenset(), None
+        self.alerts[alert] = firing
+
+    def advance(self, now_s: int) -> None:
+        if self.flush_s is None or now_s < self.flush_s:
+            return
+        firing = frozenset(a for a, fires in self.alerts.items() if fires)
+        resolved = frozenset(self.alerts) - firing
+        is_repeat = self.notified_s is not None and firing and now_s - self.notified_s >= self.repeat_s
+        if firing - self.named or resolved & self.named or is_repeat:
+            self.notifications.append((now_s, firing, resolved))
+            self.named, self.notified_s = firing, now_s
+        self.alerts = dict.fromkeys(firing, True)
+        self.flush_s = now_s + self.interval_s if self.alerts else None
+
+
+_life = st.tuples(st.integers(0, 700), st.none() | st.integers(0, 700))
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(
+    lives=st.lists(_life, min_size=1, max_size=6),
+    wait_s=st.sampled_from([0, 10, 30]),
+    interval_s=st.sampled_from([20, 60, 300]),
+    repeat_s=st.sampled_from([60, 290, 900]),
+)
+def test_the_intervals_are_alertmanagers(
+    lives: list[tuple[int, int | None]], wait_s: int, interval_s: int, repeat_s: int
+):
+    """Alarms that are told before they are over: what was over before is where we differ, and say so."""
+    happenings: dict[int, list[tuple[int, bool]]] = {}
+    for number, (raised_s, lasted_s) in enumerate(lives):
+        happenings.setdefault(raised_s, []).append((number, True))
+        if lasted_s is not None:
+            over_s = raised_s + wait_s + interval_s + 1 + lasted_s
+            happenings.setdefault(over_s, []).append((number, False))
+
+    async def ours() -> tuple[list[Any], list[Any]]:
+        intervals = {"group_wait_s": wait_s, "group_interval_s": interval_s, "repeat_interval_s": repeat_s}
+        stage = GroupStage({**intervals, "limit": {"notices": 1_000, "window_s": 3_600}})
+        oracle = Alertmanager(wait_s, interval_s, repeat_s)
+        offset = 0
+        for now_s in range(2_200):
+            for number, firing in happenings.get(now_s, ()):
+                offset += 1
+                oracle.put(now_s, number, firing)
+                await stage.hear(event(transition(number) if firing else cleared(number, offset), offset))
+            await stage.tick()
+            oracle.advance(now_s)
+            stage.advance(1)
+        await stage.tick()
+        told = [
+            (
+                (d["planned_at"] - US) // S,
+                frozenset(int(x["device_id"][4:]) for x in d["lines"] if x["status"] == "raised"),
+                frozenset(int(x["device_id"][4:]) for x in d["lines"] if x["status"] == "cleared"),
+            )
+            for d in stage.sent
+        ]
+        return told, oracle.notifications
+
+    told, expected = asyncio.run(ours())
+    assert told == expected
