@@ -21,17 +21,23 @@ from typing import Any, Final, cast
 import asyncpg
 import orjson
 
+from preservarium.backtest_notices import kept, played
+from preservarium.catalogue import Catalogue
 from preservarium.domain.alarm_history import AlarmKey, Difference, Playback, Tally, compare
 from preservarium.domain.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc, RuleDoc
 from preservarium.domain.errors import PreservariumError
 from preservarium.domain.rules import DeviceRules, compile_rules
+from preservarium.notices.grouping import Policies
 from preservarium.registry_file import SECTIONS
 from preservarium.registry_file import read as read_registry
-from preservarium.settings import Settings
+from preservarium.settings import LiveSettings, Settings
 from preservarium.stores import history
 
 #: Alarms that a report lists one by one, those raised most often; the sums are of all.
 LISTED_MAX: Final = 1_000
+#: Transitions that are kept to say which notices they would have made, some 1 KB each. Whoever gets more needs no count
+#: of notices but a better rule.
+HEARD_MAX: Final = 50_000
 #: More processes than that wait for PostgreSQL.
 PROCESSES_MAX: Final = 4
 #: Readings after which the progress is told.
@@ -71,6 +77,10 @@ class Result:
     differing: int = 0  #: alarms that are not the same under both rules
     difference: dict[str, Difference] = field(default_factory=dict)  #: by rule
     told: dict[str, int] = field(default_factory=dict)  #: recipient -> transitions
+    heard: list[bytes] = field(default_factory=list)  #: transitions for `backtest_notices`; at most `HEARD_MAX`
+    unheard: int = 0  #: transitions that found no room
+    #: recipient -> kind -> notices that would have gone out; None: too many transitions to say
+    notices: dict[str, dict[str, int]] | None = None
     problems: list[str] = field(default_factory=list)
 
     def add(self, other: "Result") -> None:
@@ -86,6 +96,9 @@ class Result:
             self.difference.setdefault(rule, Difference()).add(difference)
         for recipient, count in other.told.items():
             self.told[recipient] = self.told.get(recipient, 0) + count
+        room = HEARD_MAX - len(self.heard)
+        self.unheard += other.unheard + max(0, len(other.heard) - room)
+        self.heard += other.heard[:room]
         self.alarms = nlargest(LISTED_MAX, [*self.alarms, *other.alarms], key=lambda one: (one[1].raised, one[0]))
         self.problems = list(dict.fromkeys([*self.problems, *other.problems]))[:LISTED_MAX]
 
@@ -102,7 +115,8 @@ class Result:
             "live": {rule: _sums(tally) for rule, tally in sorted(self.live.items())} if test.against_live else None,
             "against_live": against,
             "alarms_differing": self.differing if test.against_live else None,
-            "notices": {"counted": "transitions, not grouped", "recipients": dict(sorted(self.told.items()))},
+            "notices": self.notices,
+            "transitions_told": dict(sorted(self.told.items())),
             "alarms": [{**key._asdict(), **tally.document()} for key, tally in self.alarms],
             "problems": self.problems,
         }
@@ -371,9 +385,20 @@ class _Piece:
         )
         if not rules.by_name and not (live and live.by_name):
             return
-        self._new = Playback(device_id, rules)
+        self._new = Playback(device_id, rules, heard=self._hear)
         self._live = Playback(device_id, live) if live is not None else None
         self.result.devices += 1
+
+    def _hear(self, transitions: Sequence[Mapping[str, Any]]) -> None:
+        result = self.result
+        for one in transitions:
+            if len(result.heard) >= HEARD_MAX:
+                result.unheard += 1
+                continue
+            device = self._devices[one["device_id"]]
+            changed = (device.get("rules") or {}).get(one["rule"]) or {}
+            rule: Mapping[str, Any] = self._test.rules[one["rule"]]
+            result.heard.append(kept(one, device, changed.get("escalation", rule.get("escalation")) or ()))
 
     def _close(self) -> None:
         """The device's last reading was taken."""
@@ -486,3 +511,17 @@ async def run(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return result
+
+
+async def count_notices(connection: asyncpg.Connection, settings: Settings, test: Test, result: Result) -> None:
+    """Say in `result.notices` which notices would have gone out, by the recipients and the settings as they are."""
+    if result.unheard:
+        return
+    rows = await connection.fetch("SELECT name, rev, doc FROM recipients")
+    recipients = {row["name"]: {**orjson.loads(row["doc"]), "rev": row["rev"]} for row in rows}
+    catalogue = Catalogue()
+    for document in recipients.values():
+        catalogue.offer("recipient", document)
+    policies = Policies(catalogue, LiveSettings(settings))
+    defaults = [address.strip() for address in settings.mail.recipients.split(",") if address.strip()]
+    result.notices = played(result.heard, catalogue.recipient, policies.of, defaults, test.to_us)

@@ -98,6 +98,7 @@ def backtest(
                     processes=processes,
                     progress=lambda done, of: bar.update(task, completed=done, total=of),
                 )
+            await work.count_notices(connection, settings, test, result)
             return test, result
         except asyncpg.UndefinedTableError as e:
             message = f"the database is not migrated ({e}): run `preservarium migrate`"
@@ -145,8 +146,15 @@ def _print_backtest(test: "Test", result: "Result") -> None:
             table.add_row(escape(f"{key.device_id} {key.rule} {key.pin_position}"), f"{tally.raised:,}", f"{tally.chatter:,}",
                           shown_span(tally.active_us / tally.raised / 1e6), shown_span(tally.longest_us / 1e6), shown(tally.first_at))  # fmt: skip
         out.print(table)
+    if result.notices is None and result.told:
+        out.print("Too many transitions to say which notices they would have made:")
     for recipient, count in sorted(result.told.items()):
-        out.print(f"{escape(recipient)} would be told of {count:,} transitions (before grouping)")
+        kinds = (result.notices or {}).get(recipient, {})
+        notices = ", ".join(f"{n:,} of kind {kind}" for kind, n in kinds.items())
+        out.print(
+            f"{escape(recipient)}: {count:,} transitions"
+            + (f" make {sum(kinds.values()):,} notices ({notices})" if kinds else "")
+        )
     for problem in result.problems[:ALARMS_SHOWN_MAX]:
         out.print(f"[yellow]{escape(problem)}[/]")
 

@@ -5,7 +5,7 @@ durations are µs of event time. An alarm lasts from `occurred_at` to `cleared_a
 """
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -138,10 +138,18 @@ class Playback:
         device_id: the device.
         rules: its rules.
         names: rules whose alarms count; None: all.
+        heard: called with what is told.
     """
 
-    def __init__(self, device_id: str, rules: DeviceRules, names: frozenset[str] | None = None) -> None:
+    def __init__(
+        self,
+        device_id: str,
+        rules: DeviceRules,
+        names: frozenset[str] | None = None,
+        heard: Callable[[Sequence[Mapping[str, Any]]], None] | None = None,
+    ) -> None:
         self.history = History(device_id, names)
+        self._heard = heard
         self._alarms = DeviceAlarms(device_id)
         self._rules = rules
         #: whether something can happen without a reading
@@ -153,7 +161,7 @@ class Playback:
             self._tick(message["timestamp"])
         outcome = self._alarms.observe(message, self._rules)
         if outcome.transitions:
-            self.history.take(outcome.transitions)
+            self._tell(outcome.transitions)
 
     def close(self, to_us: int) -> History:
         """Let time pass to the end."""
@@ -165,7 +173,12 @@ class Playback:
     def _tick(self, now_us: int) -> None:
         outcome = self._alarms.tick(now_us, self._rules)
         if outcome.transitions:
-            self.history.take(outcome.transitions)
+            self._tell(outcome.transitions)
+
+    def _tell(self, transitions: Sequence[Mapping[str, Any]]) -> None:
+        self.history.take(transitions)
+        if self._heard is not None:
+            self._heard(transitions)
 
 
 @dataclass(slots=True)

@@ -1,0 +1,74 @@
+"""The notices that would have gone out in a back-test: by the routing and the grouping that run live.
+
+Time is the transitions' own. Nobody acknowledges and nothing is sent.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, cast
+
+import orjson
+
+from preservarium.domain.device import DeviceDoc, RecipientDoc
+from preservarium.domain.notices import Event, Inbox, Policy
+from preservarium.notices.routing import labels_of, route
+
+#: Times that one inbox is looked at between two transitions; a digest of a year of hours needs as many.
+LOOKS_MAX: Final = 10_000
+
+
+def kept(transition: Mapping[str, Any], device: DeviceDoc, escalation: Sequence[Any]) -> bytes:
+    """What `played` needs of a transition, packed, as there may be very many."""
+    at = transition["transition_at"]
+    return orjson.dumps([at, {**transition, "detected_at": at}, labels_of(transition, device), escalation])
+
+
+def played(
+    lines: Iterable[bytes],
+    recipient: Callable[[str], RecipientDoc | None],
+    policy_of: Callable[[str], Policy],
+    defaults: Sequence[str],
+    to_us: int,
+) -> dict[str, dict[str, int]]:
+    """Notices by recipient and kind (`alarms`, `repeat`, `digest`), until `to_us`.
+
+    Args:
+        lines: of `kept`, in any order.
+        recipient: the registry's look-up.
+        policy_of: how a recipient wants to be told.
+        defaults: mail addresses for transitions that name nobody.
+        to_us: end of the time, µs.
+    """
+    inboxes: dict[str, tuple[Inbox, Policy]] = {}
+    counts: dict[str, Counter[str]] = {}
+
+    def pass_time(name: str, now_us: int) -> None:
+        """Plan what falls due until then, each at its time."""
+        inbox, policy = inboxes[name]
+        at = 0
+        for _ in range(LOOKS_MAX):
+            due = inbox.due_us(policy, at)
+            if due is None or due > now_us:
+                return
+            at = max(at + 1, due)
+            inbox.plan(policy, at, 1)
+            counts[name].update(cast(Any, plan)["kind"] for plan in inbox.take())
+
+    ordered = sorted(
+        (orjson.loads(line) for line in lines), key=lambda one: (one[0], one[1]["device_id"], one[1]["sequence"])
+    )
+    for number, (at, transition, labels, escalation) in enumerate(ordered):
+        for told in route(transition, recipient, defaults, escalation).told:
+            if told.recipient not in inboxes:
+                inboxes[told.recipient] = Inbox(told.recipient), policy_of(told.recipient)
+                counts[told.recipient] = Counter()
+            pass_time(told.recipient, at)
+            event: Event = {
+                "recipient": told.recipient, "source": "0", "offset": number, "index": 0, "after_s": told.after_s,
+                "below": told.below, "labels": labels, "transition": transition,
+            }  # fmt: skip
+            inbox, policy = inboxes[told.recipient]
+            inbox.hear(event, policy, at)
+    for name in inboxes:
+        pass_time(name, to_us)
+    return {name: dict(sorted(found.items())) for name, found in sorted(counts.items())}
