@@ -6,6 +6,17 @@ A literal document: a test holds its paths, parameters and fields equal to the r
 from typing import Any, Final
 
 from preservarium import __version__
+from preservarium.domain.commands import (
+    CONFIRM_WORDS,
+    EXPIRES_S_DEFAULT,
+    EXPIRES_S_MAX,
+    PORT_MAX,
+    PRIORITY_MAX,
+    TIMEOUT_S_DEFAULT,
+    TIMEOUT_S_MAX,
+    TRIES_MAX,
+)
+from preservarium.domain.commands import State as CommandState
 from preservarium.domain.device_alarms import (
     ACTION_ID_CHARS_MAX,
     ACTIONS,
@@ -155,16 +166,119 @@ _ONE_ALARM: Final = [
     _path("pin_position", "Pin; -1 where the device has none"),
 ]
 
+_REQUEST: Final = _object(
+    (),
+    command={**_TEXT, "description": "Name of a command of the device's type; needed unless content is given"},
+    idempotency_key={**_NAME, "description": "The same key is the same command; or the header Idempotency-Key"},
+    actor={**_NAME, "description": "Who; unless the token proves a name"},
+    fields={"type": "object", "description": "For the encoder of the device type's codec"},
+    payload={"description": "JSON that is sent as it is; a text as its UTF-8"},
+    payload_b64={**_TEXT, "description": "Bytes, base64"},
+    port={"type": "integer", "minimum": 1, "maximum": PORT_MAX},
+    confirmed={**_FLAG, "description": "LoRaWAN: the device is to acknowledge"},
+    confirm={
+        "description": f"What makes it successful: {', '.join(CONFIRM_WORDS)}, or an object that describes readings"
+    },
+    timeout_s={"type": "number", "exclusiveMinimum": 0, "maximum": TIMEOUT_S_MAX, "default": TIMEOUT_S_DEFAULT},
+    tries={"type": "integer", "minimum": 1, "maximum": TRIES_MAX, "default": 1},
+    expires_s={"type": "number", "minimum": 0, "maximum": EXPIRES_S_MAX, "default": EXPIRES_S_DEFAULT},
+    priority={"type": "integer", "minimum": 0, "maximum": PRIORITY_MAX, "default": 0},
+)
+
+_COMMAND: Final = _object(
+    ("command_id", "device_id", "command", "state"),
+    command_id=_TEXT,
+    device_id=_NAME,
+    command=_TEXT,
+    state={"type": "string", "enum": list(CommandState)},
+    reason=_TEXT,
+    attempt={"type": "integer", "description": "Tries so far"},
+    priority={"type": "integer"},
+    requested_at=_INSTANT,
+    requested_by=_TEXT,
+    idempotency_key=_TEXT,
+    cause={"type": ["string", "null"], "description": "The alarm transition that asked for it"},
+    expires_at=_INSTANT,
+    ended_at=_maybe(_INSTANT),
+    updated_at=_INSTANT,
+    content={"type": "object"},
+    confirm={},
+    events={
+        "type": "array",
+        "items": {"type": "object"},
+        "description": "Of one command: its transitions, oldest first",
+    },
+)
+
+_DEVICE: Final = _path("device_id", "Address of the device")
+_COMMAND_PATHS: Final[dict[str, Any]] = {
+    "/api/devices/{device_id}/commands": {
+        "get": {
+            "operationId": "listCommands",
+            "summary": "Commands of a device, newest first",
+            "parameters": [
+                _DEVICE,
+                _query("state", f"One or more, separated by commas: {', '.join(CommandState)}", _TEXT),
+                _LIMIT,
+                _CURSOR,
+            ],
+            "responses": _answers(
+                "A page",
+                _object(
+                    ("commands", "next_cursor"),
+                    commands={"type": "array", "items": _ref("Command")},
+                    next_cursor={"type": ["string", "null"]},
+                ),
+                400, 401, 403, 503,
+            ),
+        },
+        "post": {
+            "operationId": "requestCommand",
+            "summary": "Ask a device to do something",
+            "parameters": [_DEVICE],
+            "requestBody": {"required": True, "content": {"application/json": {"schema": _ref("CommandRequest")}}},
+            "responses": _answers(
+                "Kafka has acknowledged it",
+                _object(("command_id", "idempotency_key", "command"), command_id=_TEXT, idempotency_key=_TEXT, command=_TEXT),
+                400, 401, 403, 413, 415, 503,
+                status=202,
+            ),
+        },
+    },
+    "/api/devices/{device_id}/commands/{command_id}": {
+        "get": {
+            "operationId": "showCommand",
+            "summary": "One command with its events",
+            "parameters": [_DEVICE, _path("command_id", "Id of the command")],
+            "responses": _answers("The command", _ref("Command"), 400, 401, 403, 404, 503),
+        }
+    },
+    "/api/devices/{device_id}/commands/{command_id}/cancel": {
+        "post": {
+            "operationId": "cancelCommand",
+            "summary": "Ask to cancel a command",
+            "parameters": [_DEVICE, _path("command_id", "Id of the command")],
+            "responses": _answers(
+                "Kafka has acknowledged it",
+                _object(("command_id", "asked"), command_id=_TEXT, asked=_TEXT),
+                400, 401, 403, 413, 415, 503,
+                status=202,
+            ),
+        }
+    },
+}  # fmt: skip
+
 DOCUMENT: Final[dict[str, Any]] = {
     "openapi": "3.1.0",
     "info": {
-        "title": "Preservarium: alarms for operators",
+        "title": "Preservarium: alarms and commands for operators",
         "version": __version__,
         "description": "What is not normal, and what people do about it. Reading is as open as the console; acting needs a "
         "token of `web.operators` or `web.operator_token`, or, where none is set, this machine.",
     },
     "security": [{"token": []}, {}],
     "paths": {
+        **_COMMAND_PATHS,
         "/api/alarms": {
             "get": {
                 "operationId": "listAlarms",
@@ -242,6 +356,8 @@ DOCUMENT: Final[dict[str, Any]] = {
     "components": {
         "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         "schemas": {
+            "Command": _COMMAND,
+            "CommandRequest": _REQUEST,
             "Alarm": _ALARM,
             "Action": {**_ACTION, "additionalProperties": False},
             "Answer": _ANSWER,

@@ -320,4 +320,14 @@ async def test_workers_that_are_killed_lose_no_command_and_repeat_none(site: Sit
     # repeat what was under way then: less than a batch for each of three kills.
     counts = Counter(device for device, _ in site.devices.got)
     assert all(counts[device] >= len(commands) for device, commands in asked.items())
+    print(
+        "REPEATED",
+        sum(counts.values()) - len(everything),
+        "of",
+        len(everything),
+        "records",
+        len(downlinks),
+        "ids",
+        len(first_seen),
+    )
     assert sum(counts.values()) - len(everything) <= 3 * len(asked)

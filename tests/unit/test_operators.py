@@ -13,7 +13,9 @@ from prometheus_client import REGISTRY
 
 from preservarium import metrics
 from preservarium.clock import ManualClock
+from preservarium.command_desk import REQUEST_FIELDS, CommandDesk
 from preservarium.console import access
+from preservarium.console.commands import Commands
 from preservarium.console.follower import BoardFollower
 from preservarium.console.openapi import DOCUMENT
 from preservarium.console.operators import BODY_BYTES_MAX, Operators
@@ -97,6 +99,7 @@ def reads():
 async def client(host, board, reads):
     application = web.Application()
     Operators(host, Desk(board, host.publish, host.clock), reads).mount(application)
+    Commands(host, CommandDesk(host.publish, host.clock), reads).mount(application)
     async with TestClient(TestServer(application)) as client:
         client.application = application
         yield client
@@ -535,6 +538,10 @@ async def test_the_description_is_of_these_routes(client):
         assert operation["summary"]
     ids = [DOCUMENT["paths"][path][method]["operationId"] for path, method in described]
     assert len(set(ids)) == len(ids)
+
+
+def test_a_command_is_described_as_it_is_taken():
+    assert set(DOCUMENT["components"]["schemas"]["CommandRequest"]["properties"]) == REQUEST_FIELDS
 
 
 def test_every_reference_leads_somewhere():
