@@ -287,7 +287,7 @@ DOCUMENT: Final[dict[str, Any]] = {
                     _query(
                         "state",
                         f"One or more, separated by commas: {', '.join(sorted(STATES))}. Or one of cleared, all: the past, newest "
-                        "first, from the database.",
+                        "first, from the database; `sort` says nothing there.",
                         {"type": "string", "default": "standing"},
                     ),
                     _query("severity", f"One or more, separated by commas: {', '.join(SEVERITIES)}", _TEXT),

@@ -8,7 +8,7 @@ An action is checked, sent to `alarm_actions` and acknowledged by Kafka; whether
 can be waited for. Whoever repeats an action with the same `action_id` does it once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn, Protocol
 
 import jinja2
@@ -44,7 +44,17 @@ _ENDED: Final = {"cleared": False, "all": None}
 class Reads(Protocol):
     """What is asked of the database (stores/views.py). Each call raises Retry when it cannot be reached."""
 
-    async def alarms(self, *, active: bool | None, before: tuple[int, str] | None, limit: int) -> dict[str, Any]:
+    async def alarms(
+        self,
+        *,
+        active: bool | None,
+        before: tuple[int, str] | None,
+        limit: int,
+        device_id: str = "",
+        rule: str = "",
+        severities: Sequence[str] = (),
+        q: str = "",
+    ) -> dict[str, Any]:
         """`{alarms, next, total}`: alarms, newest first, also those that are over."""
         ...
 
@@ -100,11 +110,15 @@ class Operators:
         """What is not normal, of the whole system; with `state=cleared` or `all`, the past too."""
         limit, cursor = limit_of(request), cursor_of(request)
         state = text_of(request, "state") or "standing"
-        if state in _ENDED:
-            return await self._past(state, cursor, limit)
         wanted = Filter(
-            _states(state), _severities(request), text_of(request, "device"), text_of(request, "rule"), text_of(request, "q")
-        )  # fmt: skip
+            STATES["standing"] if state in _ENDED else _states(state),
+            _severities(request),
+            text_of(request, "device"),
+            text_of(request, "rule"),
+            text_of(request, "q"),
+        )
+        if state in _ENDED:
+            return await self._past(_ENDED[state], wanted, cursor, limit)
         order = request.query.get("sort", "priority")
         if order not in SORTS:
             bad(f"sort is one of {', '.join(SORTS)}")
@@ -141,13 +155,21 @@ class Operators:
             f"The alarm list was not read from Kafka yet ({board.trouble}): these are the alarms that the database knows."
         )  # fmt: skip
 
-    async def _past(self, state: str, cursor: list[Any] | None, limit: int) -> web.Response:
+    async def _past(self, active: bool | None, wanted: Filter, cursor: list[Any] | None, limit: int) -> web.Response:
         before = None
         if cursor:
             if len(cursor) != 2 or type(cursor[0]) is not int or not isinstance(cursor[1], str):
                 bad("cursor is not one of ours")
             before = (cursor[0], cursor[1])
-        page = await self._reads.alarms(active=_ENDED[state], before=before, limit=limit)
+        page = await self._reads.alarms(
+            active=active,
+            before=before,
+            limit=limit,
+            device_id=wanted.device_id,
+            rule=wanted.rule,
+            severities=sorted(wanted.severities),
+            q=wanted.q,
+        )
         return answer(
             {
                 "alarms": page["alarms"],

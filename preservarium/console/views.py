@@ -75,6 +75,10 @@ class Host(Protocol):
         """Breakers by dependency and fuses by stage."""
         ...
 
+    def reset_fuse(self, stage: str) -> bool:
+        """Close a stage's fuse; whether there is such a stage."""
+        ...
+
 
 class Console:
     """The views of one worker."""
@@ -108,6 +112,7 @@ class Console:
         add("/api/tables", wrapped(self.tables))
         add("/api/tables/{name}", wrapped(self.table))
         add("/api/tables/{name}/{key}", wrapped(self.table_key))
+        application.router.add_post("/api/fuses/{stage}/reset", wrapped(self.reset_fuse))
         application.cleanup_ctx.append(self._sampling)
 
     async def _sampling(self, _application: web.Application) -> AsyncIterator[None]:
@@ -251,7 +256,19 @@ class Console:
             self.sample()
         return answer({"errors": self._history.errors(), "span_s": round(self._history.span_s, 1)})
 
-    # --- tables: for operators ---
+    # --- for operators: fuses, tables ---
+
+    async def reset_fuse(self, request: web.Request) -> web.Response:
+        """Close a blown fuse of this worker, once its cause is mended: its partitions go on. For operators."""
+        access.operator_of(request, self._host.live().web)
+        if request.content_type != "application/json":
+            raise web.HTTPUnsupportedMediaType(
+                text='{"error": "send application/json"}', content_type="application/json"
+            )
+        stage = request.match_info["stage"][:TEXT_MAX]
+        if not self._host.reset_fuse(stage):
+            missing("there is no stage of that name")
+        return answer({"stage": stage, "reset": True})
 
     def _operator(self, request: web.Request) -> None:
         access.require_operator(request, self._host.live().web.operator_token.get_secret_value())

@@ -34,14 +34,19 @@ SELECT s.device_id, s.component_type, s.pin_position, l.value, l.value_text, s.u
 FROM series s JOIN latest l USING (series_id) WHERE s.device_id = ANY($1)
 ORDER BY s.device_id, s.component_type, s.pin_position LIMIT $2
 """
-_ALARMS: Final = """
+_WANTED: Final = """
+FROM alarms a LEFT JOIN devices d USING (device_id)
+WHERE ($1::boolean IS NULL OR (a.cleared_at IS NULL) = $1) AND ($2 = '' OR a.device_id = $2) AND ($3 = '' OR a.rule = $3)
+  AND (cardinality($4::text[]) = 0 OR a.severity = ANY ($4))
+  AND ($5 = '' OR a.device_id ILIKE $6 OR d.name ILIKE $6 OR a.rule ILIKE $6 OR a.message ILIKE $6)
+"""
+_ALARMS: Final = f"""
 SELECT a.alarm_id, a.device_id, d.name AS device_name, a.rule, a.component_type, a.pin_position, a.severity, a.state,
        a.occurred_at, a.detected_at, a.cleared_at, a.value, a.unit, a.threshold, a.message
-FROM alarms a LEFT JOIN devices d USING (device_id)
-WHERE ($1::boolean IS NULL OR (a.cleared_at IS NULL) = $1)
-  AND ($2::timestamptz IS NULL OR (a.occurred_at, a.alarm_id) < ($2, $3))
-ORDER BY a.occurred_at DESC, a.alarm_id DESC LIMIT $4
+{_WANTED} AND ($7::timestamptz IS NULL OR (a.occurred_at, a.alarm_id) < ($7, $8))
+ORDER BY a.occurred_at DESC, a.alarm_id DESC LIMIT $9
 """
+_ALARMS_COUNT: Final = f"SELECT count(*) {_WANTED}"
 _STANDING: Final = """
 SELECT a.alarm_id, a.device_id, d.name AS device_name, a.rule, a.component_type, a.pin_position, a.severity, a.state, a.occurred_at,
        a.detected_at, a.cleared_at, a.value, a.unit, a.threshold, a.message, a.active, a.transition, a.shelved_until
@@ -134,26 +139,39 @@ class Views:
             "total": total[0][0],
         }
 
-    async def alarms(self, *, active: bool | None, before: tuple[int, str] | None, limit: int) -> dict[str, Any]:
+    async def alarms(
+        self,
+        *,
+        active: bool | None,
+        before: tuple[int, str] | None,
+        limit: int,
+        device_id: str = "",
+        rule: str = "",
+        severities: Sequence[str] = (),
+        q: str = "",
+    ) -> dict[str, Any]:
         """Alarms, newest first.
 
         Args:
             active: True for those that are not cleared, False for cleared ones, None for all.
             before: (occurred_at in µs, alarm_id) of the last one of the page before.
             limit: most alarms.
+            device_id: of this device; "" for all.
+            rule: of this rule; "" for all.
+            severities: of these; none for all.
+            q: part of an address, a name, a rule or a message, any case; "" for all.
 
         Returns:
-            `alarms`; `next`: `before` of the next page or None; `total`: alarms in that state. Instants in µs.
+            `alarms`; `next`: `before` of the next page or None; `total`: alarms that are wanted. Instants in µs.
 
         Raises:
             Retry: PostgreSQL cannot be asked, or has not been migrated.
         """
         instant, alarm_id = (_EPOCH + timedelta(microseconds=before[0]), before[1]) if before else (None, None)
-        rows = await self._fetch(_ALARMS, active, instant, alarm_id, limit + 1)
+        wanted = (active, device_id, rule, [*severities], q, _containing(q))
+        rows = await self._fetch(_ALARMS, *wanted, instant, alarm_id, limit + 1)
         page = [_document(row) for row in rows[:limit]]
-        total = await self._fetch(
-            "SELECT count(*) FROM alarms WHERE $1::boolean IS NULL OR (cleared_at IS NULL) = $1", active
-        )
+        total = await self._fetch(_ALARMS_COUNT, *wanted)
         last = page[-1] if len(rows) > limit else None
         return {
             "alarms": page,

@@ -100,7 +100,7 @@ async def test_filters_search_and_order(page, site):
     )
     await page.until("!document.getElementById('empty').hidden")
     assert await page.js(text_of("#empty")) == "No alarm is like that."
-    await page.js("document.querySelector('[data-state=all]').click()")
+    await page.js("document.querySelector('[data-state=cleared]').click()")
     await page.until("document.getElementById('sort').disabled")
     assert page.logged == []
 

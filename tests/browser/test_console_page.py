@@ -60,7 +60,7 @@ class Reads:
     async def standing(self, limit):
         return []
 
-    async def alarms(self, *, active, before, limit):
+    async def alarms(self, *, active, before, limit, **wanted):
         return {"alarms": [], "next": None, "total": 0}
 
     async def alarm_history(self, *, device_id, rule, pin_position, limit):
@@ -103,6 +103,7 @@ async def site():
         "rebalancing": False,
         "stages": {},
     }
+    resets = []
     guards = {
         "breakers": {
             "postgres": {"state": "open", "failures": 4, "reason": "OSError: connection refused", "tried_again_in_s": 12.5},
@@ -115,7 +116,11 @@ async def site():
     }  # fmt: skip
     settings = SimpleNamespace(web=Web())
     host = SimpleNamespace(
-        live=lambda: settings, clock=SystemClock(), health_report=lambda: report, guards=lambda: guards
+        live=lambda: settings,
+        clock=SystemClock(),
+        health_report=lambda: report,
+        guards=lambda: guards,
+        reset_fuse=lambda stage: resets.append(stage) or True,
     )
     board = Board()
     board.ready.set()
@@ -145,7 +150,13 @@ async def site():
     metrics.STORE_ROWS.labels("clickhouse", "stored").inc(4000)
     async with TestServer(application) as server:
         yield SimpleNamespace(
-            url=str(server.make_url("/")), reads=reads, report=report, board=board, sent=sent, settings=settings
+            url=str(server.make_url("/")),
+            reads=reads,
+            report=report,
+            board=board,
+            sent=sent,
+            resets=resets,
+            settings=settings,
         )
     for stage in ("normalize", "validate", "alarm", "notify", "sink", "sync"):
         metrics.LAG_RECORDS.labels(stage, "browser-test", "0").set(0)
@@ -271,3 +282,24 @@ async def test_text_stands_out_from_its_ground(page, site, theme):
           return low; })()"""
     )
     assert low == []
+
+
+async def test_breakers_and_fuses_show_and_a_blown_fuse_can_be_closed(page, site):
+    await page.go(site.url)
+    await page.until("document.querySelectorAll('#guards li').length === 4")
+    shown = await page.js("document.getElementById('guards').innerText")
+    for words in (
+        "postgres breaker",
+        "open",
+        "tried again in 13 s",
+        "connection refused",
+        "sink fuse",
+        "blown",
+        "612 of the last 1,000",
+    ):
+        assert words in shown
+    assert await page.js("document.querySelectorAll('#guards button').length") == 1
+    await page.js("document.querySelector('#guards button').click()")
+    await page.until("document.getElementById('guards-note').innerText === 'sink: the fuse is closed again.'")
+    assert site.resets == ["sink"]
+    assert page.logged == []

@@ -94,6 +94,18 @@ async def test_alarms_come_newest_first_without_gap_or_repeat(views):
     assert active["alarms"][0]["device_name"] == "Name 1"
 
 
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ({"device_id": "dev-001"}, 20), ({"device_id": "dev-002"}, 0), ({"rule": "r"}, 20), ({"rule": "s"}, 0), ({"severities": ["major"]}, 20),
+        ({"severities": ["minor", "critical"]}, 0), ({"q": "NAME 1"}, 20), ({"q": "DEV-0"}, 20), ({"q": "%"}, 0), ({"q": "'; --"}, 0),
+    ],
+)  # fmt: skip
+async def test_past_alarms_are_filtered_and_counted(views, wanted, found):
+    page = await views.alarms(active=None, before=None, limit=100, **wanted)
+    assert len(page["alarms"]) == page["total"] == found
+
+
 async def test_it_can_only_read(views):
     with pytest.raises(Retry, match="read-only"):
         await views._fetch("DELETE FROM alarms")

@@ -41,10 +41,10 @@ class Reads:
         ]
         return {"devices": page, "next": page[-1]["device_id"] if len(found) > limit else None, "total": len(self.ids)}
 
-    async def alarms(self, *, active, before, limit):
+    async def alarms(self, *, active, before, limit, **wanted):
         if self.down:
             raise Retry("PostgreSQL: refused")
-        self.asked = (active, before, limit)
+        self.asked, self.wanted = (active, before, limit), wanted
         return {"alarms": [], "next": (17, "a17"), "total": 0}
 
     async def standing(self, limit):
@@ -77,7 +77,7 @@ class Host:
         self.clock = ManualClock()
         self.settings = SimpleNamespace(web=Web(operator_token=SecretStr(token)))
         self.report = report_of()
-        self.sent = []
+        self.sent, self.resets = [], []
 
     async def publish(self, sends):
         self.sent += sends
@@ -87,6 +87,10 @@ class Host:
 
     def health_report(self):
         return self.report
+
+    def reset_fuse(self, stage):
+        self.resets.append(stage)
+        return stage == "sink"
 
     def guards(self):
         return {"breakers": {}, "fuses": {"sink": {"blown": False}}}
@@ -205,6 +209,8 @@ async def test_without_the_database_devices_come_from_the_table(client, reads):
 async def test_past_alarms_pass_state_and_cursor_on(client, reads):
     page = await body(client, "/api/alarms?state=cleared")
     assert reads.asked[0] is False
+    await body(client, "/api/alarms?state=all&device=d%2F1&rule=r&severity=major,critical&q=x")
+    assert reads.wanted == {"device_id": "d/1", "rule": "r", "severities": ["critical", "major"], "q": "x"}
     await body(client, f"/api/alarms?state=all&limit=7&cursor={page['next_cursor']}")
     assert reads.asked == (None, (17, "a17"), 7)
     await body(client, "/api/alarms?state=maybe", 400)
@@ -389,3 +395,18 @@ def test_history_is_bounded():
     for second in range(samples.SAMPLES_MAX + 50):
         history.add(samples.Sample(float(second), {}, {}, {}, {}, {}, {}))
     assert history.span_s == samples.SAMPLES_MAX - 1
+
+
+async def test_operators_close_a_fuse_again_and_strangers_do_not(client, host):
+    async def reset(stage, status, **kwargs):
+        response = await client.post(f"/api/fuses/{stage}/reset", **kwargs)
+        assert response.status == status, await response.text()
+
+    await reset("sink", 415, data=b"{}")
+    await reset("sink", 403, json={}, headers={"Origin": "http://evil.example"})
+    host.settings.web = Web(operators="ann:t1")
+    await reset("sink", 401, json={})
+    assert host.resets == []
+    await reset("sink", 200, json={}, headers={"Authorization": "Bearer t1"})
+    await reset("none", 404, json={}, headers={"Authorization": "Bearer t1"})
+    assert host.resets == ["sink", "none"]

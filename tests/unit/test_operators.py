@@ -54,7 +54,7 @@ class Reads:
     down = False
     history = ()
 
-    async def alarms(self, *, active, before, limit):
+    async def alarms(self, *, active, before, limit, **wanted):
         return {"alarms": [], "next": None, "total": 0}
 
     async def standing(self, limit):

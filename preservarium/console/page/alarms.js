@@ -9,9 +9,11 @@ const LIMIT = 50;
 const ANSWER_S = 20;
 const SAID_MS = 8000;
 
+// What has returned, of the database, newest first.
+const PAST = "cleared";
 const TABS = [
   ["waiting", "Needs somebody"], ["standing", "All"], ["active", "Condition true"], ["shelved", "Shelved"], ["out-of-service,suppressed", "Out of service"],
-  ["all", "Past"],
+  [PAST, "Past"],
 ];
 const SHELVE = [[900, "15 min"], [3600, "1 h"], [8 * 3600, "8 h"], [86400, "1 day"], [7 * 86400, "1 week"]];
 const ACTIONS = {
@@ -44,7 +46,7 @@ const rows = new Map();
 let opened = null;  // key of the alarm whose details are shown
 const pending = new Set();  // keys of alarms with an action under way
 
-const keyOf = (a) => JSON.stringify([a.device_id, a.rule, a.pin_position, state === "all" ? a.alarm_id : ""]);
+const keyOf = (a) => JSON.stringify([a.device_id, a.rule, a.pin_position, state === PAST ? a.alarm_id : ""]);
 const pinOf = (a) => (a.pin_position && a.pin_position !== "-1" ? ` [${a.pin_position}]` : "");
 
 // ---- rows ----------------------------------------------------------------------------------------------------------
@@ -104,7 +106,7 @@ function row(alarm) {
     const second = first === "acknowledge" ? "shelve" : null;
     const more = el("button", { type: "button", class: "details", "aria-expanded": String(opened === key), "aria-label": `Details: ${alarm.device_name || alarm.device_id}, ${alarm.rule}`, text: opened === key ? "Less" : "More" });
     more.addEventListener("click", () => toggle(entry));
-    act.replaceChildren(...(state === "all" ? [] : [first && button(first, alarm, first === "acknowledge" ? "primary" : ""), second && button(second, alarm, "")]).filter(Boolean), more);
+    act.replaceChildren(...(state === PAST ? [] : [first && button(first, alarm, first === "acknowledge" ? "primary" : ""), second && button(second, alarm, "")]).filter(Boolean), more);
     if (focused) (act.querySelector(focused === "details" ? ".details" : `[data-action="${focused}"]`) || more).focus();
   }
   const since = alarm.occurred_at || alarm.transition_at;
@@ -148,7 +150,7 @@ function draw(page) {
   $("clock").textContent = `${new Date(nowUs / 1000).toISOString().replace("T", " ").slice(0, 19)} UTC`;
   if (page.counts) drawCounts(page);
   const live = $("live");
-  const [cls, text] = page.source !== "kafka" && state !== "all" ? ["warn", "from the database"] : page.complete === false ? ["warn", "may be old"] : ["good", "live"];
+  const [cls, text] = state === PAST ? ["", "from the database"] : page.source !== "kafka" ? ["warn", "from the database"] : page.complete === false ? ["warn", "may be old"] : ["good", "live"];
   if (live.textContent !== text) live.textContent = text;
   live.className = `pill ${cls}`;
   $("note").hidden = !page.note;
@@ -191,7 +193,7 @@ function detail(entry) {
   const text = JSON.stringify(alarm);
   if (entry.detailText !== text) {
     entry.detailText = text;
-    entry.all.replaceChildren(...(state === "all" ? [] : (ALLOWED[alarm.state] || []).map((action, i) => button(action, alarm, i ? "" : "primary"))));
+    entry.all.replaceChildren(...(state === PAST ? [] : (ALLOWED[alarm.state] || []).map((action, i) => button(action, alarm, i ? "" : "primary"))));
     const instant = (us) => (us ? `${new Date(us / 1000).toISOString().replace("T", " ").slice(0, 19)} UTC` : null);
     const facts = [
       ["Raised", instant(alarm.occurred_at)], ["Noticed", instant(alarm.detected_at)], ["Returned", instant(alarm.cleared_at)], ["Shelved until", instant(alarm.shelved_until)],
@@ -315,7 +317,7 @@ function say(text, cls) {
 
 async function list() {
   const parameters = new URLSearchParams({ state, limit: String(LIMIT) });
-  if (state !== "all") parameters.set("sort", order);
+  if (state !== PAST) parameters.set("sort", order);
   if (query) parameters.set("q", query);
   if (severities.size) parameters.set("severity", [...severities].join(","));
   if (cursors.at(-1)) parameters.set("cursor", cursors.at(-1));
@@ -346,8 +348,7 @@ for (const [value, text] of TABS) {
   node.addEventListener("click", () => {
     state = value;
     for (const other of $("tabs").children) other.setAttribute("aria-pressed", String(other === node));
-    // The past is the database's, newest first, and not searched.
-    for (const control of [$("search"), $("sort"), ...document.querySelectorAll("#severities button")]) control.disabled = state === "all";
+    $("sort").disabled = state === PAST;
     restart();
   });
   $("tabs").append(node);
@@ -398,7 +399,7 @@ document.addEventListener("keydown", (event) => {
   const entry = at >= 0 && [...rows.values()].find((e) => e.row === all[at]);
   if (!entry) return;
   if (event.key === "Enter" && document.activeElement === entry.row) { event.preventDefault(); toggle(entry); return; }
-  const allowed = state === "all" ? [] : ALLOWED[entry.alarm.state] || [];
+  const allowed = state === PAST ? [] : ALLOWED[entry.alarm.state] || [];
   const action = (KEYS[event.key] || []).find((name) => allowed.includes(name));
   if (action) { event.preventDefault(); ask(action, entry.alarm); }
 });

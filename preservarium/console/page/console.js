@@ -238,9 +238,28 @@ function silent(states) {
 
 const BREAKERS = { closed: ["good", "closed"], half_open: ["warn", "being tried"], open: ["bad", "open"] };
 
-function guard(name, what, cls, text, detail) {
+// Closing a fuse is an operator's: the token is the one that the alarm list has asked for.
+async function resetFuse(name) {
+  const headers = { "Content-Type": "application/json" };
+  let token = "";
+  try { token = sessionStorage.getItem("operator-token") || ""; } catch { /* storage is switched off */ }
+  if (token) headers.Authorization = `Bearer ${token}`;
+  let text = `${name}: the fuse is closed again.`;
+  try {
+    const response = await fetch(`/api/fuses/${encodeURIComponent(name)}/reset`, { method: "POST", headers, body: "{}", signal: AbortSignal.timeout(TIMEOUT_MS) });
+    const said = await response.json();
+    if (response.status === 401) text = "An operator token is needed: the alarm list asks for it when you act there.";
+    else if (!response.ok) text = said.error || `refused (${response.status})`;
+  } catch (e) { text = `The worker does not answer: ${e.message}`; }
+  $("guards-note").hidden = false;
+  $("guards-note").textContent = text;
+}
+
+function guard(name, what, cls, text, detail, blown) {
+  const again = blown ? el("button", { type: "button", "aria-label": `Close the fuse of ${name} again`, text: "Close again" }) : null;
+  if (again) again.addEventListener("click", () => resetFuse(name));
   return el("li", {}, el("span", {}, el("b", { text: name }), " ", el("span", { class: "quiet", text: what })),
-    el("span", { class: `pill ${cls}`, text }), detail ? el("span", { class: "why", text: detail }) : null);
+    el("span", { class: `pill ${cls}`, text }), detail ? el("span", { class: "why", text: detail }) : null, again);
 }
 
 function drawGuards(guards) {
@@ -252,7 +271,11 @@ function drawGuards(guards) {
   });
   const fuses = Object.entries(guards.fuses).map(([name, f]) => guard(name, "fuse", f.blown ? "bad" : f.refused ? "warn" : "good",
     f.blown ? "blown" : "whole",
-    [f.blown ? f.reason : "", f.refused ? `${count(f.refused)} of the last ${count(f.records)} records refused, blows above ${count(f.refused_max)}` : ""].filter(Boolean).join(" · ")));
+    [f.blown ? f.reason : "", f.refused ? `${count(f.refused)} of the last ${count(f.records)} records refused, blows above ${count(f.refused_max)}` : ""].filter(Boolean).join(" · "), f.blown));
+  // Redrawn only when something changed, so that a button keeps its focus.
+  const text = JSON.stringify(guards);
+  if ($("guards").dataset.shown === text) return;
+  $("guards").dataset.shown = text;
   $("guards").replaceChildren(...breakers, ...fuses);
 }
 
