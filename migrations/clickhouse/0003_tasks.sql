@@ -70,30 +70,6 @@ SELECT toDate(e.completed_at) AS day, e.stage AS stage, e.file_id AS file_id, e.
 FROM task_events AS e
 WHERE e.completed_at IS NOT NULL AND NOT e.deleted;
 
--- How often a file came to a stage, and from when to when: counts, minima and maxima of each key, where an event counts once
--- however often it came.
-CREATE TABLE IF NOT EXISTS file_stages {{clickhouse.on_cluster}} (
-  file_id        String                    CODEC(ZSTD(1)),
-  stage          LowCardinality(String),
-  first_at       SimpleAggregateFunction(min, DateTime64(6, 'UTC')),
-  last_at        SimpleAggregateFunction(max, DateTime64(6, 'UTC')),
-  completed_at   SimpleAggregateFunction(max, Nullable(DateTime64(6, 'UTC'))),
-  assignments    AggregateFunction(uniqExact, DateTime64(6, 'UTC')),
-  employees      AggregateFunction(uniqExact, String),
-  newest         AggregateFunction(argMax, Tuple(status String, employee_code String), UInt256)
-) ENGINE = {{clickhouse.replicated}}AggregatingMergeTree
-ORDER BY (file_id, stage)
-SETTINGS {{clickhouse.dedup_window}}, index_granularity = 1024;
-
-CREATE MATERIALIZED VIEW IF NOT EXISTS file_stages_mv {{clickhouse.on_cluster}} TO file_stages AS
-SELECT e.file_id AS file_id, e.stage AS stage, min(e.assigned_at) AS first_at, max(e.assigned_at) AS last_at,
-       max(e.completed_at) AS completed_at, uniqExactState(e.assigned_at) AS assignments,
-       uniqExactState(toString(e.employee_code)) AS employees,
-       argMaxState(CAST((e.status, e.employee_code), 'Tuple(status String, employee_code String)'), e.version) AS newest
-FROM task_events AS e
-WHERE NOT e.deleted
-GROUP BY e.file_id, e.stage;
-
 CREATE TABLE IF NOT EXISTS employees {{clickhouse.on_cluster}} (
   employee_code  String,
   version        UInt256,

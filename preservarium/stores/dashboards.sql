@@ -49,11 +49,12 @@ ORDER BY assigned_at, file_id;
 -- name: file
 -- One file's way: each stage that it came to, when first and last, how often assigned, to how many.
 -- param: file_id String: the file
-SELECT stage, toUnixTimestamp64Micro(min(first_at)) AS first, toUnixTimestamp64Micro(max(last_at)) AS last,
-       toUnixTimestamp64Micro(max(f.completed_at)) AS completed, uniqExactMerge(assignments) AS assigned_times,
-       uniqExactMerge(employees) AS employee_count, argMaxMerge(newest).1 AS status, argMaxMerge(newest).2 AS employee_code
-FROM file_stages AS f
-WHERE file_id = {file_id:String}
+SELECT stage, toUnixTimestamp64Micro(min(assigned_at)) AS first, toUnixTimestamp64Micro(max(assigned_at)) AS last,
+       toUnixTimestamp64Micro(max(completed_at)) AS completed, uniqExact(e.assigned_at) AS assigned_times,
+       uniqExact(e.employee_code) AS employee_count, argMax(e.status, version) AS status,
+       argMax(e.employee_code, version) AS employee_code
+FROM task_events AS e
+WHERE file_id = {file_id:String} AND NOT deleted
 GROUP BY stage
 ORDER BY first
 LIMIT 1000;

@@ -116,7 +116,7 @@ async def test_a_repeated_insert_changes_no_table_and_completes_one_that_broke_o
         batch(T, 0, [record(i, event(f"F{i % 7}", NOW_US + i, i, status="done")) for i in range(50)]),
         batch(T, 1, [record(i, event(f"G{i}", NOW_US - i * DAY_US, i)) for i in range(50)]),
     ]
-    tables = ("task_events", "pipeline_state", "stage_completions", "file_stages")
+    tables = ("task_events", "pipeline_state", "stage_completions")
 
     async def counts() -> list[int]:
         return [(await store.query(f"SELECT count() FROM {table}"))[0][0] for table in tables]
@@ -185,15 +185,6 @@ async def test_the_views(store, tasks):
     assert [tuple(r) for r in await store.query("SELECT stage, files, mean_s, median_s FROM time_in_stage")] == [
         ("scan", 2, 7200.0, 10800.0)
     ]
-    (row,) = await store.query(
-        "SELECT uniqExactMerge(assignments), argMaxMerge(newest), toUnixTimestamp64Micro(max(completed_at)) FROM file_stages"
-        " WHERE file_id = 'F1' GROUP BY file_id, stage"
-    )
-    assert (row[0], tuple(row[1].values() if isinstance(row[1], dict) else row[1]), row[2]) == (
-        1,
-        ("done", "E1"),
-        day + hour,
-    )
 
 
 # --- the property
@@ -226,7 +217,7 @@ def brute_force(events: Iterable[tuple[int, int, int, str, str | None]]) -> dict
 async def test_the_state_equals_a_computation_from_all_events(store, tasks, events, rng: random.Random):
     """Shuffled, late, duplicated; cut into any batches of two partitions, some repeated as after a crash."""
     await store.query("SELECT 1")
-    for table in ("task_events", "pipeline_state", "stage_completions", "file_stages"):
+    for table in ("task_events", "pipeline_state", "stage_completions"):
         await store._client.command(f"TRUNCATE TABLE {table}")
     stream = [*events, *rng.choices(events, k=len(events) // 2)]
     rng.shuffle(stream)
