@@ -177,6 +177,27 @@ async def test_workers_killed_in_the_middle_lose_no_mail_and_double_at_most_the_
     assert len({n["delivery_id"] for n in notices.values()}) == len(notices) == len(expected)
 
 
+async def test_partitions_that_move_between_workers_lose_no_mail(plant: Plant, smtp: Any):
+    alarms = range(40)
+    first = plant.workers.start()
+    await plant.workers.ready(first, TAKE_OVER_S)
+    await plant.raise_alarms(range(20), ["ops", "night"])
+    await until(lambda: len(smtp.messages) >= 3, 40, lambda: plant.workers.log(first)[-3_000:])
+    # It joins, takes partitions over, and is left alone, while mail goes out.
+    second = plant.workers.start()
+    await plant.workers.ready(second, TAKE_OVER_S)
+    await plant.raise_alarms(range(20, 40), ["ops", "night"])
+    await until(lambda: len(smtp.messages) >= 43, 60, lambda: plant.workers.log(second)[-3_000:])
+    plant.workers.signal(first, signal.SIGTERM)
+    assert await plant.workers.ended(first) == 0
+    expected = {(f"{to}@example.org", f"[major] ALARM: alarm {n}") for n in alarms for to in ("ops", "night")}
+    await until(lambda: set(told(smtp)) == expected, 60, lambda: str(expected - set(told(smtp))))
+    assert max(told(smtp).values()) <= 2
+    assert len({m["Message-ID"] for m in smtp.messages}) == len(expected), (
+        "a second copy has the Message-ID of the first"
+    )
+
+
 async def test_servers_that_are_down_hold_up_only_their_own(plant: Plant, smtp: Any):
     number = plant.workers.start()
     await plant.workers.ready(number, TAKE_OVER_S)
