@@ -141,6 +141,12 @@ ALARM_FLOOD = _gauge(
     "alarm_flood", "1 while the recipient has a flood: above 10 in 10 minutes, until below 5.", "recipient"
 )
 NOTICES = _counter("notices_total", "Notices by outcome: sent, retried, refused, skipped.", "channel", "outcome")
+NOTICE_SECONDS = _histogram(
+    "notice_seconds",
+    "Time from planning a notice until its channel took or refused it.",
+    "channel",
+    buckets=(1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1_800.0, 7_200.0),
+)
 
 # --- commands ---
 COMMAND_EVENTS = _counter("command_events_total", "Transitions of commands to devices.", "event", "state")

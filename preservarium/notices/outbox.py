@@ -194,6 +194,8 @@ class Notifier:
         self._settled[notice.id] = Receipt(outcome, answer(said), attempts, self._clock.now_us())
         self._refused_since.pop(notice.id, None)
         metrics.NOTICES.labels(notice.channel, outcome).inc()
+        waited_us = self._clock.now_us() - notice.delivery["planned_at"]
+        metrics.NOTICE_SECONDS.labels(notice.channel).observe(max(0, waited_us) / 1e6)
 
     def _error(self, batch: Batch, record: Record, delivery: Mapping[str, Any], text: str) -> Any:
         first: Mapping[str, Any] = delivery["lines"][0] if delivery["lines"] else {}
