@@ -290,10 +290,15 @@ def compile_rule(doc: RuleDoc, datatype: DatatypeDoc | None, outages: Any = None
         if doc.get(name) is not None and kind not in kinds:
             _refuse(f"{name}: a rule of kind {kind} has none")
     parameters = doc.get("parameters") or {}
+    unknown = set(parameters) - {"acknowledge", "latching", "gap_max_s"}
+    if unknown:
+        _refuse(f"parameters: there is no {sorted(unknown)[0]!r}")
     acknowledge = parameters.get("acknowledge", "operator")
     if acknowledge not in ("operator", "auto"):
         _refuse(f"acknowledge is operator or auto, not {acknowledge!r}")
     unit = canonical(datatype["unit"])[0] if datatype else ""
+    if not isinstance(parameters.get("latching", False), bool):
+        _refuse("latching is true or false")
     gap_max = parameters.get("gap_max_s", datatype.get("stale_after_s") if datatype else None)
     own = _OWN[kind](doc, unit) if kind in _OWN else {}
     sign = -1 if kind == "low" else 1

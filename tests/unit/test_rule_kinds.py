@@ -598,6 +598,8 @@ def test_a_reading_that_waits_is_no_silence():
             "direction is either, rise, fall, not 'up'",
         ),
         ({"kind": "expression"}, "'expression' is missing"),
+        ({"kind": "high", "threshold": 1, "parameters": {"latch": True}}, "parameters: there is no 'latch'"),
+        ({"kind": "high", "threshold": 1, "parameters": {"latching": "no"}}, "latching is true or false"),
         ({"kind": "expression", "expression": "value.real"}, "'value.real': Attribute is not allowed"),
         ({"kind": "expression", "expression": "value > h"}, "'value > h': h is not known here"),
         ({"kind": "expression", "expression": "value > 1", "deadband": 1}, "deadband: an expression that has one"),
