@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import asyncpg
+import structlog
 
 from preservarium.clock import Clock
 from preservarium.domain.errors import ReasonCode
@@ -49,6 +50,8 @@ from preservarium.stores.base import (
 from preservarium.stores.breaker import Breaker
 from preservarium.stores.postgres import DATA_ERRORS, MOVED, OffsetStore, PostgresPool, count_of
 
+_log = structlog.get_logger(__name__)
+
 #: The names of the series and derivations that are in memory. 200,000 series are about 60 MB; beyond, all are
 #: forgotten and read again as they come.
 CACHE_MAX: Final = 200_000
@@ -57,6 +60,13 @@ CACHE_MAX: Final = 200_000
 SLICE_MESSAGES: Final = 500
 #: Staged rows moved in one transaction: some 100 ms, so that live writes never wait long.
 LATE_ROWS_MAX: Final = 20_000
+#: A week of a large fleet is rolled up at some 100,000 rows a second; what takes longer goes on at the next turn.
+REFRESH_TIMEOUT_S: Final = 600.0
+#: One worker refreshes at a time: TimescaleDB refuses a second one.
+_REFRESH_LOCK: Final = 7_236_481_303
+_REFRESH_WINDOW: Final = """
+SELECT date_bin('1 day', now() - make_interval(days => $1), '2000-01-01 00:00+00') + INTERVAL '1 day',
+       date_bin('1 day', now(), '2000-01-01 00:00+00')"""
 
 _COLUMNS: Final = (
     "series_id", "timestamp", "quality", "value", "value_text", "flags", "unit", "topic",
@@ -215,6 +225,8 @@ class TimescaleStore(OffsetStore):
         self._copy_first = copy_first
         self._late_lane = late_lane
         self._merge_next = not copy_first
+        #: rows came, here or in a process before, that the roll-ups' policies do not look at any more
+        self._rollups_behind = True
         self._series: dict[SeriesKey, _Series] = {}
         #: prefixes of series that have a row in `latest`
         self._has_latest: set[bytes] = set()
@@ -463,9 +475,35 @@ class TimescaleStore(OffsetStore):
                 chunk = f"{s.chunk_days} days"
                 merge = "SELECT merge_late($1::text::interval, $2)"
                 while await connection.fetchval(merge, chunk, LATE_ROWS_MAX):
-                    pass
+                    self._rollups_behind = True
+            if self._rollups_behind and self._pool.engine == "timescaledb":
+                self._rollups_behind = not await self._refresh_old(connection, s.retention_days)
 
         await self._ask(work)
+
+    async def _refresh_old(self, connection: Any, retention_days: int) -> bool:
+        """Bring TimescaleDB's roll-ups to the rows that came after the policies had passed their time.
+
+        From the first whole day that retention keeps (a refresh over a dropped range would delete its aggregates) to
+        the beginning of today (the open bucket must stay beyond the watermark, or it would be missing), the lower level
+        first. Ranges in which nothing changed cost nothing: TimescaleDB knows them.
+
+        Returns:
+            Whether it was done; not where a refresh is under way elsewhere.
+        """
+        if not await connection.fetchval("SELECT pg_try_advisory_lock($1)", _REFRESH_LOCK):
+            return False  # another worker is at it, and may have begun before our rows came
+        try:
+            start, end = await connection.fetchrow(_REFRESH_WINDOW, retention_days)
+            for level in ("measurement_1m", "measurement_1h", "measurement_1d"):
+                statement = f"CALL refresh_continuous_aggregate('{level}', $1::timestamptz, $2::timestamptz)"
+                await connection.execute(statement, start, end, timeout=REFRESH_TIMEOUT_S)
+        except asyncpg.PostgresError as e:
+            _log.warning("roll-ups of late rows put off", error=repr(e), action="tried again at the next turn")
+            return False
+        finally:
+            await connection.execute("SELECT pg_advisory_unlock($1)", _REFRESH_LOCK)
+        return True
 
     async def apply_policies(self) -> None:
         """Bring TimescaleDB's chunk interval, compression and retention to what the settings say.

@@ -3,6 +3,7 @@
 The traps of continuous aggregates, compression and retention are those of TimescaleDB 2.18–2.29.
 """
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
@@ -55,7 +56,9 @@ async def compress(dsn: str) -> None:
 
 async def refresh(dsn: str, level: str, start: datetime | None, end: datetime) -> None:
     connection = await asyncpg.connect(dsn)
-    await connection.execute(f"CALL refresh_continuous_aggregate('measurement_{level}', $1, $2)", start, end)
+    await connection.execute(
+        f"CALL refresh_continuous_aggregate('measurement_{level}', $1::timestamptz, $2::timestamptz)", start, end
+    )
     await connection.close()
 
 
@@ -132,3 +135,105 @@ async def test_monitoring_views_run(dsn, store):
     for view in ("recent_activity", "compression_stats", "measurement_chunks", "storage_jobs"):
         await fetch(dsn, f"SELECT * FROM {view}")
     assert (await fetch(dsn, "SELECT count(*) FROM compression_stats WHERE after_bytes IS NOT NULL"))[0][0] >= 1
+
+
+async def records(dsn: str, where: str = "true") -> list[int]:
+    """Rows that each level of the roll-ups knows of."""
+    return [
+        (await fetch(dsn, f"SELECT coalesce(sum(records), 0)::bigint FROM measurement_{level} WHERE {where}"))[0][0]
+        for level in ("1m", "1h", "1d")
+    ]
+
+
+async def test_a_back_fill_reaches_the_roll_ups_though_the_policies_have_passed_it(dsn, store):
+    """Late rows lie below the watermark and before every start_offset: without a refresh they stay invisible."""
+    await store.write([message("a", 1.0, at=NOW_US - 3600 * SECOND_US)], {})
+    await store.maintain()
+    await store.write([message("a", float(i), at=NOW_US - 20 * DAY_US + i * 60 * SECOND_US) for i in range(50)], {})
+    await store.maintain()
+    assert await records(dsn, "bucket < now() - INTERVAL '15 days'") == [50] * 3
+    await store.write([message("a", 9.0, at=NOW_US - 20 * DAY_US + 1)], {})
+    await store.maintain()
+    assert await records(dsn, "bucket < now() - INTERVAL '15 days'") == [51] * 3
+
+
+async def test_the_open_bucket_stays_visible_after_a_refresh(dsn, store):
+    """A refresh to the end moves the watermark past the open bucket, and the newest rows are missing until it closes."""
+    await store.write([message("a", 1.0, at=NOW_US - 10 * DAY_US), message("a", 2.0)], {})
+    await store.maintain()
+    await store.write([message("a", 3.0, at=NOW_US + 1), message("b", 4.0)], {})
+    assert await records(dsn) == [4] * 3
+
+
+async def test_a_refresh_does_not_delete_what_outlives_its_rows(dsn):
+    """A refresh over a range whose rows retention has dropped deletes its aggregates at every level."""
+    long = TimescaleStore(live(postgres={"url": dsn}))
+    await long.write([message("a", float(i), at=NOW_US - 40 * DAY_US + i) for i in range(30)], {})
+    await long.maintain()
+    await long.close()
+    assert await records(dsn) == [30] * 3
+    await execute(dsn, "SELECT drop_chunks('measurements', older_than => INTERVAL '30 days')")
+    assert (await fetch(dsn, "SELECT count(*) FROM measurements"))[0][0] == 0
+    short = TimescaleStore(live(postgres={"url": dsn}, sink={"retention_days": 30}))
+    result = await short.write(
+        [message("a", 1.0, at=NOW_US - 5 * DAY_US), message("a", 1.0, at=NOW_US - 40 * DAY_US + 7)], {}
+    )
+    # One late row into the dropped range, refreshed, would stand for its whole day.
+    assert [r.code for r in result.rejected] == [ReasonCode.LATE_BEYOND_RETENTION]
+    await short.maintain()
+    await short.close()
+    assert await records(dsn) == [31] * 3
+
+
+async def test_every_policy_looks_at_two_buckets_and_at_nothing_that_retention_drops(dsn):
+    rows = await fetch(
+        dsn,
+        "SELECT h.view_name, (j.config->>'start_offset')::interval, (j.config->>'end_offset')::interval"
+        " FROM timescaledb_information.jobs j JOIN timescaledb_information.continuous_aggregates h"
+        " ON j.hypertable_name = h.materialization_hypertable_name"
+        " WHERE j.proc_name = 'policy_refresh_continuous_aggregate'",
+    )
+    widths = {
+        "measurement_1m": timedelta(minutes=1),
+        "measurement_1h": timedelta(hours=1),
+        "measurement_1d": timedelta(days=1),
+    }
+    assert {r[0] for r in rows} == set(widths)
+    retention = timedelta(days=load().sink.retention_days)
+    for name, start, end in rows:
+        assert start - end >= 2 * widths[name]
+        assert start < retention
+
+
+async def test_several_workers_may_refresh_at_once(dsn, store):
+    other = TimescaleStore(live(postgres={"url": dsn}))
+    await store.write([message("a", float(i), at=NOW_US - 9 * DAY_US + i) for i in range(20)], {})
+    await asyncio.gather(store.maintain(), other.maintain())
+    await store.maintain()
+    assert await records(dsn) == [20] * 3
+    await other.close()
+
+
+async def test_a_verdict_overwrites_a_row_in_a_compressed_chunk(dsn, store):
+    old = NOW_US - 6 * DAY_US
+    await store.write([message("a", 1.0, at=old)], {})
+    await store.maintain()
+    await compress(dsn)
+    verdict = {"value": 1.0, "quality": 3, "flags": ["spike"], "timestamp": old, "revised": True}
+    result = await store.write([message("a", verdict, at=old + SECOND_US)], {})
+    assert result.accepted == 1
+    assert [tuple(r) for r in await fetch(dsn, "SELECT quality, revised FROM measurements")] == [(3, True)]
+
+
+async def test_a_job_that_fails_is_seen(dsn, store):
+    """The views of jobs must tell what TimescaleDB keeps silent: the work may be done, and the job yet fail."""
+    await execute(
+        dsn,
+        "CREATE FUNCTION broken(job_id integer, config jsonb) RETURNS void LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION 'on purpose'; END $$",
+    )
+    (row,) = await fetch(dsn, "SELECT add_job('broken', INTERVAL '1 hour', initial_start => now())")
+    async with asyncio.timeout(60):
+        while not any("broken" in job for job in await store.failing_jobs()):
+            await asyncio.sleep(0.2)
+    await execute(dsn, f"SELECT delete_job({row[0]})")
