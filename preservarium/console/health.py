@@ -40,6 +40,7 @@ class Dependency:
     name: str
     state: str  #: up, trying, down, unknown (not asked yet)
     detail: str = ""  #: what it said last, for people
+    optional: bool = False  #: a worker without it is ready all the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +101,11 @@ def judge(report: Mapping[str, Any], needs: Sequence[Dependency]) -> Health:
     elif not report["assignment"]:
         # More workers than partitions is one reason; a group that cannot be joined is another.
         ready.append("no partition is assigned to this worker")
-    ready += [f"{need.name} is down" for need in needs if need.state == "down"]
+    ready += [f"{need.name} is down" for need in needs if need.state == "down" and not need.optional]
     kafka = Dependency("kafka", "up" if report["assignment"] else "trying", "" if report["assignment"] else "joining")
     return Health(alive, ready, frozenset(stalled), [kafka, *needs])
 
 
 def dependencies() -> list[Dependency]:
     """What the circuit breakers of this process say."""
-    return [Dependency(b.name, _BREAKER[int(b.state)], b.reason if b.state else "") for b in breakers()]
+    return [Dependency(b.name, _BREAKER[int(b.state)], b.reason if b.state else "", b.optional) for b in breakers()]

@@ -52,7 +52,7 @@ class Plotter:
         self._clock = clock
         self._zone = zone
         self._pool = PostgresPool(live, "preservarium-plots")
-        self._breaker = Breaker("plots", lambda: live().breaker, clock=clock)
+        self._breaker = Breaker("plots", lambda: live().breaker, clock=clock, optional=True)
         self._turn = asyncio.Lock()
         self._can_draw = find_spec("matplotlib") is not None
         self._said = False

@@ -58,6 +58,7 @@ class Breaker:
         settings: asked each time, so that a reload takes effect.
         clock: for the waits.
         counts: which exceptions open it.
+        optional: a worker without it is ready all the same.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class Breaker:
         clock: Clock | None = None,
         counts: Callable[[BaseException], bool] = is_infrastructure,
         rng: random.Random | None = None,
+        optional: bool = False,
     ) -> None:
         self.name = name
+        self.optional = optional
         self.state = State.CLOSED
         #: what opened it last, for people
         self.reason = ""

@@ -365,6 +365,10 @@ def test_a_database_that_is_down_makes_a_worker_not_ready_but_not_dead():
     assert h.reasons == ["postgres is down"]
 
 
+def test_a_worker_is_ready_without_what_is_optional():
+    assert health.judge(report_of(), [health.Dependency("plots", "down", "slow", optional=True)]).ready
+
+
 async def test_health_and_ready_answer_503_with_reasons(client, host):
     assert (await body(client, "/health"))["alive"] is True
     assert (await body(client, "/ready"))["ready"] is True
