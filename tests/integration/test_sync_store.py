@@ -1,7 +1,10 @@
 """Inserts into ClickHouse's engine: each batch once, whatever becomes of answers, and what the tokens' window forgets."""
 
 import random
+import re
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -277,6 +280,24 @@ async def test_last_values_and_daily_counts_follow_each_insert_once(store, sync)
     rows = await store.query("SELECT device_id, pin_position, value FROM latest_values FINAL ORDER BY 1, 2 LIMIT 4")
     assert [tuple(r) for r in rows] == [("d0", "0", 15.0), ("d0", "1", -15.0), ("d1", "0", 16.0), ("d1", "1", -16.0)]
     assert (await store.query("SELECT sum(rows) FROM measurement_days"))[0][0] == 41
+
+
+async def test_beyond_the_window_daily_counts_count_twice_and_are_counted_anew_as_the_manual_says(store, sync):
+    await command(store, "ALTER TABLE measurements MODIFY SETTING non_replicated_deduplication_window = 0")
+    await command(store, "ALTER TABLE measurement_days MODIFY SETTING non_replicated_deduplication_window = 0")
+    for _ in range(2):
+        await sync([batch(T, 0, records(0, 20))])
+        sync._seen.clear()
+    assert await count(store) == (80, 40)
+    assert (await store.query("SELECT sum(rows) FROM measurement_days"))[0][0] == 80
+    manual = (Path(__file__).parents[2] / "docs" / "OPERATING.md").read_text(encoding="utf-8")
+    block = next(b for b in re.findall(r"```sql\n(.*?)```", manual, re.DOTALL) if "measurement_days" in b)
+    day = datetime.fromtimestamp(NOW_US / 1e6, UTC).date()
+    for old, new in (("2026-03-01", day), ("2026-03-31", day), ("2026-04-01", day + timedelta(days=1))):
+        block = block.replace(old, str(new))
+    for statement in filter(str.strip, block.split(";")):
+        await command(store, statement)
+    assert (await store.query("SELECT sum(rows) FROM measurement_days"))[0][0] == 40
 
 
 def test_the_window_of_tokens_covers_what_can_be_in_flight():
