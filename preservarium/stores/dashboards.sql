@@ -180,6 +180,117 @@ GROUP BY day, severity, transition
 ORDER BY day, severity, transition
 LIMIT 10000;
 
+-- name: alarm_rate
+-- Annunciated alarms in each 10 minutes by severity; intervals without one are left out. A replay's are not counted.
+-- param: start Int64: from then on
+-- param: end Int64: to before then
+SELECT intDiv(toUnixTimestamp64Micro(detected_at), 600000000) * 600000000 AS at, severity, count() AS annunciations
+FROM alarm_events FINAL
+WHERE transition = 'raised' AND generation = 0
+  AND detected_at >= fromUnixTimestamp64Micro({start:Int64}, 'UTC') AND detected_at < fromUnixTimestamp64Micro({end:Int64}, 'UTC')
+GROUP BY at, severity
+ORDER BY at, severity
+LIMIT 10000;
+
+-- name: alarm_top
+-- The alarms that were annunciated most often, each with its share of all.
+-- param: start Int64: from then on
+-- param: end Int64: to before then
+-- param: limit UInt32 = 10: most rows
+SELECT device_id, rule, pin_position, annunciations, annunciations / sum(annunciations) OVER () AS share
+FROM (
+  SELECT device_id, rule, pin_position, count() AS annunciations
+  FROM alarm_events FINAL
+  WHERE transition = 'raised' AND generation = 0
+    AND detected_at >= fromUnixTimestamp64Micro({start:Int64}, 'UTC') AND detected_at < fromUnixTimestamp64Micro({end:Int64}, 'UTC')
+  GROUP BY device_id, rule, pin_position
+)
+ORDER BY annunciations DESC, device_id, rule, pin_position
+LIMIT {limit:UInt32};
+
+-- name: alarm_chatter
+-- Alarms that were raised for the third or a later time within a minute: how often, and the most in a minute.
+-- param: start Int64: from then on
+-- param: end Int64: to before then
+-- param: limit UInt32 = 100: most rows
+SELECT device_id, rule, pin_position, count() AS times, max(raised) AS most_in_minute
+FROM (
+  SELECT device_id, rule, pin_position, at,
+         count() OVER (PARTITION BY device_id, rule, pin_position ORDER BY at RANGE BETWEEN 60000000 PRECEDING AND CURRENT ROW) AS raised
+  FROM (
+    SELECT DISTINCT alarm_id, device_id, rule, pin_position, toUnixTimestamp64Micro(occurred_at) AS at
+    FROM alarm_events FINAL
+    WHERE transition = 'raised' AND generation = 0
+      AND occurred_at >= fromUnixTimestamp64Micro({start:Int64} - 60000000, 'UTC')
+      AND occurred_at < fromUnixTimestamp64Micro({end:Int64}, 'UTC')
+  )
+)
+WHERE raised >= 3 AND at >= {start:Int64}
+GROUP BY device_id, rule, pin_position
+ORDER BY times DESC, device_id, rule, pin_position
+LIMIT {limit:UInt32};
+
+-- name: alarm_answers
+-- How long annunciations waited for their first acknowledgement, in seconds, and how many never had one.
+-- param: start Int64: from then on
+-- param: end Int64: to before then
+SELECT countIf(acknowledged > 0) AS answered, countIf(acknowledged = 0) AS never,
+       quantileExactInclusiveOrNullIf(0.5)((acknowledged - raised) / 1e6, acknowledged > 0) AS median_s,
+       quantileExactInclusiveOrNullIf(0.9)((acknowledged - raised) / 1e6, acknowledged > 0) AS p90_s,
+       maxOrNullIf((acknowledged - raised) / 1e6, acknowledged > 0) AS longest_s
+FROM (
+  SELECT alarm_id, minIf(toUnixTimestamp64Micro(detected_at), transition = 'raised') AS raised,
+         minIf(toUnixTimestamp64Micro(detected_at), transition = 'acknowledged') AS acknowledged
+  FROM alarm_events FINAL
+  WHERE generation = 0 AND transition IN ('raised', 'acknowledged')
+  GROUP BY alarm_id
+)
+WHERE raised >= {start:Int64} AND raised < {end:Int64}
+LIMIT 1;
+
+-- name: alarm_floods
+-- Floods of the whole system: from above 10 annunciations within 10 minutes until below 5. One that lasts ends in the future.
+-- param: start Int64: from then on
+-- param: end Int64: to before then
+-- param: limit UInt32 = 100: most rows
+SELECT min(at) AS begins_at, max(next_at) AS ends_at, max(raised) AS most
+FROM (
+  SELECT at, raised, flood,
+         sum(flood = 0) OVER (ORDER BY at ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW) AS calm,
+         leadInFrame(at) OVER (ORDER BY at ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING) AS next_at
+  FROM (
+    SELECT at, raised, max(mark) OVER (PARTITION BY run) AS flood
+    FROM (
+      SELECT at, raised, mark, sum(mark >= 0) OVER (ORDER BY at) AS run
+      FROM (
+        SELECT at, raised, multiIf(raised > 10, 1, raised < 5, 0, -1) AS mark
+        FROM (
+          SELECT at, sum(step) OVER (ORDER BY at) AS raised
+          FROM (
+            SELECT change.1 AS at, sum(change.2) AS step
+            FROM (
+              SELECT arrayJoin([(told, 1), (told + 600000000, -1)]) AS change
+              FROM (
+                SELECT toUnixTimestamp64Micro(detected_at) AS told
+                FROM alarm_events FINAL
+                WHERE transition = 'raised' AND generation = 0
+                  AND detected_at >= fromUnixTimestamp64Micro({start:Int64} - 86400000000, 'UTC')
+                  AND detected_at < fromUnixTimestamp64Micro({end:Int64}, 'UTC')
+              )
+            )
+            GROUP BY at
+          )
+        )
+      )
+    )
+  )
+)
+WHERE flood = 1
+GROUP BY calm
+HAVING ends_at > {start:Int64}
+ORDER BY begins_at
+LIMIT {limit:UInt32};
+
 -- name: anomalies
 -- Beginnings and ends of anomalies, newest first.
 -- param: device String = '': only of this device

@@ -9,9 +9,15 @@ import asyncpg
 import orjson
 import pytest
 from click.testing import CliRunner
+from sink_support import batch, in_thread, live, migrated_database, record
 
+from preservarium import topics
 from preservarium.__main__ import cli
+from preservarium.stores.clickhouse import ClickHouseStore
+from preservarium.stores.dashboards import Dashboards
 from preservarium.stores.kpis import kpis
+from preservarium.stores.migrate import migrate_clickhouse
+from preservarium.sync import ALARM_EVENTS, EventSync
 
 T = datetime(2026, 3, 1, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -118,8 +124,6 @@ def alarms():
 
 @pytest.fixture(scope="module")
 def filled(postgres, alarms):
-    from sink_support import in_thread, migrated_database
-
     with migrated_database(postgres) as dsn:
         in_thread(fill(dsn, alarms))
         yield dsn
@@ -213,6 +217,66 @@ async def test_all_figures_of_a_time(connection, alarms):
     assert (answers["acknowledged"], answers["never"]) == (len(waited), len(mine) - len(waited))
     assert answers["median_s"] == pytest.approx(median(waited))
     assert answers["longest_s"] == pytest.approx(max(waited))
+
+
+async def test_clickhouse_says_the_same(clickhouse, clickhouse_database, alarms):
+    settings = live(clickhouse={"url": clickhouse, "database": clickhouse_database})
+    await migrate_clickhouse(settings())
+    store = ClickHouseStore(settings)
+    lines = []
+    for a in alarms:
+        line = {
+            "alarm_id": a["alarm_id"], "device_id": a["device_id"], "rule": a["rule"], "rule_rev": 1, "severity": a["severity"],
+            "component_type": "temperature", "pin_position": a["pin_position"], "state": "unacknowledged", "cleared_at": None,
+            "occurred_at": us(a["occurred_at"]), "value": 1.0, "unit": "", "threshold": 1.0, "message": "", "generation": 0,
+            "raw_partition": None, "raw_offset": None, "raw_index": None,
+        }  # fmt: skip
+        lines.append(
+            {**line, "transition_id": f"{a['alarm_id']}-1", "transition": "raised", "detected_at": us(a["detected_at"])}
+        )
+        lines.append(
+            {**lines[-1], "alarm_id": a["alarm_id"] + "r", "transition_id": f"{a['alarm_id']}-r", "generation": 3}
+        )
+        if a["acknowledged_at"]:
+            for n in (2, 3):
+                at = us(a["acknowledged_at"] + (n - 2) * MINUTE)
+                lines.append(
+                    {**line, "transition_id": f"{a['alarm_id']}-{n}", "transition": "acknowledged", "detected_at": at}
+                )
+    records = [record(i, line) for i, line in enumerate(lines)]
+    await EventSync(ALARM_EVENTS, store, settings)([batch(topics.ALERTS.name, 0, records)])
+    dashboards = Dashboards(store, settings)
+    begin, end = T + timedelta(hours=2), T + timedelta(hours=20)
+
+    async def ask(name):
+        return orjson.loads(await dashboards.answer(name, {"start": us(begin), "end": us(end)}))["rows"]
+
+    mine = [a for a in alarms if begin <= a["detected_at"] < end]
+    rates = Counter((us(bucket(a["detected_at"], 10)), a["severity"]) for a in mine)
+    assert {(at, severity): n for at, severity, n in await ask("alarm_rate")} == rates
+    top = Counter((a["device_id"], a["rule"], a["pin_position"]) for a in mine)
+    found = await ask("alarm_top")
+    assert [n for *_, n, _ in found] == [n for _, n in top.most_common(10)]
+    assert all(share == pytest.approx(n / len(mine)) for *_, n, share in found)
+    by_point = {}
+    for a in alarms:
+        by_point.setdefault((a["device_id"], a["rule"], a["pin_position"]), []).append(a["occurred_at"])
+    chatter = {}
+    for point, instants in by_point.items():
+        within = [sum(at - MINUTE <= x <= at for x in instants) for at in instants if begin <= at < end]
+        if times := [n for n in within if n >= 3]:
+            chatter[point] = (len(times), max(times))
+    assert {tuple(row[:3]): tuple(row[3:]) for row in await ask("alarm_chatter")} == chatter
+    waited = [(a["acknowledged_at"] - a["detected_at"]).total_seconds() for a in mine if a["acknowledged_at"]]
+    answered, never, median_s, _, longest_s = (await ask("alarm_answers"))[0]
+    assert (answered, never) == (len(waited), len(mine) - len(waited))
+    assert (median_s, longest_s) == (pytest.approx(median(waited)), pytest.approx(max(waited)))
+    expected = [
+        [us(f[0]), us(f[1]), f[2]] for f in floods([a["detected_at"] for a in alarms]) if f[0] < end and f[1] > begin
+    ]
+    assert len(expected) >= 2
+    assert await ask("alarm_floods") == expected
+    await store.close()
 
 
 def test_the_command_prints_them(filled, monkeypatch):

@@ -89,6 +89,8 @@ async def filled(clickhouse: str, clickhouse_database: str) -> AsyncIterator[Cli
 
 SERIES = {"device": "d1", "component": "temperature", "pin": "0", "start": NOON_US, "end": NOON_US + 10_000_000}
 
+TIMES = {"start": NOON_US, "end": NOON_US + HOUR_US}
+
 EXPECTED: dict[str, tuple[dict[str, Any], list[list[Any]]]] = {
     "stages": (
         {},
@@ -143,6 +145,11 @@ EXPECTED: dict[str, tuple[dict[str, Any], list[list[Any]]]] = {
     "windows": (SERIES, [[NOON_US, 9, 0.0, 4.0, 8.5, 36.0, 8.0, None]]),
     "fleet": ({}, [[DAY, 11, 2, 0.090909]]),
     "alarms": ({}, [[DAY, "major", "raised", 1, 1]]),
+    "alarm_rate": (TIMES, [[NOON_US, "major", 1]]),
+    "alarm_top": (TIMES, [["d1", "hot", "0", 1, 1.0]]),
+    "alarm_chatter": (TIMES, []),  # more of these in test_alarm_kpis.py
+    "alarm_answers": (TIMES, [[0, 1, None, None, None]]),
+    "alarm_floods": (TIMES, []),
     "anomalies": ({"device": "d1"}, [[NOON_US, "d1", "temperature", "0", "begins", 9.0, "Cel", 4.0, 7.5]]),
 }  # fmt: skip
 
