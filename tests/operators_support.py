@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import orjson
 from worker_support import ROOT, until
 
@@ -94,7 +95,7 @@ class Plant:
             )  # fmt: skip
         self.processes.append(process)
         self.urls.append(f"http://127.0.0.1:{port}")
-        await until(lambda: "worker_ready" in self.log(number), 60, lambda: self.log(number)[-3_000:])
+        await until(lambda: "worker_ready" in self.log(number), 90, lambda: self.log(number)[-3_000:])
         return self.urls[-1]
 
     def log(self, number: int = 0) -> str:
@@ -109,6 +110,24 @@ class Plant:
             "readings": [{"component_type": "temp", "pin_position": "-1", "value": value, "unit": "°C", "quality": 1}],
         }  # fmt: skip
         await self._publisher.publish([Send(topics.VALIDATED, device.encode(), orjson.dumps(message))])
+
+    async def raises(self, *devices: str) -> None:
+        """The alarm of each device stands, as the last worker sees it.
+
+        A reading is sent until it does: the first one may come before the worker has heard of the device.
+        """
+        async with aiohttp.ClientSession() as http:
+
+            async def stand() -> bool:
+                async with http.get(f"{self.urls[-1]}/api/alarms?limit=200") as response:
+                    there = (
+                        {a["device_id"] for a in (await response.json())["alarms"]} if response.status == 200 else set()
+                    )
+                for device in set(devices) - there:
+                    await self.reads(device, 35)
+                return set(devices) <= there
+
+            await until(stand, 90, lambda: self.log(len(self.processes) - 1)[-3_000:])
 
     async def act(self, device: str, action: str) -> None:
         """Bob does something, elsewhere."""

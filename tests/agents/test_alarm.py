@@ -372,3 +372,14 @@ async def test_ticks_cost_nothing_where_nothing_is_due():
 def lines_of(stage: Silent) -> list[int]:
     state = orjson.loads(stage.world.tables["a", PARTITION, b"dev-1"])
     return [row[7] for rule, pins in state["g"]["0"]["a"].items() if rule == "gone" for row in pins.values()]
+
+
+async def test_a_shelf_that_ends_without_a_message_leaves_what_stands():
+    stage = Silent()
+    await stage.tick(0)
+    await stage.readings(record(1, value(1, 20)))
+    (shelved,) = standing(await stage.actions(record(1, action("shelve", duration_s=30, at=T + 10 * S))))
+    assert shelved["state"] == "shelved"
+    assert standing(await stage.tick(39)) == []
+    assert standing(await stage.tick(50)) == [None]
+    assert standing(await stage.tick(51)) == []

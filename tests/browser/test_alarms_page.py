@@ -230,8 +230,7 @@ async def test_an_operator_acknowledges_and_shelves_on_a_real_worker(page, kafka
     try:
         await plant.open("dev-1", "dev-2")
         url = await plant.start()
-        for device in ("dev-1", "dev-2"):
-            await plant.reads(device, 35)
+        await plant.raises("dev-1", "dev-2")
         await page.size(1400, 900)
         await page.go(f"{url}/alarms")
         await page.until(f"{ROWS}.length === 2")

@@ -64,7 +64,7 @@ async def chain(dsn: str, device: str, length: int) -> list[Any]:
         return len(found) >= length
 
     try:
-        await until(long_enough, 30, lambda: str(found))
+        await until(long_enough, 90, lambda: str(found))
         assert (await events.verify(connection)).faults == []
         return found
     finally:
@@ -73,13 +73,7 @@ async def chain(dsn: str, device: str, length: int) -> list[Any]:
 
 async def test_operators_work_through_any_worker_any_way_and_all_is_kept(plant: Plant, http: Any, pg_dsn: str) -> None:
     url = await plant.start()
-    for device in DEVICES:
-        await plant.reads(device, 31)
-
-    async def all_there() -> bool:
-        return set(await listed(http, url)) == set(DEVICES)
-
-    await until(all_there, 40, plant.log)
+    await plant.raises(*DEVICES)
 
     # HTTP: done, refused with the reason, done once.
     answer = await act(http, url, "dev-1", "acknowledge", comment="on my way", action_id="one")
@@ -144,17 +138,15 @@ async def test_operators_work_through_any_worker_any_way_and_all_is_kept(plant: 
 
 async def test_another_worker_shows_and_does_the_same_and_a_restart_forgets_nothing(plant: Plant, http: Any) -> None:
     first = await plant.start()
-    for device in DEVICES:
-        await plant.reads(device, 31)
+    await plant.raises(*DEVICES)
 
     async def all_there(url: str) -> bool:
         return set(await listed(http, url)) == set(DEVICES)
 
-    await until(lambda: all_there(first), 40, plant.log)
     answer = await act(http, first, "dev-1", "acknowledge", action_id="through-the-first")
     assert answer["outcome"] == "done"
     second = await plant.start()
-    await until(lambda: all_there(second), 40, lambda: plant.log(1))
+    await until(lambda: all_there(second), 90, lambda: plant.log(1))
     assert (await listed(http, second))["dev-1"]["state"] == "acknowledged"
     # An answer to what was sent through another worker is known here, too.
     async with http.get(f"{second}/api/alarms/actions/through-the-first?wait_s=10") as response:
@@ -167,17 +159,12 @@ async def test_another_worker_shows_and_does_the_same_and_a_restart_forgets_noth
     async def empty() -> bool:
         return await listed(http, first) == {} == await listed(http, second)
 
-    await until(empty, 40, plant.log)
+    await until(empty, 90, plant.log)
 
 
 async def test_nothing_that_operators_do_waits_for_the_database(plant: Plant, http: Any, pg_dsn: str) -> None:
     url = await plant.start(PRESERVARIUM_POSTGRES__URL="postgresql://nobody@127.0.0.1:1/none")
-    await plant.reads("dev-1", 31)
-
-    async def there() -> bool:
-        return "dev-1" in await listed(http, url)
-
-    await until(there, 40, plant.log)
+    await plant.raises("dev-1")
     assert (await act(http, url, "dev-1", "acknowledge", comment="seen"))["outcome"] == "done"
     assert (await act(http, url, "dev-1", "clear"))["outcome"] == "refused"
     async with http.get(f"{url}/api/alarms") as response:
