@@ -11,12 +11,14 @@ import asyncio
 import random
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
 import asyncpg
 import orjson
 import structlog
+from aiokafka.partitioner import murmur2
 from mode import Service
 
 from preservarium import metrics, topics
@@ -100,7 +102,10 @@ def source_of(settings: Callable[[], Settings]) -> Source:
 class Extractor:
     """Reads, sends and records. For one task at a time."""
 
-    def __init__(self, source: Source, ledger: Ledger, publish: Callable[[Sequence[Send]], Any]) -> None:
+    def __init__(
+        self, source: Source, ledger: Ledger, publish: Callable[[Sequence[Send]], Any], *, partitions: int
+    ) -> None:
+        self._partitions = partitions
         self._source = source
         self._ledger = ledger
         self._publish = publish
@@ -185,13 +190,17 @@ class Extractor:
                     sends.append(gone_of(table, id, before, order))
                 sent[id] = Sent(GONE, order, before.key, step.observed_us)
         if sends:
-            await self._publish(sends)
+            # Not by the publisher's cache of keys, which is for devices: files are too many, and each comes a few times.
+            await self._publish([replace(s, partition=self._partition(s.key)) for s in sends])
         if sent or step.position is not None:
             await self._ledger.record(table, sent, step.position)
         metrics.EXTRACT_ROWS.labels(table, "sent").inc(changed)
         metrics.EXTRACT_ROWS.labels(table, "gone").inc(len(sent) - changed)
         metrics.EXTRACT_ROWS.labels(table, "known").inc(len(step.changes) - changed)
         return len(sends)
+
+    def _partition(self, key: bytes | None) -> int | None:
+        return None if key is None else (int(murmur2(key)) & 0x7FFFFFFF) % self._partitions
 
     async def due(self, table: Table, reconcile_s: float) -> float:
         """Seconds until all keys of a table are to be compared; 0 where it is time."""
@@ -246,8 +255,10 @@ class ExtractService(Service):
             await source.open()
             metrics.EXTRACT_LEADS.set(1)
             log.info("extract_leads", tables=list(source.tables))
+            partitions = self._settings().kafka.partitions
+            extractor = Extractor(source, Ledger(connection), self._publisher.publish, partitions=partitions)
             # The connection that holds the lock is the one that records: without the lock nothing is recorded.
-            await self._lead(source, Extractor(source, Ledger(connection), self._publisher.publish))
+            await self._lead(source, extractor)
         finally:
             metrics.EXTRACT_LEADS.set(0)
             if source is not None:
@@ -278,10 +289,11 @@ class ExtractService(Service):
     async def _waited(self, source: Source, timeout_s: float) -> Woken:
         """What the source tells, or nothing where the worker stops meanwhile."""
         task = asyncio.ensure_future(source.wait(timeout_s))
-        await self.wait_first(asyncio.wait([task]))
-        if not task.done():
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-            return Woken()
-        return task.result()
+        try:
+            await self.wait_first(asyncio.wait([task]))
+            return task.result() if task.done() else Woken()
+        finally:
+            # Also where this service's own task is cancelled.
+            if not task.done():
+                task.cancel()
+                await asyncio.wait([task])

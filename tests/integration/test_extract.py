@@ -106,7 +106,7 @@ class World:
         await source.open()
         connection = await asyncpg.connect(self.dsn, timeout=10)
         self._ours.append(connection)
-        return Extractor(source, Ledger(connection), self.publisher.publish)
+        return Extractor(source, Ledger(connection), self.publisher.publish, partitions=2)
 
     async def events(self, topic: Any = topics.TASK_EVENTS) -> list[tuple[bytes | None, dict[str, Any]]]:
         """Every record of the topic; each is taken by the stage that reads it."""
