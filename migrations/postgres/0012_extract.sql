@@ -1,12 +1,14 @@
 -- What was taken out of databases that have no change feed: how far, and which version of each row.
--- Written after Kafka has acknowledged the events, so a crash in between sends some again, under the same event ids.
+-- What is about to be sent is written before, and what was sent after Kafka has acknowledged it: a crash in between sends it again.
 
 CREATE TABLE extract_positions (
   source        text PRIMARY KEY,
   position      jsonb NOT NULL,
+  pending       jsonb,
   reconciled_at timestamptz,
   updated_at    timestamptz NOT NULL DEFAULT now());
 COMMENT ON COLUMN extract_positions.source IS 'tasks or employees.';
+COMMENT ON COLUMN extract_positions.pending IS 'The events that are being sent: [id, key, at_us, changed_us, place, order_us, order_place] each.';
 COMMENT ON COLUMN extract_positions.reconciled_at IS 'When every key was last compared with the source.';
 
 CREATE TABLE extract_rows (

@@ -1,7 +1,8 @@
 """What was sent: how far each table was read, and the version of each of its rows.
 
-Both are written in one transaction, after Kafka has acknowledged the events. A crash before it sends them again, with the
-same ids, from the same place.
+Both are written in one transaction, after Kafka has acknowledged the events; before they are sent, they are written as
+pending. So after a crash it is known what may have been sent: a row of it that is unchanged is sent again under the same id,
+one that changed under a greater one, and one that is gone is told as gone.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -36,6 +37,14 @@ class Sent:
         return self.version == GONE
 
 
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """An event that is being sent."""
+
+    id: str  #: of the row
+    sent: Sent  #: what the row's entry will be
+
+
 class Ledger:
     """On a connection to our own database. Errors are asyncpg's."""
 
@@ -58,6 +67,21 @@ class Ledger:
         )
         return {r[0]: Sent((r[1], r[2]), (r[3], r[4]), r[5], r[6]) for r in rows}
 
+    async def plan(self, table: Table, events: Sequence[Pending]) -> None:
+        """These are about to be sent; all that may have been sent and is not recorded must be among them."""
+        document = orjson.dumps([(e.id, e.sent.key, e.sent.at_us, *e.sent.version, *e.sent.order) for e in events])
+        await self._connection.execute(
+            "INSERT INTO extract_positions (source, position, pending) VALUES ($1, 'null', $2)"
+            " ON CONFLICT (source) DO UPDATE SET pending = excluded.pending",
+            table, document.decode(),
+        )  # fmt: skip
+
+    async def pending(self, table: Table) -> list[Pending]:
+        """What was planned and not recorded."""
+        document = await self._connection.fetchval("SELECT pending FROM extract_positions WHERE source = $1", table)
+        entries = orjson.loads(document) if document else []
+        return [Pending(id, Sent((c, p), (o, q), key, at)) for id, key, at, c, p, o, q in entries]
+
     async def record(self, table: Table, sent: Mapping[str, Sent], position: Position | None) -> None:
         """Keep what was sent, and move on."""
         async with self._connection.transaction():
@@ -71,10 +95,12 @@ class Ledger:
                     [s.order[0] for s in sent.values()], [s.order[1] for s in sent.values()],
                     [s.key for s in sent.values()], [s.at_us for s in sent.values()],
                 )  # fmt: skip
-            if position is not None:
+            if position is None:
+                await self._connection.execute("UPDATE extract_positions SET pending = NULL WHERE source = $1", table)
+            else:
                 await self._connection.execute(
                     "INSERT INTO extract_positions (source, position) VALUES ($1, $2)"
-                    " ON CONFLICT (source) DO UPDATE SET position = excluded.position, updated_at = now()",
+                    " ON CONFLICT (source) DO UPDATE SET position = excluded.position, pending = NULL, updated_at = now()",
                     table, orjson.dumps(position).decode(),
                 )  # fmt: skip
 

@@ -128,16 +128,10 @@ class _Table:
             f" UNION ALL SELECT '{_NO_TIME}', count(*), {digest} FROM {self.name} WHERE {self.at} IS NULL HAVING count(*) > 0"
         )
 
-    def change(self, row: Any, unsure_us: int = 0) -> Change:
-        """A row as a change.
-
-        Args:
-            row: of `select`.
-            unsure_us: the time of the look where a newer version than this one's number says may have been sent.
-        """
+    def change(self, row: Any) -> Change:
+        """A row of `select` as a change."""
         version = row[1] or 0, row[2]
-        order = (max(unsure_us, version[0]), unsure_us) if unsure_us else version
-        return Change(row[0], version, order, dict(zip(self.fields, row[3:], strict=True)))
+        return Change(row[0], version, version, dict(zip(self.fields, row[3:], strict=True)))
 
 
 def _us(sql: str) -> str:
@@ -245,12 +239,8 @@ class PostgresSource:
         """See `Source`."""
         t = self._tables[table]
         horizon, ahead, now_us = await self._horizon()
-        unsure_us = 0
         if table not in self._sent:
-            # Above the recorded line whoever was here before us may have sent what was not recorded, and transactions that
-            # were open then may have written since, with an older time. Below it neither can be.
-            unsure_us = now_us if position is not None and "at" in position else 0
-            async for step in self._walk(t, position, horizon, now_us, unsure_us):
+            async for step in self._walk(t, position, horizon, now_us):
                 yield step
             self._sent[table] = {}
             self._at[table] = horizon
@@ -262,14 +252,12 @@ class PostgresSource:
             if before.get(name) == groups[name]:
                 continue
             async for rows in self._group(t, name, ahead):
-                yield Step([t.change(r, unsure_us) for r in rows], position={"at": self._at[table]}, observed_us=now_us)
+                yield Step([t.change(r) for r in rows], position={"at": self._at[table]}, observed_us=now_us)
             self._sent[table][name] = groups[name]
         # Rows of the seconds below are settled now: they were read after the horizon was drawn.
         self._at[table] = max(self._at[table], horizon)
 
-    async def _walk(
-        self, t: _Table, position: Position | None, horizon: str, now_us: int, unsure_us: int
-    ) -> AsyncIterator[Step]:
+    async def _walk(self, t: _Table, position: Position | None, horizon: str, now_us: int) -> AsyncIterator[Step]:
         where, arguments = f"{t.at} < $1::text::{t.at_type}", [horizon]
         if position is not None and position.get("walk"):
             arguments += position["walk"]
@@ -279,11 +267,9 @@ class PostgresSource:
             where += f" AND {t.at} >= $2::text::{t.at_type}"
         query = f"{t.select.replace('SELECT ', f'SELECT {t.at}::text, ', 1)} WHERE {where} ORDER BY {t.at}, {t.id}"
         async for rows in self._cursor(query, *arguments):
-            changes = [t.change(r[1:], unsure_us) for r in rows]
-            # A line that was recorded stays until all above it was read: what is above it stays unsure.
-            walked: Position | None = {"walk": [rows[-1][0], rows[-1][1]]} if not unsure_us else None
-            yield Step(changes, position=walked, observed_us=now_us)
-        if position is None or position.get("walk"):
+            position = {"walk": [rows[-1][0], rows[-1][1]]}
+            yield Step([t.change(r[1:]) for r in rows], position=position, observed_us=now_us)
+        if position is None or "walk" in position:
             yield Step(position={"at": horizon})
 
     async def _group(self, t: _Table, name: str, ahead: str) -> AsyncIterator[list[Any]]:
@@ -313,9 +299,8 @@ class PostgresSource:
     async def rows(self, table: Table, ids: Sequence[str]) -> list[Change]:
         """See `Source`."""
         t = self._tables[table]
-        now_us = await self.now_us()
         found = await self._connection.fetch(f"{t.select} WHERE {t.id} = ANY ($1::text[]::{t.id_type}[])", list(ids))
-        return [t.change(r, now_us) for r in found]
+        return [t.change(r) for r in found]
 
     async def now_us(self) -> int:
         """See `Source`."""

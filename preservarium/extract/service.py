@@ -3,8 +3,8 @@
 A PostgreSQL advisory lock makes one worker the leader, as for the registry's relay. Two that take themselves for the leader
 for a moment do no harm: the events that both send have the same ids.
 
-Each step: leave out versions that were sent, send, wait for Kafka's acknowledgement, record. Nothing that happens in between
-loses a change or makes another one of it.
+Each step: leave out versions that were sent, plan, send, wait for Kafka's acknowledgement, record. What a crash leaves between
+plan and record is brought to what the source holds by the next leader.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from mode import Service
 
 from preservarium import metrics, topics
 from preservarium.domain.errors import Retry
-from preservarium.extract.ledger import GONE, Ledger, Sent
+from preservarium.extract.ledger import GONE, Ledger, Pending, Sent
 from preservarium.extract.source import KEYS, STEP_ROWS, Change, Order, Source, SourceError, Step, Table, Woken
 from preservarium.publish import Publisher
 from preservarium.settings import Settings
@@ -106,6 +106,7 @@ class Extractor:
         self, source: Source, ledger: Ledger, publish: Callable[[Sequence[Send]], Any], *, partitions: int
     ) -> None:
         self._partitions = partitions
+        self._recovered: set[Table] = set()
         self._source = source
         self._ledger = ledger
         self._publish = publish
@@ -119,6 +120,9 @@ class Extractor:
         """
         total = 0
         for table in self._source.tables:
+            if table not in self._recovered:
+                total += await self._recover(table)
+                self._recovered.add(table)
             position, _ = await self._ledger.position(table)
             sent = 0
             async for step in self._source.read(table, position):
@@ -184,20 +188,61 @@ class Extractor:
         for id in step.gone:
             before = known.get(id)
             if before is not None and not before.gone:
-                # An event that was not recorded may have been sent: newer than whatever was seen before now.
                 order = after((step.observed_us, step.observed_us), before.order, step.observed_us)
                 if before.key:
                     sends.append(gone_of(table, id, before, order))
                 sent[id] = Sent(GONE, order, before.key, step.observed_us)
-        if sends:
-            # Not by the publisher's cache of keys, which is for devices: files are too many, and each comes a few times.
-            await self._publish([replace(s, partition=self._partition(s.key)) for s in sends])
+        await self._send(table, sends, [Pending(id, s) for id, s in sent.items()])
         if sent or step.position is not None:
             await self._ledger.record(table, sent, step.position)
         metrics.EXTRACT_ROWS.labels(table, "sent").inc(changed)
         metrics.EXTRACT_ROWS.labels(table, "gone").inc(len(sent) - changed)
         metrics.EXTRACT_ROWS.labels(table, "known").inc(len(step.changes) - changed)
         return len(sends)
+
+    async def _recover(self, table: Table) -> int:
+        """Bring what a crash left half sent to what the source holds now."""
+        pending = await self._ledger.pending(table)
+        if not pending:
+            return 0
+        ids = list(dict.fromkeys(p.id for p in pending))
+        rows: dict[str, Change] = {}
+        for start in range(0, len(ids), STEP_ROWS):
+            rows |= {c.id: c for c in await self._source.rows(table, ids[start : start + STEP_ROWS])}
+        known = await self._ledger.sent(table, ids)
+        now_us = await self._source.now_us()
+        sends: list[Send] = []
+        sent: dict[str, Sent] = {}
+        for id in ids:
+            told = [p.sent for p in pending if p.id == id]
+            if id in known:
+                told.insert(0, known[id])
+            newest = max(told, key=lambda s: s.order)
+            change = rows.get(id)
+            if change is None:
+                order = after((now_us, now_us), newest.order, now_us)
+                sent[id] = Sent(GONE, order, newest.key, now_us)
+                key = None
+            else:
+                key = str(change.fields.get(KEYS[table]) or "")
+                same = newest.version == change.version and newest.key == key
+                order = newest.order if same else after(change.order, newest.order, now_us)
+                at = change.fields.get("assigned_at")
+                sent[id] = Sent(change.version, order, key, at if isinstance(at, int) else None)
+                sends.append(send_of(table, change, order))
+            # Under every other key that may have been told of it, it is no more.
+            others = {s.key: s for s in told if not s.gone and s.key not in ("", key)}
+            sends += [gone_of(table, id, other, order) for other in others.values()]
+        await self._send(table, sends, [*pending, *(Pending(id, s) for id, s in sent.items())])
+        await self._ledger.record(table, sent, None)
+        log.info("extract_recovered", table=table, rows=len(ids))
+        return len(sends)
+
+    async def _send(self, table: Table, sends: Sequence[Send], events: Sequence[Pending]) -> None:
+        if sends:
+            await self._ledger.plan(table, events)
+            # Not by the publisher's cache of keys, which is for devices: files are too many, and each comes a few times.
+            await self._publish([replace(s, partition=self._partition(s.key)) for s in sends])
 
     def _partition(self, key: bytes | None) -> int | None:
         return None if key is None else (int(murmur2(key)) & 0x7FFFFFFF) % self._partitions

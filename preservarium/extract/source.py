@@ -7,7 +7,7 @@ once: the ledger leaves out versions that were sent.
 **Which event of a row is newer.** Not the one with the greater `updated_at`: a transaction that began earlier may write
 last, with the time of its beginning, and so may a writer whose clock is behind. What was seen later is newer. An event's
 id is made of the row's version alone as long as that grows, so that a repetition after a crash has the same id; where it
-does not, or where an event may have been sent that was not recorded, of the time when it was seen.
+does not, of the time when it was seen.
 """
 
 from collections.abc import AsyncIterator, Sequence
