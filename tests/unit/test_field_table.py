@@ -12,7 +12,13 @@ from preservarium.domain.errors import ReasonCode, Reject
 from preservarium.registry_file import plain_file
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted([*(ROOT / "examples").glob("*/*.yaml"), *(ROOT / "tests" / "cases").glob("*/*.yaml")])
+#: Files of one parser each; a folder of examples may also have a registry of its own.
+FILES = sorted(
+    f
+    for folder in (ROOT / "examples", ROOT / "tests" / "cases")
+    for f in folder.glob("*/*.yaml")
+    if f.name != "registry.yaml"
+)
 PARSERS = {f"{f.parent.name}/{f.stem}": plain_file(f) for f in FILES}
 TABLES = {name: doc for name, doc in PARSERS.items() if doc["kind"] == "table"}
 _DECODERS = {name: compile_parser(doc) for name, doc in TABLES.items()}
