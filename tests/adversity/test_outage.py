@@ -4,6 +4,7 @@ The worker is the real one, every agent on; its own PostgreSQL and ClickHouse ar
 """
 
 import asyncio
+import itertools
 import json
 import os
 import subprocess
@@ -27,7 +28,8 @@ from preservarium.supervise import Worker
 
 #: Long enough for breakers to open, waits to reach their longest, and every time-out of a client to pass.
 OUTAGE_S = float(os.environ.get("TEST_OUTAGE_S", "60"))
-MESSAGES_PER_S = 50
+#: Few, for a machine with other work; the figures in docs/PERFORMANCE.md are of the most that the worker keeps up with.
+MESSAGES_PER_S = int(os.environ.get("TEST_OUTAGE_MESSAGES_PER_S", "50"))
 DEVICES = 20
 PARTITIONS = 4
 READINGS = 2  # of each message
@@ -194,7 +196,7 @@ async def all_stored(system: System) -> object:
     return (rows, columns) == (want, want) or f"{rows} and {columns} of {want}"
 
 
-@pytest.mark.timeout(OUTAGE_S + 240)
+@pytest.mark.timeout(OUTAGE_S * (1 + MESSAGES_PER_S / 200) + 240)
 async def test_stores_that_are_down_stop_no_stage_and_lose_nothing(sender: System) -> None:
     system = sender
     await system.send(200)
@@ -206,27 +208,34 @@ async def test_stores_that_are_down_stop_no_stage_and_lose_nothing(sender: Syste
     await asyncio.to_thread(system.postgres.stop)
     await asyncio.to_thread(system.clickhouse.stop)
     begun = time.monotonic()
-    while time.monotonic() - begun < OUTAGE_S:
+    rss_bytes = 0
+    for second in itertools.count(1):
+        if time.monotonic() - begun >= OUTAGE_S:
+            break
         await system.send(MESSAGES_PER_S)
-        await asyncio.sleep(1.0)
+        rss_bytes = max(rss_bytes, psutil.Process(pid).memory_info().rss)
+        await asyncio.sleep(max(0.0, begun + second - time.monotonic()))
 
     # While both are down: what depends on Kafka alone has kept up.
     async def kept_up() -> object:
         done = await system.end_offset("iot_validated_data")
         return done == system.sent or f"{done} of {system.sent} validated"
 
-    await eventually("normalize and validate keep up", kept_up, within_s=15)
+    await eventually("normalize and validate keep up", kept_up, within_s=15 + system.sent / 1000)
     assert await system.end_offset("iot_validated_data") > validated
     assert await system.end_offset("iot_alerts") > alerts, "the alarm stage raised nothing in the outage"
     assert await system.metric("preservarium_breaker_state") > 0, "no breaker is open though both stores are down"
 
     await asyncio.to_thread(system.postgres.start)
     await asyncio.to_thread(system.clickhouse.start)
-    await eventually("everything stored after the outage", lambda: all_stored(system), within_s=90)
+    stored_within_s = 90 + system.sent / 500
+    await eventually("everything stored after the outage", lambda: all_stored(system), within_s=stored_within_s)
     assert await system.end_offset("iot_errors") == 0
     assert await system.metric("preservarium_rebalances_total") == rebalances, "an outage must not cost a rebalance"
     assert system.worker.pid == pid, "the worker was restarted"
-    assert psutil.Process(pid).memory_info().rss < RSS_BYTES_MAX
+    rss_bytes = max(rss_bytes, psutil.Process(pid).memory_info().rss)
+    print(f"{system.sent} messages, {rss_bytes / 2**20:.0f} MiB at most")
+    assert rss_bytes < RSS_BYTES_MAX
 
 
 @pytest.mark.timeout(300)
