@@ -8,6 +8,7 @@ An action is checked, sent to `alarm_actions` and acknowledged by Kafka; whether
 can be waited for. Whoever repeats an action with the same `action_id` does it once.
 """
 
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn, Protocol
 
@@ -293,11 +294,14 @@ class Operators:
         if isinstance(opened, web.Response):
             return opened
         alarm = self._board.get((opened.device_id, opened.rule, opened.pin_position))
+        tried = self._board.answered(opened.action_id)
+        # Pressed twice is one action; but what was refused then (a shelved alarm) may be right now.
+        again = tried is not None and tried["outcome"] != "done"
         try:
             action_id = await self._desk.act(
                 {
                     "action": "acknowledge",
-                    "action_id": opened.action_id,
+                    "action_id": uuid.uuid4().hex if again else opened.action_id,
                     "alarm_id": opened.alarm_id,
                     "device_id": opened.device_id,
                     "rule": opened.rule,

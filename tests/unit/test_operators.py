@@ -474,10 +474,14 @@ async def test_the_button_acknowledges_as_the_recipient_once(client, board, host
     assert len(host.sent) == 1
 
 
-async def test_the_machines_refusal_is_shown(client, board, link):
+async def test_the_machines_refusal_is_shown_and_the_button_works_again(client, board, host, link):
     stand(board, alarm(1))
     status, text = await follow(client, board, link, outcome="refused")
     assert (status, "Not acknowledged: the alarm is acknowledged already." in text) == (409, True)
+    assert (await follow(client, board, link))[0] == 200
+    first, second = (orjson.loads(s.value) for s in host.sent)
+    assert first["action_id"] != second["action_id"]
+    assert first["alarm_id"] == second["alarm_id"]
 
 
 @pytest.mark.parametrize(
