@@ -56,6 +56,9 @@ BACKLOG_MS: Final = 5_000
 #: How long after the last sign of a backlog, or after taking a partition over, nothing times out.
 PATIENCE_US: Final = 10_000_000
 
+#: Later than every instant.
+NEVER_US: Final = 1 << 62
+
 _MS_US: Final = 1_000
 
 
@@ -106,6 +109,8 @@ class Commanding:
         )
         #: partition -> device -> when something is to be done, µs
         self._due: dict[int, dict[str, int]] = {}
+        #: partition -> nothing is to be done before, µs: most ticks look at no device
+        self._soonest: dict[int, int] = {}
         #: partition -> until when nothing times out, µs
         self._patient_until: dict[int, int] = {}
 
@@ -164,10 +169,18 @@ class Commanding:
         if tick.behind:
             self._patient_until[tick.partition] = tick.now_us + PATIENCE_US
         work = _Work(self, Batch(topics.COMMANDS.name, tick.partition, ()))
-        due = (device_id for device_id, at in self._due.get(tick.partition, {}).items() if at <= tick.now_us)
-        for device_id, _ in zip(list(due), range(DEVICES_A_TICK_MAX), strict=False):
+        known = self._due.get(tick.partition, {})
+        if self._soonest.get(tick.partition, 0) > tick.now_us:
+            return Effects()
+        due = [device_id for device_id, at in known.items() if at <= tick.now_us]
+        for device_id in due[:DEVICES_A_TICK_MAX]:
             work.tick(device_id)
-        return work.finish()
+        waiting = (at for at in known.values() if at > tick.now_us)
+        soonest = 0 if len(due) > DEVICES_A_TICK_MAX else min(waiting, default=NEVER_US)
+        effects = work.finish()
+        # Only once the effects are carried out: else the next tick has all of it to do. What they change comes on top.
+        effects.after.insert(0, lambda: self._soonest.__setitem__(tick.partition, soonest))
+        return effects
 
     async def _find(self, partition: int) -> None:
         """Look through the table: what was known may be from before the partition went to another worker and back."""
@@ -181,6 +194,7 @@ class Commanding:
             if number % RECORDS_A_TURN == 0:
                 await asyncio.sleep(0)
         self._due[partition] = found
+        self._soonest[partition] = 0
 
     async def alarms(self, batch: Batch) -> Effects:
         """Transitions of alarms become requests, by the `commands` of their rules. No state: the request's key is enough.
@@ -370,6 +384,9 @@ class _Work:
                 known.pop(device_id, None)
             else:
                 known[device_id] = at
+                self._stage._soonest[self._batch.partition] = min(
+                    at, self._stage._soonest.get(self._batch.partition, 0)
+                )
         for event in self._events:
             metrics.COMMAND_EVENTS.labels(event["event"], event["state"]).inc()
         if self._repeated:

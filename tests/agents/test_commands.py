@@ -153,6 +153,18 @@ async def test_time_outs_wait_until_a_backlog_is_read():
     assert told(await stage.tick(2)) == [("time_out", "timeout")]
 
 
+async def test_a_tick_whose_effects_were_not_carried_out_is_made_up_for():
+    stage = Stage()
+    await stage.calm()
+    offer(stage.world.documents, "type", **{**KIND, "downlink": {"sleeps": True}})
+    await stage.lines(record(1, request(expires_s=5)))
+    stage.world.clock.advance(6)
+    tick = Tick(PARTITION, stage.world.clock.now_us(), False, False)
+    assert told((await stage.stage.tick(tick)).sends) == [("expire", "expired")]  # and Kafka does not take it
+    assert told(await stage.tick(1)) == [("expire", "expired")]
+    assert await stage.tick(1) == []
+
+
 async def test_state_is_forgotten_when_nothing_is_left_to_know():
     stage = Stage()
     sends = await stage.lines(record(1, request(expires_s=60)))

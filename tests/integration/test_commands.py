@@ -193,7 +193,7 @@ class Site:
                 found.setdefault(event["sequence"], event["event"])
         return [event for _, event in sorted(found.items())]
 
-    async def until_story(self, command: str, enough: Callable[[list[str]], bool], within_s: float = 60) -> list[str]:
+    async def until_story(self, command: str, enough: Callable[[list[str]], bool], within_s: float = 120) -> list[str]:
         story: list[str] = []
 
         async def told() -> bool:
