@@ -53,7 +53,7 @@ ROWS_MAX: Final = 10_000
 #: Rows named in one DELETE: some 100 KiB of text, below the server's limit for a statement.
 DELETE_ROWS_MAX: Final = 1_000
 #: Rows of one insert of a rebuild.
-INSERT_ROWS_MAX: Final = 50_000
+INSERT_ROWS_MAX: Final = 20_000
 #: Rows read from PostgreSQL at once.
 FETCH_ROWS: Final = 5_000
 #: A row received in the last minute may be on its way; workers at half their load need a second.
