@@ -161,7 +161,7 @@ class Commanding:
         """Records of devices that have commands: a look at the table costs a fraction of parsing the others."""
         has: dict[bytes | None, bool] = {None: True}
         for record in batch.records:
-            if record.key not in has:
+            if record.key is not None and record.key not in has:
                 has[record.key] = self._table.get(batch.partition, record.key) is not None
         return [record for record in batch.records if has[record.key]]
 
