@@ -17,12 +17,14 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import click
 import orjson
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -91,10 +93,24 @@ async def fill(dsn: str, devices: int, series: int, steps: int, start_us: int) -
     return spent
 
 
-def usage() -> tuple[float, float]:
-    """CPU seconds of us and our ended children, and the most memory that one of them had, MiB."""
-    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in both), both[1].ru_maxrss / 1024
+def cpu_s() -> float:
+    """CPU seconds of us and our ended children."""
+    return sum(
+        u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
+
+
+class Memory:
+    """The most resident memory that one of the back-test's processes had; ru_maxrss would begin with that of its parent."""
+
+    def __init__(self) -> None:
+        self._others = set(psutil.Process().children())
+        self.most_mib = 0.0
+
+    def look(self, *_progress: int) -> None:
+        for child in set(psutil.Process().children()) - self._others:
+            with suppress(psutil.Error):
+                self.most_mib = max(self.most_mib, child.memory_info().rss / 2**20)
 
 
 async def bench(dsn: str, devices: int, series: int, steps: int, against_live: bool, runs: int) -> dict[str, Any]:
@@ -103,16 +119,16 @@ async def bench(dsn: str, devices: int, series: int, steps: int, against_live: b
     filled_s = await fill(dsn, devices, series, steps, start_us)
     settings = load(postgres={"url": dsn})
     connection = await asyncpg.connect(dsn)
-    spent, cpu = [], []
+    spent, cpu, memory = [], [], Memory()
     for _ in range(runs):
-        before, _memory = usage()
+        before = cpu_s()
         began = time.perf_counter()
         test = await backtest.prepare(
             connection, settings, {"hot": NEW}, from_us=start_us, to_us=now_us, against_live=against_live
         )  # type: ignore[dict-item]
-        result = await backtest.run(connection, test)
+        result = await backtest.run(connection, test, progress=memory.look)
         spent.append(time.perf_counter() - began)
-        cpu.append(usage()[0] - before)
+        cpu.append(cpu_s() - before)
         assert result.readings == devices * series * steps, result.readings
     document = result.document(test)
     await connection.close()
@@ -120,7 +136,7 @@ async def bench(dsn: str, devices: int, series: int, steps: int, against_live: b
         "readings": result.readings, "devices": devices, "series_a_device": series, "against_live": against_live,
         "processes": backtest.default_processes(), "load_average": round(os.getloadavg()[0], 1), "filled_s": round(filled_s, 1),
         "seconds": [round(s, 1) for s in spent], "readings_per_s": round(result.readings / min(spent)),
-        "cpu_s": [round(s, 1) for s in cpu], "rss_mib_a_process": round(usage()[1]), "raised": document["rules"]["hot"]["raised"],
+        "cpu_s": [round(s, 1) for s in cpu], "rss_mib_a_process": round(memory.most_mib), "raised": document["rules"]["hot"]["raised"],
     }  # fmt: skip
 
 
