@@ -4,7 +4,6 @@ The windows are in domain/aggregate.py; here records become messages, devices ge
 found. Each device's state is read once and put once a batch.
 """
 
-import asyncio
 from typing import Any, Final
 
 from preservarium import metrics, topics
@@ -27,11 +26,10 @@ from preservarium.domain.errors import ReasonCode
 from preservarium.domain.quality import CheckCompiler, DeviceChecks
 from preservarium.domain.reading import ErrorLine
 from preservarium.publish import RECORD_OVERHEAD_BYTES
-from preservarium.records import error_line, error_send, parse_trusted, split
+from preservarium.records import headers_of, message_error, parse_trusted, refuse, split
 from preservarium.settings import LiveSettings
-from preservarium.stage import Batch, Effects, Record, Send, Tick
-from preservarium.state import Table
-from preservarium.validation import RECORDS_A_TURN, load_state, passed_headers
+from preservarium.stage import Batch, Effects, Record, Send, Tick, in_turns
+from preservarium.state import Table, load_state
 
 STAGE: Final = "aggregate"
 
@@ -107,10 +105,8 @@ class Aggregation:
         await self._documents.ready()
         parsed, errors = parse_trusted(batch, stage=STAGE)
         work = _Work(self, batch.partition, errors)
-        for number, (record, lines) in enumerate(zip(batch.records, parsed, strict=True), 1):
+        async for record, lines in in_turns(zip(batch.records, parsed, strict=True)):
             work.record(batch, record, lines)
-            if number % RECORDS_A_TURN == 0:
-                await asyncio.sleep(0)
         return work.finish(self._clock.now_us())
 
     async def tick(self, tick: Tick) -> Effects:
@@ -136,13 +132,11 @@ class Aggregation:
     async def _find_open(self, tick: Tick) -> None:
         """Look through the table: what was known may be from before the partition went to another worker and back."""
         found: dict[str, tuple[int, int]] = {}
-        for number, (key, value) in enumerate(self._table.items(tick.partition), 1):
+        async for key, value in in_turns(self._table.items(tick.partition)):
             document = load_state(value, STATE_VERSION)
             end = next_end_us(document) if document else None
             if end is not None:
                 found[key.decode()] = (tick.now_us, end)
-            if number % RECORDS_A_TURN == 0:
-                await asyncio.sleep(0)
         self._open[tick.partition] = found
 
 
@@ -187,28 +181,21 @@ class _Work:
             if outcome.limited:
                 self._limited(batch, record, index, message, outcome)
         if windows:
-            self._send(record.key, windows, passed_headers(record))
+            self._send(record.key, windows, headers_of(record))
 
     def _limited(self, batch: Batch, record: Record, index: int, message: dict[str, Any], outcome: Outcome) -> None:
         plan = self._stage._plan
         text = f"more than {plan.series_max} series, or {plan.panes_max} panes of one: the others have no windows"
         self._errors.append(
-            error_line(
+            message_error(
                 STAGE,
                 ReasonCode.STATE_LIMIT,
                 text,
-                topic=batch.topic,
-                partition=batch.partition,
-                offset=record.offset,
-                index=index,
+                batch,
+                record,
+                index,
+                message,
                 raw=None,
-                device_id=message["device_id"],
-                raw_partition=message["raw_partition"],
-                raw_offset=message["raw_offset"],
-                raw_index=message["raw_index"],
-                parser=message.get("parser"),
-                config_rev=message.get("config_rev"),
-                generation=message["generation"],
                 now_us=self._stage._clock.now_us(),
             )
         )
@@ -238,8 +225,7 @@ class _Work:
             ends[device_id] = next_end_us(state)
             effects.put(self._stage._table.name, device_id.encode(), dump_state(state))
         for line in self._errors:
-            effects.sends.append(error_send(line))
-            effects.refused[line["code"]] = effects.refused.get(line["code"], 0) + 1
+            refuse(effects, line)
         effects.after.append(lambda: self._after(ends, now_us))
         return effects
 

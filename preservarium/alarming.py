@@ -3,7 +3,6 @@
 Both topics change the same state, so the app gives each partition to one of them at a time.
 """
 
-import asyncio
 from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
 from re import compile as pattern
@@ -36,10 +35,10 @@ from preservarium.domain.lineage import GENERATION_LIVE, identity
 from preservarium.domain.reading import PIN_POSITION_NONE, ErrorLine
 from preservarium.domain.rules import DeviceRules, compile_rules
 from preservarium.publish import partition_of
-from preservarium.records import error_line, error_send, parse_trusted
+from preservarium.records import headers_of, message_error, parse_trusted, refuse
 from preservarium.settings import LiveSettings
-from preservarium.stage import Batch, Effects, Record, Send, Tick
-from preservarium.validation import RECORDS_A_TURN, StateOf, load_state, passed_headers
+from preservarium.stage import RECORDS_A_TURN, Batch, Effects, Record, Send, Tick, in_turns
+from preservarium.state import StateOf, load_state
 
 log = structlog.get_logger(__name__)
 
@@ -130,11 +129,9 @@ class Alarming:
         await self._documents.ready()
         parsed, errors = parse_trusted(batch, stage=STAGE)
         work = _Work(self, batch, errors)
-        for number, (record, lines) in enumerate(zip(batch.records, parsed, strict=True), 1):
+        async for record, lines in in_turns(zip(batch.records, parsed, strict=True)):
             for index, message in enumerate(lines):
                 work.message(record, index, message)
-            if number % RECORDS_A_TURN == 0:
-                await asyncio.sleep(0)
         newest = max(
             (m["received_at"] for lines in parsed for m in lines if m["generation"] == GENERATION_LIVE), default=0
         )
@@ -164,10 +161,8 @@ class Alarming:
         due = self._deadlines[tick.partition].due(tick.now_us, DUE_A_TICK_MAX)
         if len(due) == DUE_A_TICK_MAX:
             self._crowded_s = self._clock.monotonic_s()
-        for number, device_id in enumerate(due, 1):
+        async for device_id in in_turns(due, DUE_A_TURN):
             work.time(device_id, tick.now_us)
-            if number % DUE_A_TURN == 0:
-                await asyncio.sleep(0)
         return work.finish()
 
     def tick_s(self) -> float:
@@ -178,12 +173,10 @@ class Alarming:
         """Look through the table: what was known may be from before the partition went to another worker and back."""
         self._taken_over[tick.partition] = tick.now_us
         found = self._deadlines[tick.partition] = _Deadlines()
-        for number, (key, value) in enumerate(self._items(tick.partition), 1):
+        async for key, value in in_turns(self._items(tick.partition)):
             due = _DUE.search(value)
             if due is not None:
                 found.put(key.decode(), int(due[1]))
-            if number % RECORDS_A_TURN == 0:
-                await asyncio.sleep(0)
 
     async def act(self, batch: Batch) -> Effects:
         """Carry out a batch of operators' actions; one that cannot be is told in `iot_errors`.
@@ -379,7 +372,7 @@ class _Work:
         for transition in outcome.transitions:
             self._transitions.append(transition)
             value = orjson.dumps(transition)
-            headers = passed_headers(record) if record is not None else ()
+            headers = headers_of(record) if record is not None else ()
             send = Send(topics.ALERTS, device_id.encode(), value, self._batch.partition, headers)
             self._effects.sends.append(send)
 
@@ -394,22 +387,15 @@ class _Work:
         message: dict[str, Any],
     ) -> None:
         self._errors.append(
-            error_line(
+            message_error(
                 STAGE,
                 code,
                 text,
-                topic=self._batch.topic,
-                partition=self._batch.partition,
-                offset=record.offset,
-                index=index,
+                self._batch,
+                record,
+                index,
+                {**message, "device_id": device_id},
                 raw=raw,
-                device_id=device_id,
-                raw_partition=message.get("raw_partition"),
-                raw_offset=message.get("raw_offset"),
-                raw_index=message.get("raw_index"),
-                parser=message.get("parser"),
-                config_rev=message.get("config_rev"),
-                generation=message.get("generation"),
                 now_us=self._now_us,
             )
         )
@@ -431,8 +417,7 @@ class _Work:
             key = answer["device_id"].encode()
             effects.sends.append(Send(topics.ALARM_ANSWERS, key, orjson.dumps(answer), partition))
         for line in self._errors:
-            effects.sends.append(error_send(line))
-            effects.refused[line["code"]] = effects.refused.get(line["code"], 0) + 1
+            refuse(effects, line)
         effects.after.append(self._count)
         return effects
 

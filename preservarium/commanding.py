@@ -6,7 +6,6 @@ to one of the two at a time; transitions of alarms become lines of `device_comma
 What a crash repeats has the same ids: the sink drops an event that it has, the downlink stage a downlink that it sent.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Final, Protocol
@@ -35,10 +34,10 @@ from preservarium.domain.device import DeviceDoc
 from preservarium.domain.errors import ReasonCode, Reject
 from preservarium.domain.reading import ErrorLine
 from preservarium.publish import partition_of
-from preservarium.records import error_line, error_send, parse_trusted
+from preservarium.records import error_line, parse_trusted, refuse
 from preservarium.settings import LiveSettings
-from preservarium.stage import Batch, Effects, Record, Send, Tick
-from preservarium.validation import RECORDS_A_TURN, load_state
+from preservarium.stage import Batch, Effects, Record, Send, Tick, in_turns
+from preservarium.state import load_state
 
 log = structlog.get_logger(__name__)
 
@@ -133,10 +132,8 @@ class Commanding:
                 if raw.strip():
                     work.parse(record, index, raw)
         await self._lookup(batch.partition, {line.device_id for _, _, _, line in work.parsed})
-        for number, (record, index, raw, line) in enumerate(work.parsed, 1):
+        async for record, index, raw, line in in_turns(work.parsed):
             work.line(record, index, raw, line)
-            if number % RECORDS_A_TURN == 0:
-                await asyncio.sleep(0)
         return work.finish()
 
     async def uplinks(self, batch: Batch) -> Effects:
@@ -150,11 +147,9 @@ class Commanding:
         concerned = self._concerned(batch)
         parsed, errors = parse_trusted(replace(batch, records=concerned), stage=STAGE) if concerned else ([], [])
         work = _Work(self, batch, errors)
-        for number, messages in enumerate(parsed, 1):
+        async for messages in in_turns(parsed):
             for message in messages:
                 work.uplink(message)
-            if number % RECORDS_A_TURN == 0:
-                await asyncio.sleep(0)
         return work.finish()
 
     def _concerned(self, batch: Batch) -> list[Record]:
@@ -195,14 +190,12 @@ class Commanding:
     async def _find(self, partition: int) -> None:
         """Look through the table: what was known may be from before the partition went to another worker and back."""
         found: dict[str, int] = {}
-        for number, (key, value) in enumerate(self._table.items(partition), 1):
+        async for key, value in in_turns(self._table.items(partition)):
             device_id = key.decode()
             document = load_state(value, STATE_VERSION)
             due = DeviceCommands(device_id, document).due_us(self.profiles.get(partition, device_id))
             if due is not None:
                 found[device_id] = due
-            if number % RECORDS_A_TURN == 0:
-                await asyncio.sleep(0)
         self._due[partition] = found
         self._soonest[partition] = 0
 
@@ -222,7 +215,7 @@ class Commanding:
                     effects.sends.append(command_send(line))
                     asked += 1
         for error in errors:
-            _tell(effects, error)
+            refuse(effects, error)
         effects.after.append(lambda: metrics.COMMANDS_ASKED.inc(asked))
         return effects
 
@@ -379,7 +372,7 @@ class _Work:
             value = None if document is None else orjson.dumps(document)
             effects.put(self._stage._table.name, device_id.encode(), value)
         for error in self._errors:
-            _tell(effects, error)
+            refuse(effects, error)
         due = {
             device_id: device.due_us(self._profile(device_id)) if device else None
             for device_id, device in self._devices.items()
@@ -405,11 +398,6 @@ class _Work:
             metrics.COMMAND_REPORTS_IGNORED.inc(self._ignored)
         if self._duplicates:
             metrics.DUPLICATES.labels(STAGE).inc(self._duplicates)
-
-
-def _tell(effects: Effects, error: ErrorLine) -> None:
-    effects.sends.append(error_send(error))
-    effects.refused[error["code"]] = effects.refused.get(error["code"], 0) + 1
 
 
 def _json(raw: bytes) -> Any:

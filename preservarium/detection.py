@@ -4,7 +4,6 @@ How a series is judged is in domain/anomaly.py; which ones are, the registry say
 device's state is read once and put once a batch; a device none of whose series is judged has none.
 """
 
-import asyncio
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -20,11 +19,11 @@ from preservarium.domain.errors import ReasonCode
 from preservarium.domain.lineage import applied, generation_state, identity, is_applied, position_of
 from preservarium.domain.quality import FAIL, CheckCompiler, DeviceChecks
 from preservarium.domain.reading import ErrorLine
-from preservarium.records import error_line, error_send, pack, parse_trusted
+from preservarium.records import headers_of, message_error, pack, parse_trusted, refuse
 from preservarium.river_models import MODELS_PER_DEVICE_MAX, RiverModel
 from preservarium.settings import LiveSettings
-from preservarium.stage import Batch, Effects, Record, Send
-from preservarium.validation import RECORDS_A_TURN, StateOf, load_state, passed_headers
+from preservarium.stage import Batch, Effects, Record, Send, in_turns
+from preservarium.state import StateOf, load_state
 
 log = structlog.get_logger(__name__)
 
@@ -90,10 +89,8 @@ class Detection:
         await self._documents.ready()
         parsed, errors = parse_trusted(batch, stage=STAGE)
         work = _Work(self, batch, errors)
-        for number, (record, lines) in enumerate(zip(batch.records, parsed, strict=True), 1):
+        async for record, lines in in_turns(zip(batch.records, parsed, strict=True)):
             work.record(record, lines)
-            if number % RECORDS_A_TURN == 0:
-                await asyncio.sleep(0)
         return work.finish()
 
 
@@ -125,7 +122,7 @@ class _Work:
                 self._message(record, index, message, checks, judged, alerts)
         if alerts:
             self._effects.sends.append(
-                Send(topics.ANOMALIES, record.key, pack(alerts), self._batch.partition, passed_headers(record))
+                Send(topics.ANOMALIES, record.key, pack(alerts), self._batch.partition, headers_of(record))
             )
 
     def _message(
@@ -200,22 +197,15 @@ class _Work:
 
     def _limited(self, record: Record, index: int, message: dict[str, Any]) -> None:
         self._errors.append(
-            error_line(
+            message_error(
                 STAGE,
                 ReasonCode.STATE_LIMIT,
                 f"more than {self._series_max} series: the others are not judged",
-                topic=self._batch.topic,
-                partition=self._batch.partition,
-                offset=record.offset,
-                index=index,
+                self._batch,
+                record,
+                index,
+                message,
                 raw=None,
-                device_id=message["device_id"],
-                raw_partition=message["raw_partition"],
-                raw_offset=message["raw_offset"],
-                raw_index=message["raw_index"],
-                parser=message.get("parser"),
-                config_rev=message.get("config_rev"),
-                generation=message["generation"],
                 now_us=self._stage._clock.now_us(),
             )
         )
@@ -232,8 +222,7 @@ class _Work:
         for device_id, state in self._states.items():
             effects.put(self._stage._table, device_id.encode(), orjson.dumps(state))
         for line in self._errors:
-            effects.sends.append(error_send(line))
-            effects.refused[line["code"]] = effects.refused.get(line["code"], 0) + 1
+            refuse(effects, line)
         effects.after.append(self._count)
         return effects
 

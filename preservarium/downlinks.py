@@ -34,7 +34,7 @@ from preservarium.domain.downlinks import (
     plain_payload,
 )
 from preservarium.domain.errors import ReasonCode, Retry
-from preservarium.records import error_line, error_send, pack, parse_trusted
+from preservarium.records import error_line, pack, parse_trusted, refuse
 from preservarium.sandbox.pool import Call, Outcome, Script
 from preservarium.settings import LiveSettings
 from preservarium.stage import Batch, Effects, Record, Send
@@ -152,12 +152,12 @@ class Downlinks:
         for batch in batches:
             parsed, errors = parse_trusted(batch, stage=STAGE)
             for error in errors:
-                _tell(effects, error)
+                refuse(effects, error)
             recent = set(self._recent.get(batch.partition, ()))
             for record, found in zip(batch.records, parsed, strict=True):
                 for index, line in enumerate(found):
                     if fault := _fault(line):
-                        _tell(effects, self._error(batch, record, index, line, fault))
+                        refuse(effects, self._error(batch, record, index, line, fault))
                         continue
                     identifier = line["downlink_id"]
                     if _short(identifier) in recent or identifier in lines:
@@ -306,8 +306,3 @@ def _payload(outcome: Outcome, content: Mapping[str, Any]) -> Payload:
         message = outcome.fault.message if outcome.fault else "the codec gave no result"
         raise DownlinkError(message)
     return encoded(outcome.text, content)
-
-
-def _tell(effects: Effects, error: Any) -> None:
-    effects.sends.append(error_send(error))
-    effects.refused[error["code"]] = effects.refused.get(error["code"], 0) + 1

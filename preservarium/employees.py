@@ -7,7 +7,7 @@ import orjson
 
 from preservarium.domain.errors import Reject
 from preservarium.domain.tasks import employee_row
-from preservarium.records import error_line, error_send, lines_of, loads
+from preservarium.records import error_line, lines_of, loads, refuse
 from preservarium.stage import Batch, Effects
 
 #: Digits of a version (domain/tasks.py) in hexadecimal, so that text compares as numbers do; JSON has no numbers so long.
@@ -42,8 +42,7 @@ def fold_employees(batch: Batch, get: Callable[[bytes], bytes | None], *, table:
                     "employees", e.code, str(e), topic=batch.topic, partition=batch.partition, record=record, index=index,
                     raw=raw, now_us=now_us,
                 )  # fmt: skip
-                effects.sends.append(error_send(line))
-                effects.refused[e.code] = effects.refused.get(e.code, 0) + 1
+                refuse(effects, line)
                 continue
             if row is None:
                 continue

@@ -21,7 +21,7 @@ from preservarium.domain.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc, Pa
 from preservarium.domain.errors import Fatal, ReasonCode, Reject
 from preservarium.domain.normalize import CompiledDevice, compile_device, normalize, require_enabled, standardize
 from preservarium.domain.reading import ErrorLine, RawMessage
-from preservarium.records import attempt_of, error_line, error_send, headers_of, parse_raw
+from preservarium.records import attempt_of, error_line, headers_of, parse_raw, refuse
 from preservarium.sandbox.pool import Call, Outcome, Script
 from preservarium.settings import LiveSettings
 from preservarium.stage import Batch, Effects, Record, Send
@@ -228,8 +228,7 @@ class Normalizer:
         return count
 
     def _refuse(self, effects: Effects, line: ErrorLine) -> None:
-        effects.sends.append(error_send(line, record_bytes_max=self._live().kafka.record_bytes_max))
-        effects.refused[line["code"]] = effects.refused.get(line["code"], 0) + 1
+        refuse(effects, line, record_bytes_max=self._live().kafka.record_bytes_max)
 
     # --- scripts ----------------------------------------------------------------------------------------------------
 

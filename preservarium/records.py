@@ -27,7 +27,7 @@ import orjson
 from preservarium import topics
 from preservarium.domain.errors import ReasonCode, Reject
 from preservarium.domain.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, ErrorLine, RawMessage
-from preservarium.stage import Batch, Record, Send
+from preservarium.stage import Batch, Effects, Record, Send
 
 #: What a Kafka broker takes unless told otherwise is 1 MiB with its framing; `kafka.record_bytes_max` is the setting.
 RECORD_BYTES_MAX: Final = 1_000_000
@@ -239,6 +239,57 @@ def error_line(
     if raw is not None:
         _attach(line, raw, ERROR_RAW_BYTES_MAX)
     return line
+
+
+def message_error(
+    stage: str,
+    code: ReasonCode,
+    text: str,
+    batch: Batch,
+    record: Record,
+    index: int,
+    message: Mapping[str, Any],
+    *,
+    raw: bytes | None,
+    now_us: int,
+) -> ErrorLine:
+    """A line of `iot_errors` about a message that comes from a batch of ours: device and lineage are the message's.
+
+    Args:
+        stage: which agent says so.
+        code: why.
+        text: what exactly, for people.
+        batch: the batch.
+        record: of the batch.
+        index: line within the record.
+        message: what is known of it: `device_id`, coordinates, `parser`, `config_rev`, `generation`.
+        raw: what a redrive needs, where there is something to redrive.
+        now_us: µs since the epoch, UTC.
+    """
+    return error_line(
+        stage,
+        code,
+        text,
+        topic=batch.topic,
+        partition=batch.partition,
+        offset=record.offset,
+        index=index,
+        raw=raw,
+        device_id=message.get("device_id"),
+        raw_partition=message.get("raw_partition"),
+        raw_offset=message.get("raw_offset"),
+        raw_index=message.get("raw_index"),
+        parser=message.get("parser"),
+        config_rev=message.get("config_rev"),
+        generation=message.get("generation"),
+        now_us=now_us,
+    )
+
+
+def refuse(effects: Effects, line: ErrorLine, *, record_bytes_max: int = RECORD_BYTES_MAX) -> None:
+    """Tell an error line in `iot_errors`, and count it for the fuse and the metrics."""
+    effects.sends.append(error_send(line, record_bytes_max=record_bytes_max))
+    effects.refused[line["code"]] = effects.refused.get(line["code"], 0) + 1
 
 
 def error_send(line: ErrorLine, *, record_bytes_max: int = RECORD_BYTES_MAX) -> Send:

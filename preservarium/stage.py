@@ -10,9 +10,10 @@ A crash before 2 runs the batch again on the old state and sends the same record
 stage skips them). A crash after 2 runs it on the new state, whose watermark says that everything was sent.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol, TypeVar
 
 from preservarium.topics import Topic
 
@@ -86,3 +87,16 @@ Handler = Callable[[Batch], Awaitable[Effects]]
 TickHandler = Callable[[Tick], Awaitable[Effects]]
 #: Several partitions at once: agents that write to a store and have a consumer group of their own.
 GroupHandler = Callable[[Sequence[Batch]], Awaitable[Effects]]
+
+#: Records between two turns of the event loop: some 5 ms of work at a few readings a record.
+RECORDS_A_TURN: Final = 250
+
+_T = TypeVar("_T")
+
+
+async def in_turns(items: Iterable[_T], a_turn: int = RECORDS_A_TURN) -> AsyncIterator[_T]:
+    """The items, in their order, with a turn of the event loop after every `a_turn` of them."""
+    for number, item in enumerate(items, 1):
+        yield item
+        if number % a_turn == 0:
+            await asyncio.sleep(0)

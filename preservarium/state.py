@@ -5,10 +5,13 @@ owner. `put_many` sends the changelog, waits for its acknowledgement, and then w
 offset, in one RocksDB batch: at every instant the changelog holds at least what the local store holds.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
+import orjson
 import structlog
+
+from preservarium.domain.errors import Fatal
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +36,9 @@ class Appending(Protocol):
         ...
 
 
+StateOf = Callable[[int, bytes], bytes | None]
+
+
 class Table(Protocol):
     """What a stage reads of its state; it writes by its effects."""
 
@@ -48,6 +54,21 @@ class Table(Protocol):
     def items(self, partition: int) -> Iterator[tuple[bytes, bytes]]:
         """Every key and value of a partition."""
         ...
+
+
+def load_state(value: bytes | None, version: int) -> dict[str, Any] | None:
+    """A state document.
+
+    Raises:
+        Fatal: it is of another version: an older worker must not overwrite what a newer one wrote.
+    """
+    if value is None:
+        return None
+    document: dict[str, Any] = orjson.loads(value)
+    if document.get("v") != version:
+        message = f"state of version {document.get('v')}, this worker reads version {version}: use one release"
+        raise Fatal(message)
+    return document
 
 
 class StateTable:

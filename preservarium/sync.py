@@ -21,7 +21,7 @@ from preservarium.clock import Clock, SystemClock
 from preservarium.domain.errors import ReasonCode, Reject
 from preservarium.domain.reading import ErrorLine
 from preservarium.domain.tasks import employee_row, task_rows
-from preservarium.records import error_line, error_send, lines_of, loads, parse_trusted
+from preservarium.records import error_line, lines_of, loads, parse_trusted, refuse
 from preservarium.settings import Settings
 from preservarium.stage import Batch, Effects, Record
 from preservarium.stores.clickhouse import ClickHouseStore
@@ -237,8 +237,7 @@ class _Stage:
         metrics.READINGS.labels(self.name).inc(rows)
         limit = self._settings().kafka.record_bytes_max
         for error in errors:
-            effects.sends.append(error_send(error, record_bytes_max=limit))
-            effects.refused[error["code"]] = effects.refused.get(error["code"], 0) + 1
+            refuse(effects, error, record_bytes_max=limit)
         # Once it is acknowledged: a batch that is tried again must find what it found before.
         effects.after.append(partial(self._seen.__setitem__, batch.partition, seen))
 

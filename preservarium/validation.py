@@ -7,8 +7,6 @@ What is held back of a device that falls silent is released through the log: a t
 partition of `iot_standardized_data`, and that record releases.
 """
 
-import asyncio
-from collections.abc import Callable
 from typing import Any, Final
 
 import orjson
@@ -19,7 +17,7 @@ from preservarium.clock import Clock
 from preservarium.compiled import CompiledDevices, Documents, Known
 from preservarium.domain.arrival import Order, held_below
 from preservarium.domain.device import DeviceDoc
-from preservarium.domain.errors import Fatal, ReasonCode, Reject
+from preservarium.domain.errors import ReasonCode, Reject
 from preservarium.domain.quality import (
     STATE_VERSION,
     CheckCompiler,
@@ -33,45 +31,17 @@ from preservarium.domain.quality import (
 )
 from preservarium.domain.reading import ErrorLine
 from preservarium.publish import RECORD_OVERHEAD_BYTES
-from preservarium.records import GENERATION_HEADER, TRACE_HEADER, error_line, error_send, pack, parse_trusted, split
+from preservarium.records import headers_of, message_error, pack, parse_trusted, refuse, split
 from preservarium.settings import LiveSettings
-from preservarium.stage import Batch, Effects, Record, Send, Tick
-from preservarium.state import Table
+from preservarium.stage import Batch, Effects, Record, Send, Tick, in_turns
+from preservarium.state import Table, load_state
 
 log = structlog.get_logger(__name__)
 
 STAGE: Final = "validate"
 
-#: Records between two turns of the event loop: some 5 ms of work at a few readings a record.
-RECORDS_A_TURN: Final = 250
-
 #: Silent devices that one tick tells of; the others wait for the next one.
 SILENT_A_TICK_MAX: Final = 500
-
-#: Headers that every stage passes on.
-_PASSED_ON: Final = frozenset({GENERATION_HEADER, TRACE_HEADER})
-
-StateOf = Callable[[int, bytes], bytes | None]
-
-
-def passed_headers(record: Record) -> tuple[tuple[str, bytes], ...]:
-    """Generation and trace of a record, for what is made of it."""
-    return tuple((name, value) for name, value in record.headers or () if name in _PASSED_ON)
-
-
-def load_state(value: bytes | None, version: int) -> dict[str, Any] | None:
-    """A state document.
-
-    Raises:
-        Fatal: it is of another version: an older worker must not overwrite what a newer one wrote.
-    """
-    if value is None:
-        return None
-    document: dict[str, Any] = orjson.loads(value)
-    if document.get("v") != version:
-        message = f"state of version {document.get('v')}, this worker reads version {version}: use one release"
-        raise Fatal(message)
-    return document
 
 
 class Validation:
@@ -127,10 +97,8 @@ class Validation:
         parsed, errors = parse_trusted(batch, stage=STAGE)
         effects = Effects()
         work = _Work(self, batch, limits, settings.kafka.record_bytes_max, self._clock.now_us(), effects, errors)
-        for number, (record, lines) in enumerate(zip(batch.records, parsed, strict=True), 1):
+        async for record, lines in in_turns(zip(batch.records, parsed, strict=True)):
             work.record(record, lines)
-            if number % RECORDS_A_TURN == 0:
-                await asyncio.sleep(0)
         work.finish()
         for problem in self._compiler.take_problems():
             log.warning("datatype_unusable_in_part", problem=problem)
@@ -172,13 +140,11 @@ class Validation:
     async def _find_held(self, tick: Tick) -> None:
         """Look through the table: what was known may be from before the partition went to another worker and back."""
         found: dict[str, tuple[int, int]] = {}
-        for number, (key, value) in enumerate(self._table.items(tick.partition), 1):
+        async for key, value in in_turns(self._table.items(tick.partition)):
             document = load_state(value, STATE_VERSION)
             below = held_below(document) if document else None
             if below is not None:
                 found[key.decode()] = (tick.now_us, below)
-            if number % RECORDS_A_TURN == 0:
-                await asyncio.sleep(0)
         self._held[tick.partition] = found
 
 
@@ -256,7 +222,7 @@ class _Work:
             out.append(message)
 
     def _send(self, record: Record, lines: list[dict[str, Any]], out: list[dict[str, Any]]) -> None:
-        headers = passed_headers(record)
+        headers = headers_of(record)
         room = self._record_bytes_max - RECORD_OVERHEAD_BYTES - len(record.key or b"")
         room -= sum(len(name) + len(value) + 10 for name, value in headers)
         values = [pack(out)]
@@ -282,24 +248,7 @@ class _Work:
         self, record: Record, index: int, code: ReasonCode, text: str, message: dict[str, Any], raw: bytes | None
     ) -> None:
         self._errors.append(
-            error_line(
-                STAGE,
-                code,
-                text,
-                topic=self._batch.topic,
-                partition=self._batch.partition,
-                offset=record.offset,
-                index=index,
-                raw=raw,
-                device_id=message["device_id"],
-                raw_partition=message["raw_partition"],
-                raw_offset=message["raw_offset"],
-                raw_index=message["raw_index"],
-                parser=message.get("parser"),
-                config_rev=message.get("config_rev"),
-                generation=message["generation"],
-                now_us=self._now_us,
-            )
+            message_error(STAGE, code, text, self._batch, record, index, message, raw=raw, now_us=self._now_us)
         )
 
     def finish(self) -> None:
@@ -316,8 +265,7 @@ class _Work:
             elif device_id in known:
                 held[device_id] = None
         for line in self._errors:
-            effects.sends.append(error_send(line, record_bytes_max=self._record_bytes_max - 1_000))
-            effects.refused[line["code"]] = effects.refused.get(line["code"], 0) + 1
+            refuse(effects, line, record_bytes_max=self._record_bytes_max - 1_000)
         passed, duplicates = self._passed, self._duplicates
         effects.after.append(lambda: metrics.READINGS.labels(STAGE).inc(passed))
         if duplicates:

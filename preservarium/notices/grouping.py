@@ -17,10 +17,10 @@ from preservarium import topics
 from preservarium.clock import Clock
 from preservarium.domain.notices import STATE_VERSION, Delivery, Inbox, Policy, policy_of
 from preservarium.notices.routing import RecipientLookup
-from preservarium.records import error_send, parse_trusted
+from preservarium.records import parse_trusted, refuse
 from preservarium.settings import LiveSettings
-from preservarium.stage import Batch, Effects, Send, Tick
-from preservarium.validation import load_state
+from preservarium.stage import Batch, Effects, Send, Tick, in_turns
+from preservarium.state import load_state
 
 log = structlog.get_logger(__name__)
 
@@ -145,19 +145,16 @@ class Grouping:
         effects = Effects()
         parsed, errors = parse_trusted(batch, stage=STAGE)
         for error in errors:
-            effects.sends.append(error_send(error))
-            effects.refused[error["code"]] = effects.refused.get(error["code"], 0) + 1
+            refuse(effects, error)
         now_us = self._clock.now_us()
         touched: dict[str, tuple[Inbox, Policy]] = {}
-        for number, lines in enumerate(parsed, 1):
+        async for lines in in_turns(parsed, _RECORDS_A_TURN):
             for event in lines:
                 recipient = event["recipient"]
                 if recipient not in touched:
                     touched[recipient] = self._inbox(batch.partition, recipient), self._policies.of(recipient)
                 inbox, policy = touched[recipient]
                 inbox.hear(event, policy, now_us)  # type: ignore[arg-type]
-            if number % _RECORDS_A_TURN == 0:
-                await asyncio.sleep(0)
         self._put(effects, batch.partition, touched, now_us)
         return effects
 
@@ -218,7 +215,7 @@ class Grouping:
     async def _find_due(self, tick: Tick) -> None:
         """Look through the table: what was known may be from before the partition went to another worker and back."""
         found: dict[str, int] = {}
-        for number, (key, value) in enumerate(self._table.items(tick.partition), 1):
+        async for key, value in in_turns(self._table.items(tick.partition), _RECORDS_A_TURN):
             if key == NUMBER_KEY:
                 continue
             recipient = key.decode()
@@ -226,6 +223,4 @@ class Grouping:
             due = Inbox(recipient, document).due_us(self._policies.of(recipient), tick.now_us)
             if due is not None:
                 found[recipient] = due
-            if number % _RECORDS_A_TURN == 0:
-                await asyncio.sleep(0)
         self._due[tick.partition] = found

@@ -19,7 +19,7 @@ from preservarium.domain.errors import ReasonCode, Reject, Retry
 from preservarium.notices.channel import Channel, Notice, RefusedForNow, answer
 from preservarium.notices.routing import RecipientLookup, resolve
 from preservarium.notices.words import subject_of
-from preservarium.records import error_line, error_send, pack, parse_trusted
+from preservarium.records import error_line, pack, parse_trusted, refuse
 from preservarium.settings import LiveSettings
 from preservarium.stage import Batch, Effects, Record, Send
 
@@ -113,7 +113,7 @@ class Notifier:
             last[batch.partition] = self._last.get(batch.partition, 0)
             parsed, errors = parse_trusted(batch, stage=self.stage)
             for error in errors if "mail" in self._channels else ():
-                self._refuse(effects, error)
+                refuse(effects, error)
             for record, lines in zip(batch.records, parsed, strict=True):
                 for delivery in lines:
                     if delivery["number"] <= last[batch.partition]:
@@ -123,7 +123,7 @@ class Notifier:
                     document = resolve(delivery["recipient"], self._recipients.recipient)
                     if isinstance(document, str):
                         if "mail" in self._channels:  # one of the stages says so
-                            self._refuse(effects, self._error(batch, record, delivery, document))
+                            refuse(effects, self._error(batch, record, delivery, document))
                         continue
                     if document["channel"] not in self._channels:
                         continue
@@ -138,7 +138,7 @@ class Notifier:
         for batch, record, notice in wanted:
             receipt = self._settled[notice.id]
             if receipt.outcome == "refused":
-                self._refuse(effects, self._error(batch, record, notice.delivery, receipt.answer))
+                refuse(effects, self._error(batch, record, notice.delivery, receipt.answer))
             effects.sends.append(_receipt_send(notice, receipt))
 
         def acknowledged() -> None:
@@ -213,10 +213,6 @@ class Notifier:
             raw_index=first.get("raw_index"),
             now_us=self._clock.now_us(),
         )
-
-    def _refuse(self, effects: Effects, line: Any) -> None:
-        effects.sends.append(error_send(line))
-        effects.refused[line["code"]] = effects.refused.get(line["code"], 0) + 1
 
 
 def _receipt_send(notice: Notice, receipt: Receipt) -> Send:

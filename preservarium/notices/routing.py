@@ -18,7 +18,7 @@ from preservarium.domain.device import DeviceDoc, RecipientDoc, RuleDoc
 from preservarium.domain.errors import ReasonCode
 from preservarium.domain.lineage import GENERATION_LIVE
 from preservarium.domain.notices import NOTIFIED, Event
-from preservarium.records import error_line, error_send, pack, parse_trusted
+from preservarium.records import message_error, pack, parse_trusted, refuse
 from preservarium.settings import LiveSettings
 from preservarium.stage import Batch, Effects, Record, Send
 
@@ -198,7 +198,7 @@ class Router:
         effects = Effects()
         parsed, errors = parse_trusted(batch, stage=STAGE)
         for error in errors:
-            _refuse(effects, error)
+            refuse(effects, error)
         defaults = [a.strip() for a in self._live().mail.recipients.split(",") if a.strip()]
         skipped: dict[str, int] = {}
         for record, lines in zip(batch.records, parsed, strict=True):
@@ -219,7 +219,7 @@ class Router:
                     }
                     effects.sends.append(Send(topics.NOTICE_EVENTS, told.recipient.encode(), orjson.dumps(event)))
                 for text in found.wrong:
-                    _refuse(effects, self._error(batch, record, index, line, text))
+                    refuse(effects, self._error(batch, record, index, line, text))
                 for reason in found.skipped:
                     skipped[reason] = skipped.get(reason, 0) + 1
         if skipped.get(Skipped.NOBODY) and not self._said_nobody:
@@ -240,24 +240,14 @@ class Router:
         return steps
 
     def _error(self, batch: Batch, record: Record, index: int, line: dict[str, Any], text: str) -> Any:
-        return error_line(
+        return message_error(
             STAGE,
             ReasonCode.NOTICE_REFUSED,
             text,
-            topic=batch.topic,
-            partition=batch.partition,
-            offset=record.offset,
-            index=index,
+            batch,
+            record,
+            index,
+            line,
             raw=pack([line]),
-            device_id=line["device_id"],
-            raw_partition=line.get("raw_partition"),
-            raw_offset=line.get("raw_offset"),
-            raw_index=line.get("raw_index"),
-            generation=line.get("generation"),
             now_us=self._clock.now_us(),
         )
-
-
-def _refuse(effects: Effects, line: Any) -> None:
-    effects.sends.append(error_send(line))
-    effects.refused[line["code"]] = effects.refused.get(line["code"], 0) + 1

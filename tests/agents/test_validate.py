@@ -8,7 +8,8 @@ from quality_support import StateTable, World, batch, catalogue, errors, lines, 
 
 from preservarium import topics
 from preservarium.domain.errors import Fatal, Retry
-from preservarium.validation import RECORDS_A_TURN, Validation
+from preservarium.stage import RECORDS_A_TURN
+from preservarium.validation import Validation
 
 TEMP: dict[str, Any] = {"name": "temp", "kind": "number", "unit": "°C", "fail_span": {"min": -40, "max": 85}}
 STEEP: dict[str, Any] = {**TEMP, "name": "steep", "tests": {"rate_of_change": {"threshold": 1}}}
