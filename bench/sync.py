@@ -167,16 +167,18 @@ async def settle(store: ClickHouseStore, within_s: float) -> None:
 
 def parameters(rng: random.Random, files: int) -> dict[str, dict[str, Any]]:
     """Of every dashboard, other ones each time."""
-    now_us = time.time_ns() // 1000
     device = f"70b3d57ba000{rng.randrange(DEVICES):04x}"
     file_id = f"F{rng.randrange(files):08d}"
-    start = now_us - rng.randint(2, 25) * DAY_US
-    series = {"device": device, "component": "temperature", "start": start, "end": start + DAY_US}
-    return {
-        "stages": {}, "load": {}, "waiting": {"stage": rng.choice(["", *STAGES])}, "files": {"stage": rng.choice(["", "ocr", "scan"]), "after": file_id},
-        "file": {"file_id": file_id}, "history": {"file_id": file_id}, "throughput": {}, "time_in_stage": {}, "latest": {"after": device},
-        "series": series, "windows": series | {"end": start + 4 * DAY_US}, "fleet": {}, "alarms": {}, "anomalies": {"device": device},
+    start = time.time_ns() // 1000 - rng.randint(2, 25) * DAY_US
+    common = {"device": device, "component": "temperature", "start": start, "end": start + DAY_US, "file_id": file_id}
+    own: dict[str, dict[str, Any]] = {
+        "waiting": {"stage": rng.choice(["", *STAGES])}, "files": {"stage": rng.choice(["", "ocr", "scan"]), "after": file_id},
+        "latest": {"device": "", "after": device}, "windows": {"end": start + 4 * DAY_US},
     }  # fmt: skip
+    return {
+        name: {p.name: common[p.name] for p in dashboard.parameters if p.name in common} | own.get(name, {})
+        for name, dashboard in DASHBOARDS.items()
+    }
 
 
 async def queries(

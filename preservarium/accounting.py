@@ -28,7 +28,7 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, Final, Protocol, cast
 
-from preservarium import records, topics
+from preservarium import kafka_clients, records, topics
 from preservarium.domain.decoders import ScriptParser
 from preservarium.domain.errors import Reject
 from preservarium.domain.normalize import CompiledDevice, compile_device, normalize, standardize
@@ -509,7 +509,7 @@ class _Reader:
         return self._consumer
 
     async def __aexit__(self, *_: object) -> None:
-        await self._consumer.stop()
+        await kafka_clients.stop(self._consumer)
 
 
 async def _partitions(bootstrap: str, topic: str) -> list[Any]:

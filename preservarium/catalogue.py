@@ -7,7 +7,6 @@ follows it: a new parser version is one record, and no message ever waits for a 
 import asyncio
 import random
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any, Final, cast
 
 import orjson
@@ -15,7 +14,7 @@ import structlog
 from aiokafka import AIOKafkaConsumer
 from mode import Service
 
-from preservarium import metrics, topics
+from preservarium import kafka_clients, metrics, topics
 from preservarium.domain.device import DatatypeDoc, DeviceTypeDoc, ParserDoc, RecipientDoc, RuleDoc
 from preservarium.domain.errors import Retry
 from preservarium.domain.registry import is_newer
@@ -222,8 +221,7 @@ class Catalogue(Service):
                             kind, _, name = (record.key or b"").decode(errors="replace").partition("/")
                             seen.add((kind, name))
         finally:
-            with suppress(Exception):
-                await consumer.stop()
+            await kafka_clients.stop(consumer)
 
     def _forget_others(self, seen: set[tuple[str, str]]) -> None:
         """Remove what the topic no longer has: its tombstone may be compacted away before a long outage ended.

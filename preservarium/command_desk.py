@@ -7,13 +7,13 @@ from Kafka.
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import orjson
 
-from preservarium import topics
+from preservarium import kafka_clients, topics
 from preservarium.clock import Clock, SystemClock
 from preservarium.commanding import command_send
 from preservarium.domain.commands import CONTENTS, LINE_BYTES_MAX, OVER, PRESETS, command_id, parse_line
@@ -149,5 +149,4 @@ async def watching(settings: Settings, device_id: str) -> AsyncIterator[Watch]:
             raise Retry(message) from e
         yield Watch(consumer)
     finally:
-        with suppress(Exception):
-            await consumer.stop()
+        await kafka_clients.stop(consumer)

@@ -18,7 +18,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
-from preservarium import topics
+from preservarium import kafka_clients, topics
 from preservarium.domain.errors import PreservariumError
 from preservarium.publish import Publisher
 from preservarium.records import ATTEMPT_HEADER, GENERATION_HEADER
@@ -234,7 +234,7 @@ async def _records(
     try:
         await consumer.start()
     except KafkaError as e:
-        await consumer.stop()
+        await kafka_clients.stop(consumer)
         message = f"Kafka cannot be reached: {e}"
         raise DlqError(message) from None
     try:
@@ -268,7 +268,7 @@ async def _records(
         message = f"{name} cannot be read: {e}"
         raise DlqError(message) from None
     finally:
-        await consumer.stop()
+        await kafka_clients.stop(consumer)
 
 
 async def _partitions(settings: Settings, name: str) -> list[int]:

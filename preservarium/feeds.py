@@ -28,7 +28,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
-from preservarium import metrics, topics
+from preservarium import kafka_clients, metrics, topics
 from preservarium.domain.errors import Fatal, Retry
 from preservarium.runner import Progress, Runner
 from preservarium.settings import LiveSettings
@@ -281,9 +281,7 @@ class GroupFeed:
 
     async def _leave(self, consumer: Any) -> None:
         await self.revoke(list(self.lanes))
-        with contextlib.suppress(KafkaError, OSError, TimeoutError):
-            async with asyncio.timeout(LEAVE_TIMEOUT_S):
-                await consumer.stop()
+        await kafka_clients.stop(consumer, LEAVE_TIMEOUT_S)
 
     # --- polling ------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import heapq
 import uuid
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final
@@ -19,7 +19,7 @@ import orjson
 import structlog
 from aiokafka import AIOKafkaConsumer
 
-from preservarium import metrics, topics
+from preservarium import kafka_clients, metrics, topics
 from preservarium.clock import Clock, SystemClock
 from preservarium.domain.alarm import SILENT, State
 from preservarium.domain.device_alarms import parse_action
@@ -347,8 +347,7 @@ async def _consumer(settings: Settings, now_us: int) -> AsyncIterator[AIOKafkaCo
             consumer.seek(tp, found[tp].offset if found.get(tp) else ends[tp])
         yield consumer
     finally:
-        with suppress(Exception):
-            await consumer.stop()
+        await kafka_clients.stop(consumer)
 
 
 async def follow(

@@ -17,7 +17,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from mode import Service
 
-from preservarium import metrics
+from preservarium import kafka_clients, metrics
 from preservarium.settings import Settings
 from preservarium.topics_admin import RECORD_OVERHEAD_BYTES
 
@@ -129,8 +129,7 @@ class Relay:
             try:
                 await producer.start()
             except BaseException:
-                with suppress(KafkaError, OSError):
-                    await producer.stop()
+                await kafka_clients.stop(producer)
                 raise
             self._producer = producer
         return self._producer
@@ -145,9 +144,7 @@ class Relay:
         """Close the producer. The relay can be used again."""
         producer, self._producer = self._producer, None
         if producer is not None:
-            with suppress(KafkaError, OSError, TimeoutError):
-                async with asyncio.timeout(5):
-                    await producer.stop()
+            await kafka_clients.stop(producer, 5)
 
 
 class RelayService(Service):

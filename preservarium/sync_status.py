@@ -6,7 +6,6 @@ Nothing here needs a worker; what only a worker knows is asked of the one on thi
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -16,7 +15,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
-from preservarium import topics
+from preservarium import kafka_clients, topics
 from preservarium.domain.errors import PreservariumError
 from preservarium.feeds import MEMORY, PLAN
 from preservarium.settings import Settings
@@ -112,10 +111,8 @@ async def group_positions(settings: Settings, stages: Sequence[tuple[str, Topic]
         message = f"Kafka cannot be asked at {kafka.bootstrap_servers}: {e!r}"
         raise StatusError(message) from e
     finally:
-        with suppress(KafkaError, OSError, TimeoutError):
-            async with asyncio.timeout(ASK_S):
-                await consumer.stop()
-                await admin.close()
+        for client in (consumer, admin):
+            await kafka_clients.stop(client, ASK_S)
     return found
 
 

@@ -45,9 +45,6 @@ def answer(action_id: str) -> Send:
     return Send(topics.ALARM_ANSWERS, b"dev-1", orjson.dumps({"action_id": action_id, "outcome": "done"}))
 
 
-# Slow: it passes on some runs and finds on others that the follower does not notice within a minute that the broker is gone.
-# A defect that is open, and no reason to hold up every other change.
-@pytest.mark.slow
 @pytest.mark.kafka
 @pytest.mark.timeout(240)
 async def test_the_list_says_that_it_may_be_old_and_heals(own_kafka: Kafka, topic_prefix: str) -> None:
