@@ -102,11 +102,14 @@ def as_old(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 async def run_ours(store: TimescaleStore, messages: list[dict[str, Any]], batch: int, flights: int) -> None:
+    # A partition is in one flight at a time, and a device's messages are in one partition: each lane has its devices.
+    devices = {device: n for n, device in enumerate(dict.fromkeys(m["device_id"] for m in messages))}
+    parts = [[m for m in messages if devices[m["device_id"]] % flights == lane] for lane in range(flights)]
+
     async def lane(partition: int) -> None:
-        # A partition is in one flight at a time: each lane is a partition with its share of the readings.
         expected = (await store.offsets("bench", [partition]))[partition]
         next_offset = expected or 0
-        part = messages[partition * len(messages) // flights : (partition + 1) * len(messages) // flights]
+        part = parts[partition]
         each = max(1, batch // len(part[0]["readings"]))
         for start in range(0, len(part), each):
             chunk = part[start : start + each]

@@ -22,6 +22,7 @@ import struct
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Final
 
 import asyncpg
@@ -90,9 +91,18 @@ _NULL: Final = struct.pack(">i", -1)
 _NULLS: Final = _NULL * len(_RARE_COLUMNS)
 _TAIL_BYTES: Final = _TAIL.size + _DERIVATION.size
 _RARE_AT: Final = _PREFIX.size + _VALUE.size  #: where the rare columns belong in a plain row
+_ROW: Final = struct.Struct(">12sqihidiqihiqii16s")  #: a plain row: prefix | _VALUE | _TAIL | _DERIVATION
 _PLAIN: Final = struct.Struct(">4xi4xq4xh4xd4xq42x")  # series_id, timestamp, quality, value, received_at of a plain row
-assert _PLAIN.size == _RARE_AT + _TAIL_BYTES, "a plain row is read as it is written"
+assert _PLAIN.size == _ROW.size == _RARE_AT + _TAIL_BYTES, "a plain row is read as it is written"
 _TEXT_OID: Final = 25
+
+# Many fields at a time: a third of what as many look-ups cost.
+_HEAD: Final = itemgetter(
+    "device_id", "connector_mode", "topic", "timestamp", "received_at", "raw_partition", "raw_offset", "raw_index",
+    "parser", "config_rev", "generation",
+)  # fmt: skip
+_PLAIN_READING: Final = itemgetter("component_type", "pin_position", "value", "unit", "quality")
+_PLAIN_KEYS: Final = 5  #: of a reading with nothing else, such as flags or a time of its own
 
 #: (device_id, connector_mode, component_type, pin_position)
 SeriesKey = tuple[str, str, str, str]
@@ -179,6 +189,26 @@ class _Encoded:
     rejected: list[Rejected] = field(default_factory=list)
     readings: int = 0
     missing: bool = False  #: a series or derivation is not known yet; the rest is incomplete
+    _message: "_CopyMessage | None" = None
+    _latest: "_Latest | None" = None
+
+    def prepare(self) -> None:
+        """Make what the transaction sends, so that no connection is held, and no lock, while Python works."""
+        if not self.missing:
+            self.message()
+            self.latest()
+
+    def message(self) -> "_CopyMessage":
+        """The COPY of `rows`."""
+        if self._message is None:
+            self._message = _copy_message(self.rows.values())
+        return self._message
+
+    def latest(self) -> "_Latest":
+        """The newest values, and the changed ranges of time, of all parts."""
+        if self._latest is None:
+            self._latest = _latest([part for part, _ in self.parts()])
+        return self._latest
 
     def parts(self) -> tuple[tuple[_Rows, str], ...]:
         """Rows with the statement that merges them, in the order in which one may overwrite the other."""
@@ -254,6 +284,7 @@ class TimescaleStore(OffsetStore):
             late=now_us - sink.compress_after_days * DAY_US if self._stages_late() else TIMESTAMP_MIN_US,
         )
         encoded = await _encode(messages, self._series.get, self._tails.get, bounds, None)
+        encoded.prepare()
         async with self._pool.acquire() as connection, self._fence(connection, moves):
             if not self._merge_next:
                 try:
@@ -293,12 +324,12 @@ class TimescaleStore(OffsetStore):
                 for part, statement in encoded.parts():
                     accepted += await self._bisect(connection, sorted(part.items()), statement, refused)
                     stored.append({k: v for k, v in part.items() if k not in refused})
-                newest = await self._advance(connection, moves, stored)
+                newest = await self._advance(connection, moves, _latest(stored))
             else:
-                newest = await self._advance(connection, moves, [part for part, _ in encoded.parts()])
+                newest = await self._advance(connection, moves, encoded.latest())
                 for part, statement in encoded.parts():
                     if part and how == "copy" and statement is _MERGE:
-                        await _copy(connection, "measurements", part.values())
+                        await _copy(connection, "measurements", encoded.message())
                         accepted += len(part)
                     elif part:
                         accepted += await self._merge(connection, part.values(), statement)
@@ -313,7 +344,7 @@ class TimescaleStore(OffsetStore):
         self._has_latest.update(newest)
         return WriteResult(accepted, encoded.readings - accepted - len(rejected), rejected)
 
-    async def _advance(self, connection: Any, moves: Moves, parts: Sequence[_Rows]) -> Iterable[bytes]:
+    async def _advance(self, connection: Any, moves: Moves, latest: "_Latest") -> Collection[bytes]:
         """Compare-and-set of the offsets, newest values, and what the roll-ups must look at again.
 
         Returns:
@@ -322,23 +353,20 @@ class TimescaleStore(OffsetStore):
         Raises:
             Moved: without positions: they are read when this transaction is undone.
         """
-        newest = _newest(parts)
-        latest = _columns(newest.values()) if newest else [(), (), (), (), (), ()]
         known = await self._move_fresh(connection, moves)
-        if not known and not newest:
+        if not known and not latest.series:
             return ()
-        arguments = [*(known or [self.sink, self._settings().sink.generation, [], [], [], []]), *latest]
+        arguments = [*(known or [self.sink, self._settings().sink.generation, [], [], [], []]), *latest.columns]
         plain = self._pool.engine != "timescaledb"
         if plain:
-            ranges = _dirty_ranges(parts)
-            arguments += [[f for f, _ in ranges], [t for _, t in ranges]]
-        known_series = self._has_latest.issuperset(newest)
+            arguments += [[f for f, _ in latest.dirty], [t for _, t in latest.dirty]]
+        known_series = self._has_latest.issuperset(latest.series)
         upsert = _UPDATE_LATEST if known_series else _UPSERT_LATEST
         statement = f"{MOVED},{_DIRTY if plain else ''} newest AS ({upsert}) SELECT count(*) FROM moved"
         moved = await connection.fetchval(statement, *arguments)
         if moved != len(arguments[2]):
             raise Moved({})
-        return newest.keys()
+        return latest.series
 
     async def _merge(self, connection: Any, rows: Iterable[bytes], statement: str) -> int:
         """Through the temporary table. Returns how many rows were stored."""
@@ -347,7 +375,7 @@ class TimescaleStore(OffsetStore):
             # A replay may touch more compressed rows than the limit that guards against accidents.
             await connection.execute("SET LOCAL timescaledb.max_tuples_decompressed_per_dml_transaction = 0")
         await connection.execute(_CLEAR_STAGING)
-        await _copy(connection, "sink_staging", rows)
+        await _copy(connection, "sink_staging", _copy_message(rows))
         stored = count_of(await connection.execute(statement))
         if overwrites and stored:
             await connection.execute(_CORRECT_LATEST)
@@ -591,80 +619,80 @@ def _encode_slice(
 
     `first` is the index of the first message.
     """
-    rows, pack, epoch, negative, positive = out.rows, _VALUE.pack, TIMESTAMP_MIN_US, float("-inf"), float("inf")
+    rows, pack, epoch, negative, positive = out.rows, _ROW.pack, TIMESTAMP_MIN_US, float("-inf"), float("inf")
     oldest, newest = max(bounds.oldest, bounds.late), bounds.newest
     total = 0
+    last: Any = None
+    derivation: bytes | None = None
     for index, message in enumerate(messages, first):
-        total += len(message["readings"])
+        readings = message["readings"]
+        total += len(readings)
         position = 0
         reading: Any = None
         try:
-            generation = message["generation"]
-            derivation = tails((message["parser"], message["config_rev"], message.get("experiment_id"), generation))
+            device, mode, topic, message_time, received, partition, offset, line, parser, rev, generation = _HEAD(
+                message
+            )
+            origin = parser, rev, message.get("experiment_id"), generation
+            if origin != last:
+                derivation = tails(origin)
+                last = origin
             if derivation is None:
                 if names is None:
                     out.missing = True
                     return
-                text = derivation_fault((message["parser"], message["config_rev"], message.get("experiment_id")))
+                text = derivation_fault((parser, rev, message.get("experiment_id")))
                 raise ValueError(text or f"generation {generation!r}")
-            tail = (
-                _TAIL.pack(
-                    8,
-                    message["received_at"] - epoch,
-                    2,
-                    message["raw_partition"],
-                    8,
-                    message["raw_offset"],
-                    4,
-                    message["raw_index"],
-                )
-                + derivation
-            )
-            device, mode, topic = message["device_id"], message["connector_mode"], message["topic"]
-            message_time = message["timestamp"]
-            for position, reading in enumerate(message["readings"]):
-                key = (device, mode, reading["component_type"], reading["pin_position"])
+            for position, reading in enumerate(readings):
+                if len(reading) == _PLAIN_KEYS and "value" in reading:
+                    component, pin, value, unit, quality = _PLAIN_READING(reading)
+                    timestamp, plain = message_time, not generation
+                else:
+                    component, pin, unit = reading["component_type"], reading["pin_position"], reading["unit"]
+                    value, quality = reading.get("value"), reading["quality"]
+                    timestamp = reading.get("timestamp", message_time)
+                    plain = not generation and not reading.get("flags") and "revised" not in reading
+                key = (device, mode, component, pin)
                 known = series(key)
                 if known is None:
                     if names is None:
                         out.missing = True
                         return
-                    text = series_fault(key, reading["unit"], topic) or "series"
+                    text = series_fault(key, unit, topic) or "series"
                     out.rejected.append(Rejected(index, position, ReasonCode.STORE_REJECTED, text))
                     continue
-                prefix, unit, series_topic = known
-                timestamp = reading.get("timestamp", message_time)
-                value = reading.get("value")
+                prefix, series_unit, series_topic = known
                 if (
-                    value is not None
+                    plain
+                    and value is not None
                     and negative < value < positive
                     and oldest <= timestamp <= newest
-                    and unit == reading["unit"]
+                    and unit == series_unit
                     and topic == series_topic
-                    and not generation
-                    and not reading.get("flags")
-                    and "revised" not in reading
                     and type(timestamp) is int
                 ):
-                    rows[prefix, timestamp] = prefix + pack(timestamp - epoch, 2, reading["quality"], 8, value) + tail
-                else:
-                    rare = _encode_rare(reading, timestamp, known, topic, bounds)
-                    if isinstance(rare, bytes):
-                        row_key = prefix, timestamp
-                        if reading.get("revised") is True:
-                            rank = (generation, *(message[name] for name in _RANK))
-                            out.overwrite(out.revisions, row_key, rare + tail, rank)
-                        elif generation:
-                            out.overwrite(out.corrections, row_key, rare + tail, (generation,))
-                        else:
-                            (out.late if timestamp < bounds.late else rows)[row_key] = rare + tail
+                    # One call that makes the whole row: twice as fast as two whose bytes are joined.
+                    rows[prefix, timestamp] = pack(
+                        prefix, timestamp - epoch, 2, quality, 8, value, 8, received - epoch, 2, partition, 8, offset, 4, line, derivation
+                    )  # fmt: skip
+                    continue
+                rare = _encode_rare(reading, timestamp, known, topic, bounds)
+                if isinstance(rare, bytes):
+                    row = rare + _TAIL.pack(8, received - epoch, 2, partition, 8, offset, 4, line) + derivation
+                    row_key = prefix, timestamp
+                    if reading.get("revised") is True:
+                        out.overwrite(out.revisions, row_key, row, (generation, received, partition, offset, line))
+                    elif generation:
+                        out.overwrite(out.corrections, row_key, row, (generation,))
                     else:
-                        out.rejected.append(Rejected(index, position, *rare))
+                        (out.late if timestamp < bounds.late else rows)[row_key] = row
+                else:
+                    out.rejected.append(Rejected(index, position, *rare))
         except (TypeError, ValueError, KeyError, struct.error, OverflowError, AttributeError) as e:
             # This reading and, because the loop was left, the rest of the message one by one.
             out.rejected.append(Rejected(index, position, *_diagnose(message, reading, bounds, e)))
-            for later in range(position + 1, len(message["readings"])):
-                single: Any = {**message, "readings": [message["readings"][later]]}
+            for later in range(position + 1, len(readings)):
+                single: Any = {**message, "readings": [readings[later]]}
                 sub = _Encoded()
                 _encode_slice([single], 0, sub, series, tails, bounds, names)
                 if sub.missing:
@@ -677,10 +705,6 @@ def _encode_slice(
                         out.overwrite(mine, row_key, row, sub.ranks[row_key])
                 out.rejected += [Rejected(index, later, r.code, r.text) for r in sub.rejected]
     out.readings += total
-
-
-#: Fields of a message that say which of several revisions of one generation is the last.
-_RANK: Final = ("received_at", "raw_partition", "raw_offset", "raw_index")
 
 
 def _diagnose(message: Any, reading: Any, bounds: _Bounds, error: Exception) -> tuple[ReasonCode, str]:
@@ -799,8 +823,16 @@ def _find(
     return list(found.values())
 
 
-async def _copy(connection: Any, table: str, rows: Iterable[bytes]) -> None:
-    """Binary COPY, sorted by key: two writers in opposite orders would wait for each other."""
+@dataclass(frozen=True, slots=True)
+class _CopyMessage:
+    """What a binary COPY sends."""
+
+    columns: tuple[str, ...]
+    data: bytearray
+
+
+def _copy_message(rows: Iterable[bytes]) -> _CopyMessage:
+    """Rows sorted by key: two writers in opposite orders would wait for each other."""
     ordered = sorted(rows)
     columns = _PLAIN_COLUMNS
     if set(map(len, ordered)) != {_PLAIN.size}:
@@ -809,7 +841,26 @@ async def _copy(connection: Any, table: str, rows: Iterable[bytes]) -> None:
     data = bytearray(_HEADER)
     data += struct.pack(">h", len(columns)).join([b"", *ordered])
     data += _TRAILER
-    await connection.copy_to_table(table, source=data, columns=columns, format="binary")
+    return _CopyMessage(columns, data)
+
+
+async def _copy(connection: Any, table: str, message: _CopyMessage) -> None:
+    await connection.copy_to_table(table, source=message.data, columns=message.columns, format="binary")
+
+
+@dataclass(frozen=True, slots=True)
+class _Latest:
+    """What a write says of `latest` and of the roll-ups."""
+
+    series: frozenset[bytes]  #: their prefixes
+    columns: list[Any]  #: of their newest rows, see `_columns`
+    dirty: list[tuple[int, int]]  #: changed ranges of time, see `_dirty_ranges`
+
+
+def _latest(parts: Sequence[_Rows]) -> _Latest:
+    newest = _newest(parts)
+    columns = _columns(newest.values()) if newest else [(), (), (), (), (), ()]
+    return _Latest(frozenset(newest), columns, _dirty_ranges(parts))
 
 
 #: Ranges of changed minutes in one write; beyond it hours are marked, then days: a back-fill touches thousands.
