@@ -3,6 +3,10 @@
 `alarm_standing` is compacted and small, so each worker (and the command line) reads all of it and follows it: an alarm
 list of the whole system that no database and no other worker is needed for. `alarm_answers` is followed from a little
 before the start. Actions go to `alarm_actions`; the alarm stage alone decides what becomes of them.
+
+Many alarms at once: each gets an action of its own, for the occurrence that the operator saw. Which those are where a
+filter names them, the list says: `Board.seen()` is how far the topic was read for it, which means the same on every
+worker, and what the topic brought later was not shown.
 """
 
 import asyncio
@@ -23,8 +27,9 @@ from preservarium import kafka_clients, metrics, topics
 from preservarium.clock import Clock, SystemClock
 from preservarium.domain.alarm import SILENT, State
 from preservarium.domain.device_alarms import parse_action
-from preservarium.domain.errors import Retry
+from preservarium.domain.errors import ReasonCode, Reject, Retry
 from preservarium.domain.flood import BEGINS, EVERYBODY, WINDOW_US, Flood, Floods
+from preservarium.domain.lineage import identity
 from preservarium.domain.rules import SEVERITIES
 from preservarium.settings import Settings
 from preservarium.stage import Send
@@ -57,6 +62,17 @@ STATES: Final[Mapping[str, frozenset[str]]] = {
     "silent": frozenset(state.value for state in SILENT),
 }
 
+#: What may be done to many alarms at once -> the word of `STATES` that a filter means where it names none. What takes
+#: alarms away for good, or from the plant's own logic, is decided one by one.
+BULK: Final[Mapping[str, str]] = {
+    "acknowledge": "waiting",
+    "shelve": "annunciated",
+    "unshelve": "shelved",
+    "comment": "standing",
+}
+#: Alarms of one request: more than anybody has read; their answers are a tenth of what a board remembers.
+BULK_MAX: Final = 500
+
 _WAITING: Final = STATES["waiting"]
 _SILENT: Final = STATES["silent"]
 _SEVERITY_RANK: Final = {name: rank for rank, name in enumerate(SEVERITIES)}
@@ -87,6 +103,15 @@ SORTS: Final = tuple(_ORDERS)
 def _since(alarm: Mapping[str, Any]) -> int:
     """When it was raised; where it never was, when it was set aside. µs."""
     return int(alarm.get("occurred_at") or alarm.get("transition_at") or 0)
+
+
+def _is_news(before: Mapping[str, Any], alarm: Mapping[str, Any]) -> bool:
+    """Whether somebody who saw the alarm as it was before has yet to see it as it is now."""
+    return (
+        before.get("alarm_id") != alarm.get("alarm_id")
+        or before.get("severity") != alarm.get("severity")
+        or (alarm["state"] in _WAITING and before["state"] not in _WAITING)
+    )
 
 
 def point_of(alarm: Mapping[str, Any]) -> PointKey:
@@ -143,6 +168,10 @@ class Board:
         #: alarms that found no room
         self.dropped: set[PointKey] = set()
         self._waiting: dict[str, list[asyncio.Event]] = {}
+        #: partition of `alarm_standing` -> offset of the next record
+        self._read: dict[int, int] = {}
+        #: where the record stands that made the alarm what somebody is to look at; none where it was not read from Kafka
+        self._brought: dict[PointKey, tuple[int, int]] = {}
         #: whether everything was read once
         self.ready = asyncio.Event()
         #: why what is here may be old; "" while it is followed
@@ -150,8 +179,13 @@ class Board:
 
     # --- feeding ---
 
-    def stand(self, key: bytes, value: bytes | None) -> PointKey | None:
-        """Take one record of `alarm_standing`; which alarm it is of. What is no such record is skipped."""
+    def stand(self, key: bytes, value: bytes | None, at: tuple[int, int] | None = None) -> PointKey | None:
+        """Take one record of `alarm_standing`, of partition and offset `at`; which alarm it is of.
+
+        What is no such record is skipped.
+        """
+        if at is not None:
+            self._read[at[0]] = max(self._read.get(at[0], 0), at[1] + 1)
         try:
             device_id, rule, pin = orjson.loads(key)
             alarm = None if value is None else orjson.loads(value)
@@ -161,11 +195,11 @@ class Board:
         except (ValueError, TypeError, KeyError) as e:
             log.warning("standing_record_unusable", key=key[:200].decode(errors="replace"), error=repr(e))
             return None
-        self.put(point, alarm)
+        self.put(point, alarm, at)
         return point
 
-    def put(self, point: PointKey, alarm: dict[str, Any] | None) -> None:
-        """How an alarm stands now; None: normal."""
+    def put(self, point: PointKey, alarm: dict[str, Any] | None, at: tuple[int, int] | None = None) -> None:
+        """How an alarm stands now, as the record `at` says; None: normal."""
         if alarm is None:
             self._remove(point)
             self.dropped.discard(point)
@@ -176,6 +210,8 @@ class Board:
                 self.dropped.add(point)
             return
         self._standing[point] = alarm
+        if at is not None and (before is None or _is_news(before, alarm)):
+            self._brought[point] = at
         for order, keys in self._keys.items():
             keys[point] = sort_key(alarm, order)
         if alarm.get("transition") == "raised" and (before is None or before.get("alarm_id") != alarm["alarm_id"]):
@@ -183,6 +219,7 @@ class Board:
 
     def _remove(self, point: PointKey) -> None:
         self._standing.pop(point, None)
+        self._brought.pop(point, None)
         for keys in self._keys.values():
             keys.pop(point, None)
 
@@ -248,6 +285,27 @@ class Board:
         page = heapq.nsmallest(limit, found)
         following = list(page[-1][0]) if len(found) > len(page) and page else None
         return Page([self._standing[p] for _, p in page], following, total)
+
+    def seen(self) -> list[list[int]]:
+        """What a list of now shows: [partition, offset of the next record] of `alarm_standing`."""
+        return [[partition, offset] for partition, offset in sorted(self._read.items())]
+
+    def shown(self, wanted: Filter, seen: Sequence[Sequence[int]], limit: int) -> tuple[list[dict[str, Any]], int, int]:
+        """The first `limit` alarms of a filter, without those that a list of `seen` did not show as they are.
+
+        Returns:
+            Those alarms, how many there are without the limit, and how many were left out because they are newer.
+        """
+        read = {each[0]: each[1] for each in seen}
+        found, newer = [], 0
+        for point, alarm in self._standing.items():
+            if wanted.takes(alarm):
+                at = self._brought.get(point)
+                if at is not None and at[1] >= read.get(at[0], 0):
+                    newer += 1
+                else:
+                    found.append(alarm)
+        return heapq.nsmallest(limit, found, key=lambda alarm: sort_key(alarm, "priority")), len(found), newer
 
     def counts(self) -> dict[str, Any]:
         """How many stand: by severity (of those that are annunciated), by state, and how many wait for somebody."""
@@ -381,7 +439,9 @@ async def follow(
                 for record in records:
                     if record.topic != standing:
                         board.answer(record.value)
-                    elif (point := board.stand(record.key or b"", record.value)) is not None and reading:
+                    elif (
+                        point := board.stand(record.key or b"", record.value, (record.partition, record.offset))
+                    ) is not None and reading:
                         # A tombstone, and what stands after it, come in order: the last one counts.
                         if record.value is None:
                             seen.discard(point)
@@ -424,3 +484,78 @@ class Desk:
         if self.board.answered(action.action_id) is None:
             await self.publish([Send(topics.ALARM_ACTIONS, action.device_id.encode(), orjson.dumps(complete))])
         return action.action_id
+
+    async def act_many(self, request_id: str, line: Mapping[str, Any], alarms: Sequence[Any]) -> list[dict[str, Any]]:
+        """Send the same action for many alarms, each as an action of its own.
+
+        An action's id is made of `request_id`, the alarm and its occurrence: the same request may be sent again.
+
+        Args:
+            request_id: of the sender's making.
+            line: what all have in common: `action` (a word of `BULK`), `actor`, `comment`, `duration_s`, `one_shot`.
+            alarms: `device_id`, `rule` and perhaps `pin_position`, `alarm_id` of each, at most `BULK_MAX`; other fields say
+                nothing. One that comes twice is taken once.
+
+        Returns:
+            For each alarm its point, `alarm_id`, `action_id` and `outcome`: sent (its answer will come), done or refused
+            (with `code` and `reason`; answered before, or not well formed).
+
+        Raises:
+            Reject: the request as a whole is not well formed.
+            Retry: Kafka did not acknowledge it; a part may have been taken all the same, so repeat it with the same id.
+        """
+        if line.get("action") not in BULK:
+            message = (
+                f"action is one of {', '.join(BULK)}: {line.get('action')!r:.100} is done one by one, or not at all"
+            )
+            raise Reject(ReasonCode.ACTION_INVALID, message)
+        if len(alarms) > BULK_MAX:
+            raise Reject(ReasonCode.ACTION_INVALID, f"{len(alarms):,} alarms; a request may have {BULK_MAX}")
+        at = self.clock.now_us()
+        # What is wrong with all of them is said once.
+        parse_action({**line, "device_id": "-", "rule": "-", "at": at})
+        results: dict[str, dict[str, Any]] = {}
+        sends: list[Send] = []
+        for alarm in alarms:
+            point = {name: alarm.get(name) for name in _POINT} if isinstance(alarm, Mapping) else dict.fromkeys(_POINT)
+            point["pin_position"] = "-1" if point["pin_position"] is None else point["pin_position"]
+            # Empty where the alarm was set aside without having been raised.
+            point["alarm_id"] = point["alarm_id"] or None
+            action_id = identity("action", request_id, *point.values())
+            if action_id in results:
+                continue
+            results[action_id] = result = {**point, "action_id": action_id, "outcome": "sent"}
+            complete = {**line, **point, "action_id": action_id, "at": at}
+            try:
+                action = parse_action(complete)
+            except Reject as e:
+                result |= {"outcome": "refused", "code": str(e.code), "reason": str(e)}
+                continue
+            if (answer := self.board.answered(action_id)) is not None:
+                result |= _outcome(answer)
+            else:
+                sends.append(Send(topics.ALARM_ACTIONS, action.device_id.encode(), orjson.dumps(complete)))
+        if sends:
+            await self.publish(sends)
+        return [*results.values()]
+
+    async def wait_many(self, results: Sequence[dict[str, Any]], timeout_s: float) -> None:
+        """Wait until all that `act_many` sent is answered, at most `timeout_s`, and write the outcomes into the results."""
+        waiting = [result for result in results if result["outcome"] == "sent"]
+        answers = await asyncio.gather(*(self.board.wait(result["action_id"], timeout_s) for result in waiting))
+        for result, answer in zip(waiting, answers, strict=True):
+            if answer is not None:
+                result |= _outcome(answer)
+
+
+_POINT: Final = ("device_id", "rule", "pin_position", "alarm_id")
+
+
+def _outcome(answer: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: answer.get(name) for name in ("outcome", "code", "reason", "state")}
+
+
+def tally(results: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """How many of the results are done, refused and not answered yet."""
+    counts = Counter(result["outcome"] for result in results)
+    return {"done": counts["done"], "refused": counts["refused"], "pending": counts["sent"]}

@@ -8,6 +8,8 @@ import getpass
 import re
 import sys
 import time
+import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -90,6 +92,17 @@ def _text(value: Any) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _filter(state: str, severity: str, device: str, rule: str, q: str) -> Any:
+    from preservarium.operating import STATES, Filter
+
+    words = [word.strip().replace("-", "_") for word in state.split(",")]
+    severities = frozenset(word.strip() for word in severity.split(",") if word.strip())
+    if unknown := [word for word in words if word not in STATES] + sorted(severities - set(SEVERITIES)):
+        message = f"there is no {unknown[0]!r}; see --help"
+        raise click.UsageError(message)
+    return Filter(frozenset[str]().union(*(STATES[word] for word in words)), severities, device, rule, q)
+
+
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _pin = click.option("--pin", "pin", default="-1", show_default=True, help="Pin, where the device has more than one.")
 
@@ -111,14 +124,7 @@ _pin = click.option("--pin", "pin", default="-1", show_default=True, help="Pin, 
 @_json
 def list_(state: str, severity: str, device: str, rule: str, q: str, sort: str, limit: int, as_json: bool) -> None:
     """List the alarms that are not normal, of the whole system; what needs somebody comes first."""
-    from preservarium.operating import STATES, Filter
-
-    words = [word.strip().replace("-", "_") for word in state.split(",")]
-    severities = frozenset(word.strip() for word in severity.split(",") if word.strip())
-    if unknown := [word for word in words if word not in STATES] + sorted(severities - set(SEVERITIES)):
-        message = f"there is no {unknown[0]!r}; see --help"
-        raise click.UsageError(message)
-    wanted = Filter(frozenset[str]().union(*(STATES[word] for word in words)), severities, device, rule, q)
+    wanted = _filter(state, severity, device, rule, q)
 
     async def read() -> Any:
         async with _board(load()) as board:
@@ -247,12 +253,102 @@ def _act(line: dict[str, Any], timeout_s: float, as_json: bool) -> None:
         sys.exit(EXIT_REFUSED)
 
 
-def _action(word: str, help_text: str, *options: Callable[[Any], Any]) -> click.Command:
-    def run(device: str, rule: str, pin: str, actor: str, comment: str, alarm_id: str | None, action_id: str | None, timeout_s: float,
-            no_wait: bool, as_json: bool, **more: Any) -> None:  # fmt: skip
-        line = {"device_id": device, "rule": rule, "pin_position": pin, "action": word, "actor": actor, **more}
+def _act_on_many(
+    word: str, wanted: dict[str, str], line: dict[str, Any], *, limit: int, yes: bool, timeout_s: float, as_json: bool
+) -> None:
+    """Find alarms, say how many, ask, send an action for each, say what became of them, and exit."""
+    from preservarium.operating import BULK, Desk, tally
+    from preservarium.publish import Publisher
+    from preservarium.settings import LiveSettings
+
+    found = _filter(**{**wanted, "state": wanted["state"] or BULK[word]})
+    request_id = line.pop("action_id", None) or uuid.uuid4().hex
+
+    async def run() -> dict[str, Any]:
+        settings = load()
+        async with _board(settings) as board:
+            page = board.page(found, after=None, limit=limit)
+            if board.note():
+                click.echo(board.note(), err=True)
+            kinds = Counter(alarm["severity"] for alarm in page.alarms)
+            kinds_text = ", ".join(f"{kinds[name]} {name}" for name in SEVERITIES if kinds[name])
+            beyond = f" of {page.total:,}" if page.total > len(page.alarms) else ""
+            click.echo(f"{len(page.alarms):,}{beyond} alarms{f': {kinds_text}' if kinds_text else ''}", err=True)
+            said = {"request_id": request_id, "matched": page.total}
+            if not page.alarms:
+                return {**said, **tally(()), "results": []}
+            # What is raised while the question stands is not among them.
+            if not yes:
+                await asyncio.to_thread(click.confirm, f"{word} {len(page.alarms):,}?", abort=True, err=True)
+            publisher = Publisher(LiveSettings(settings))
+            try:
+                desk = Desk(board, publisher.publish)
+                results = await desk.act_many(request_id, line, page.alarms)
+                await desk.wait_many(results, timeout_s)
+            finally:
+                await publisher.on_stop()
+            return {**said, **tally(results), "results": results}
+
+    said = asyncio.run(run())
+    if as_json:
+        print_json(said)
+    else:
+        for result in said["results"]:
+            if result["outcome"] == "refused":
+                click.echo(f"refused: {result['device_id']} {result['rule']}: {result['reason']}", err=True)
+        pending = f", {said['pending']:,} {'sent' if timeout_s <= 0 else 'not answered'}" if said["pending"] else ""
+        click.echo(f"done: {said['done']:,}, refused: {said['refused']:,}{pending}")
+    if said["refused"]:
+        sys.exit(EXIT_REFUSED)
+    if said["pending"] and timeout_s > 0:
+        sys.exit(EXIT_NO_ANSWER)
+
+
+_many: Final = (
+    click.option("--yes", is_flag=True, help="Many alarms: do not ask."),
+    click.option("--limit", type=click.IntRange(1, 500), default=500, show_default=True, help="Many alarms: at most so many."),
+    click.option("--search", "q", default="", help="Many alarms: part of an address, a name, a rule or a message."),
+    click.option("--state", "of_state", default="", help="Many alarms: of these states; as the list has them."),
+    click.option("--severity", default="", help="Many alarms: of these severities, separated by commas."),
+    click.option("--rule", "of_rule", default="", help="Many alarms: of this rule."),
+    click.option("--device", "of_device", default="", help="Many alarms: of this device."),
+)  # fmt: skip
+
+
+def _action_on_one_or_many(word: str, help_text: str, *options: Callable[[Any], Any]) -> click.Command:
+    """An action that takes DEVICE and RULE, or a filter."""
+
+    def run(
+        line: dict[str, Any], timeout_s: float, as_json: bool, of_device: str, of_rule: str, severity: str, of_state: str, q: str,
+        limit: int, yes: bool,
+    ) -> None:  # fmt: skip
+        wanted = {"device": of_device, "rule": of_rule, "severity": severity, "state": of_state, "q": q}
+        if line["device_id"] and line["rule"] and not any(wanted.values()):
+            _act(line, timeout_s, as_json)
+            return
+        one = {name: line.pop(name, None) for name in ("device_id", "rule", "pin_position", "alarm_id")}
+        if one != {**dict.fromkeys(one), "pin_position": "-1"} or not any(wanted.values()):
+            message = "name one alarm by DEVICE and RULE, or many by --device, --rule, --severity, --state, --search"
+            raise click.UsageError(message)
+        _act_on_many(word, wanted, line, limit=limit, yes=yes, timeout_s=timeout_s, as_json=as_json)
+
+    help_text += """
+
+    One alarm, by DEVICE and RULE; or many, by --device, --rule, --severity, --state, --search: how many they are is shown,
+    and asked about without --yes. Those that stand then are meant, not what is raised meanwhile.
+    """
+    return _action(word, help_text, *_many, *options, required=False, act=run)
+
+
+def _action(
+    word: str, help_text: str, *options: Callable[[Any], Any], required: bool = True, act: Callable[..., None] = _act
+) -> click.Command:
+    def run(device: str | None, rule: str | None, pin: str, actor: str, comment: str, alarm_id: str | None, action_id: str | None,
+            timeout_s: float, no_wait: bool, as_json: bool, duration_s: float | None = None, one_shot: bool = False, **more: Any) -> None:  # fmt: skip
+        line: dict[str, Any] = {"device_id": device, "rule": rule, "pin_position": pin, "action": word, "actor": actor}
         line |= {k: v for k, v in (("comment", comment), ("alarm_id", alarm_id), ("action_id", action_id)) if v}
-        _act(line, 0.0 if no_wait else timeout_s, as_json)
+        line |= {} if duration_s is None else {"duration_s": duration_s, "one_shot": one_shot}
+        act(line, 0.0 if no_wait else timeout_s, as_json, **more)
 
     run.__doc__ = help_text
     for option in (
@@ -265,23 +361,23 @@ def _action(word: str, help_text: str, *options: Callable[[Any], Any]) -> click.
         click.option("--actor", default=getpass.getuser, help="Who.  [default: your user name]"),
         _pin,
         *options,
-        click.argument("rule"),
-        click.argument("device"),
+        click.argument("rule", required=required),
+        click.argument("device", required=required),
     ):  # fmt: skip
         run = option(run)
     return alarms.command(word.replace("_", "-"))(run)
 
 
-_action("acknowledge", "Say that you know of an alarm and see to it.")
+_action_on_one_or_many("acknowledge", "Say that you know of an alarm and see to it.")
 _action("clear", "Reset a latched alarm whose condition is over.")
-_action("comment", "Add a comment to an alarm.")
-_action(
+_action_on_one_or_many("comment", "Add a comment to an alarm.")
+_action_on_one_or_many(
     "shelve",
     "Set an alarm aside for a time; it comes back by itself.",
     click.option("--one-shot", is_flag=True, help="At the latest when the condition returns to normal."),
     click.option("--for", "duration_s", default=f"{SHELVE_S_DEFAULT}s", callback=_span_s, help="90s, 30m, 2h, 1d.  [default: 1h]"),
 )  # fmt: skip
-_action("unshelve", "Bring a shelved alarm back.")
+_action_on_one_or_many("unshelve", "Bring a shelved alarm back.")
 _action("suppress", "Suppress an alarm by design, as a plant's logic would.")
 _action("unsuppress", "End the suppression of an alarm.")
 _action("out_of_service", "Take an alarm out of service, for maintenance.")

@@ -26,7 +26,7 @@ from preservarium.domain.device_alarms import (
     SHELVE_S_MAX,
 )
 from preservarium.domain.rules import SEVERITIES
-from preservarium.operating import SORTS, STATES
+from preservarium.operating import BULK, BULK_MAX, SORTS, STATES
 
 _TEXT: Final = {"type": "string"}
 _NAME: Final = {"type": "string", "maxLength": NAME_CHARS_MAX}
@@ -158,6 +158,71 @@ _ANSWER: Final = _object(
     state={**_TEXT, "description": "Of the alarm, afterwards"},
     transitions={"type": "array", "items": _TEXT},
     answered_at=_INSTANT,
+)
+
+_BULK: Final = _object(
+    ("action",),
+    request_id={
+        "type": "string",
+        "maxLength": ACTION_ID_CHARS_MAX,
+        "description": "Of the sender's making; the same request may be sent again: the ids of its actions are made of it",
+    },
+    action={"type": "string", "enum": list(BULK)},
+    alarms={
+        "type": "array",
+        "minItems": 1,
+        "maxItems": BULK_MAX,
+        "description": "Which; or `filter`. `alarm_id` is the occurrence that was seen: another one is not touched. Whole "
+        "alarms of the list will do",
+        "items": _object(
+            ("device_id", "rule"), device_id=_NAME, rule=_NAME, pin_position=_NAME, alarm_id=_maybe(_NAME)
+        ),
+    },
+    filter={
+        "type": "object",
+        "description": "Which, in the words of the list; where it names no state: "
+        + ", ".join(f"{action} {state}" for action, state in BULK.items()),
+        "properties": dict.fromkeys(("state", "severity", "device", "rule", "q"), _TEXT),
+        "additionalProperties": False,
+    },
+    seen={**_TEXT, "description": "Needed with a filter: `seen` of the list. What was raised since is not touched"},
+    limit={
+        "type": "integer",
+        "minimum": 1,
+        "maximum": BULK_MAX,
+        "default": BULK_MAX,
+        "description": "Of a filter's alarms",
+    },
+    actor=_ACTION["properties"]["actor"],
+    comment=_ACTION["properties"]["comment"],
+    duration_s=_ACTION["properties"]["duration_s"],
+    one_shot=_ACTION["properties"]["one_shot"],
+    wait_s={"type": "number", "minimum": 0, "maximum": 25, "default": 0, "description": "Wait for the answers"},
+)
+
+_BULK_ANSWER: Final = _object(
+    ("request_id", "matched", "newer", "done", "refused", "pending", "results"),
+    request_id=_TEXT,
+    matched={"type": "integer", "description": "Alarms that were meant, also beyond the limit"},
+    newer={"type": "integer", "description": "Alarms that the filter takes, left alone because they came after `seen`"},
+    done={"type": "integer"},
+    refused={"type": "integer"},
+    pending={"type": "integer", "description": "Not answered yet"},
+    results={
+        "type": "array",
+        "items": _object(
+            ("action_id", "outcome"),
+            device_id={},
+            rule={},
+            pin_position={},
+            alarm_id={},
+            action_id=_TEXT,
+            outcome={"type": "string", "enum": ["sent", "done", "refused"]},
+            code=_TEXT,
+            reason=_TEXT,
+            state=_TEXT,
+        ),
+    },
 )
 
 _ONE_ALARM: Final = [
@@ -334,6 +399,19 @@ DOCUMENT: Final[dict[str, Any]] = {
                 ),
             },
         },
+        "/api/alarms/bulk": {
+            "post": {
+                "operationId": "actOnMany",
+                "summary": "Acknowledge, shelve, unshelve or comment many alarms: an action for each, and a result",
+                "requestBody": {"required": True, "content": {"application/json": {"schema": _ref("Bulk")}}},
+                "responses": _answers(
+                    "Kafka has them; what was answered within wait_s is there, the rest can be asked for by action_id",
+                    _ref("BulkAnswer"),
+                    400, 401, 403, 413, 415, 503,
+                    status=202,
+                ),
+            },
+        },
         "/api/alarms/actions/{action_id}": {
             "get": {
                 "operationId": "showAnswer",
@@ -361,6 +439,8 @@ DOCUMENT: Final[dict[str, Any]] = {
             "Alarm": _ALARM,
             "Action": {**_ACTION, "additionalProperties": False},
             "Answer": _ANSWER,
+            "Bulk": {**_BULK, "additionalProperties": False},
+            "BulkAnswer": _BULK_ANSWER,
             "Error": _object(("error",), error=_TEXT, code=_TEXT),
             "Alarms": _object(
                 ("alarms", "next_cursor", "total", "source"),
@@ -372,6 +452,7 @@ DOCUMENT: Final[dict[str, Any]] = {
                 source={"type": "string", "enum": ["kafka", "postgres"]},
                 complete={**_FLAG, "description": "Whether this is everything, and of now"},
                 note={"type": ["string", "null"], "description": "Why it is not, for people"},
+                seen={"type": ["string", "null"], "description": "For an action on what this list shows"},
                 at=_INSTANT,
             ),
             "OneAlarm": _object(

@@ -4,6 +4,9 @@ The list is the board's (preservarium/operating.py), which follows Kafka: it is 
 Where the board was not read yet, what PostgreSQL holds is shown instead, and the answer says so. Histories, and alarms
 that are over, are PostgreSQL's alone.
 
+An action for many alarms at once names them, or gives the filter of a list and that list's `seen`: then it is for those
+that the list showed, and for none that came since.
+
 An action is checked, sent to `alarm_actions` and acknowledged by Kafka; whether the machine did it is its answer, which
 can be waited for. Whoever repeats an action with the same `action_id` does it once.
 """
@@ -19,16 +22,18 @@ from aiohttp import web
 from preservarium.clock import Clock
 from preservarium.console import access
 from preservarium.console.openapi import DOCUMENT
-from preservarium.console.replies import answer, bad, cursor_of, limit_of, pack, text_of, wrapped
-from preservarium.domain.device_alarms import ActionDoc
+from preservarium.console.replies import TEXT_MAX, answer, bad, cursor_of, limit_of, pack, text_of, unpack, wrapped
+from preservarium.domain.device_alarms import ACTION_ID_CHARS_MAX, ActionDoc
 from preservarium.domain.errors import Reject, Retry
 from preservarium.domain.rules import SEVERITIES
 from preservarium.notices import links
-from preservarium.operating import SORTS, STATES, Board, Desk, Filter
+from preservarium.operating import BULK, BULK_MAX, SORTS, STATES, Board, Desk, Filter, tally
 from preservarium.settings import LiveSettings, Settings
 
 #: An action is a few hundred bytes; its comment is the largest part.
 BODY_BYTES_MAX: Final = 16_384
+#: Names of as many alarms as a request may have, and some room: a name is 30 characters as a rule.
+BULK_BODY_BYTES_MAX: Final = 262_144
 #: Longest wait for an answer: proxies cut off a request after 30 or 60 s.
 WAIT_S_MAX: Final = 25.0
 #: The acknowledgement of Kafka is waited for so long; then the caller is to repeat, which is harmless.
@@ -39,6 +44,22 @@ LINK_WAIT_S: Final = 10.0
 HISTORY_MAX: Final = 100
 
 _FIELDS: Final = frozenset(ActionDoc.__annotations__) - {"at"}
+_BULK_FIELDS: Final = frozenset(
+    (
+        "request_id",
+        "action",
+        "actor",
+        "comment",
+        "duration_s",
+        "one_shot",
+        "alarms",
+        "filter",
+        "seen",
+        "limit",
+        "wait_s",
+    )
+)
+_FILTER_FIELDS: Final = ("state", "severity", "device", "rule", "q")
 _ENDED: Final = {"cleared": False, "all": None}
 
 
@@ -96,6 +117,7 @@ class Operators:
         get("/api/alarms", wrapped(self.alarms))
         get("/api/alarms/actions", wrapped(self.answers))
         post("/api/alarms/actions", wrapped(self.act, timeout_s=SEND_TIMEOUT_S))
+        post("/api/alarms/bulk", wrapped(self.act_many, timeout_s=SEND_TIMEOUT_S + WAIT_S_MAX))
         get("/api/alarms/actions/{action_id}", wrapped(self.answered, timeout_s=WAIT_S_MAX + 5))
         get("/api/alarms/{device_id}/{rule}/{pin_position}", wrapped(self.alarm))
         get(links.PATH, wrapped(self.link))
@@ -113,7 +135,7 @@ class Operators:
         state = text_of(request, "state") or "standing"
         wanted = Filter(
             STATES["standing"] if state in _ENDED else _states(state),
-            _severities(request),
+            _severities(text_of(request, "severity")),
             text_of(request, "device"),
             text_of(request, "rule"),
             text_of(request, "q"),
@@ -140,6 +162,7 @@ class Operators:
                 "source": source,
                 "complete": source == "kafka" and board.complete,
                 "note": note,
+                "seen": pack(board.seen()) if source == "kafka" else None,
                 "at": self._host.clock.now_us(),
             }
         )
@@ -236,24 +259,7 @@ class Operators:
 
     async def act(self, request: web.Request) -> web.Response:
         """Send an action: 202 with its id, once Kafka has acknowledged it."""
-        settings = self._host.live()
-        name = access.operator_of(request, settings.web)
-        if request.content_type != "application/json":
-            # A page of a stranger can send a form or plain text across origins, and JSON only after asking.
-            _refuse(web.HTTPUnsupportedMediaType, "send application/json")
-        body = await _body(request)
-        try:
-            line = orjson.loads(body)
-        except orjson.JSONDecodeError as e:
-            bad(f"the body is no JSON: {e}")
-        if not isinstance(line, dict):
-            bad("the body is a JSON object")
-        if unknown := sorted(set(line) - _FIELDS):
-            bad(f"no such field: {', '.join(unknown)[:200]}; there are {', '.join(sorted(_FIELDS))}")
-        if name:
-            if line.get("actor") not in (None, "", name):
-                _refuse(web.HTTPForbidden, f"this token is {name}'s: actor must be {name}, or left out")
-            line["actor"] = name
+        line = await self._line(request, _FIELDS, BODY_BYTES_MAX)
         try:
             action_id = await self._desk.act(line)
         except Reject as e:
@@ -265,6 +271,77 @@ class Operators:
             content_type="application/json",
             headers={"Location": where},
         )
+
+    async def act_many(self, request: web.Request) -> web.Response:
+        """Send an action for many alarms: 202 with a result for each, once Kafka has acknowledged those that are well formed.
+
+        `wait_s` waits for the machine's answers.
+        """
+        asked = await self._line(request, _BULK_FIELDS, BULK_BODY_BYTES_MAX)
+        request_id = asked.pop("request_id", None) or uuid.uuid4().hex
+        if not isinstance(request_id, str) or len(request_id) > ACTION_ID_CHARS_MAX:
+            bad(f"request_id is a text of at most {ACTION_ID_CHARS_MAX} characters")
+        wait_s = asked.pop("wait_s", 0)
+        if type(wait_s) not in (int, float) or not 0 <= wait_s <= WAIT_S_MAX:
+            bad(f"wait_s is a number from 0 to {WAIT_S_MAX:g}")
+        given, limit = [asked.pop(name, None) for name in ("alarms", "filter", "seen")], asked.pop("limit", BULK_MAX)
+        if type(limit) is not int or not 0 < limit <= BULK_MAX:
+            bad(f"limit is a number from 1 to {BULK_MAX}")
+        alarms, matched, newer = self._meant(str(asked.get("action")), *given, limit=limit)
+        try:
+            results = await self._desk.act_many(request_id, asked, alarms)
+        except Reject as e:
+            return answer({"error": str(e), "code": str(e.code)}, status=400)
+        await self._desk.wait_many(results, wait_s)
+        said = {"request_id": request_id, "matched": matched, "newer": newer, **tally(results), "results": results}
+        return answer(said, status=202)
+
+    def _meant(
+        self, action: str, alarms: Any, wanted: Any, seen: Any, *, limit: int
+    ) -> tuple[list[dict[str, Any]], int, int]:
+        """The alarms that a request names or filters; how many they are without the limit; how many are too new."""
+        if (alarms is None) == (wanted is None):
+            bad("give either `alarms` or `filter`")
+        if wanted is None:
+            if not isinstance(alarms, list) or not alarms:
+                bad("`alarms` is a list of alarms")
+            return alarms, len(alarms), 0
+        if not isinstance(wanted, dict) or not all(
+            name in _FILTER_FIELDS and isinstance(text, str) and len(text) <= TEXT_MAX for name, text in wanted.items()
+        ):
+            bad(f"`filter` has texts for {', '.join(_FILTER_FIELDS)}, as the list")
+        position = unpack(seen) if isinstance(seen, str) else None
+        if position is None or not all(
+            isinstance(each, list) and len(each) == 2 and all(type(n) is int for n in each) for each in position
+        ):
+            bad("a filter needs `seen`, as the list gave it: what came since was seen by nobody")
+        if not self._board.ready.is_set():
+            message = f"the alarm list was not read from Kafka yet ({self._board.trouble})"
+            raise Retry(message)
+        state, severity, device, rule, q = (wanted.get(name, "").strip() for name in _FILTER_FIELDS)
+        state = state or BULK.get(action, "standing")
+        return self._board.shown(Filter(_states(state), _severities(severity), device, rule, q), position, limit)
+
+    async def _line(self, request: web.Request, fields: frozenset[str], bytes_max: int) -> dict[str, Any]:
+        """What an operator asks for, with the actor that the token proves."""
+        name = access.operator_of(request, self._host.live().web)
+        if request.content_type != "application/json":
+            # A page of a stranger can send a form or plain text across origins, and JSON only after asking.
+            _refuse(web.HTTPUnsupportedMediaType, "send application/json")
+        body = await _body(request, bytes_max)
+        try:
+            line = orjson.loads(body)
+        except orjson.JSONDecodeError as e:
+            bad(f"the body is no JSON: {e}")
+        if not isinstance(line, dict):
+            bad("the body is a JSON object")
+        if unknown := sorted(set(line) - fields):
+            bad(f"no such field: {', '.join(unknown)[:200]}; there are {', '.join(sorted(fields))}")
+        if name:
+            if line.get("actor") not in (None, "", name):
+                _refuse(web.HTTPForbidden, f"this token is {name}'s: actor must be {name}, or left out")
+            line["actor"] = name
+        return line
 
     # --- the link in a notice ---
 
@@ -357,8 +434,8 @@ def _states(text: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def _severities(request: web.Request) -> frozenset[str]:
-    found = frozenset(word.strip() for word in text_of(request, "severity").split(",") if word.strip())
+def _severities(text: str) -> frozenset[str]:
+    found = frozenset(word.strip() for word in text.split(",") if word.strip())
     if found - set(SEVERITIES):
         bad(f"severity is one or more of {', '.join(SEVERITIES)}")
     return found
@@ -368,15 +445,15 @@ def _refuse(kind: type[web.HTTPException], message: str) -> NoReturn:
     raise kind(text=orjson.dumps({"error": message}).decode(), content_type="application/json")
 
 
-async def _body(request: web.Request) -> bytes:
+async def _body(request: web.Request, bytes_max: int) -> bytes:
     body = bytearray()
     async for chunk in request.content.iter_any():
         body += chunk
-        if len(body) > BODY_BYTES_MAX:
+        if len(body) > bytes_max:
             raise web.HTTPRequestEntityTooLarge(
-                BODY_BYTES_MAX,
+                bytes_max,
                 len(body),
-                text='{"error": "an action has at most 16384 bytes"}',
+                text=f'{{"error": "this takes at most {bytes_max} bytes"}}',
                 content_type="application/json",
             )
     return bytes(body)

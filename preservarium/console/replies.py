@@ -23,6 +23,9 @@ TEXT_MAX: Final = 256
 #: Longest time that a view waits for the database: the page asks again in two seconds.
 READ_TIMEOUT_S: Final = 5.0
 
+#: Longest cursor: the position of a thousand partitions.
+PACKED_MAX: Final = 16_384
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -94,17 +97,23 @@ def pack(position: list[Any]) -> str:
     return base64.urlsafe_b64encode(orjson.dumps(position)).decode().rstrip("=")
 
 
+def unpack(text: str) -> list[Any] | None:
+    """What `pack` packed; None where it is not one of ours."""
+    if len(text) > PACKED_MAX:
+        return None
+    try:
+        position = orjson.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
+    except (ValueError, binascii.Error):
+        return None
+    return position if isinstance(position, list) else None
+
+
 def cursor_of(request: web.Request) -> list[Any] | None:
     """The query's `cursor`, unpacked."""
     text = request.query.get("cursor", "")
     if not text:
         return None
-    if len(text) > 4 * TEXT_MAX:
-        bad("cursor is not one of ours")
-    try:
-        position = orjson.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
-    except (ValueError, binascii.Error):
-        bad("cursor is not one of ours")
-    if not isinstance(position, list) or not position:
+    position = unpack(text)
+    if not position:
         bad("cursor is not one of ours")
     return position

@@ -3,6 +3,7 @@
 import re
 import time
 
+import orjson
 import pytest
 from devtools import chromium, find
 from operators_support import Plant
@@ -190,6 +191,103 @@ async def test_a_phone_shows_cards_that_a_thumb_can_press(page, site):
     assert box[0] >= 0
     assert box[1] <= 390
     await shot(page, "alarms-phone.png")
+    assert page.logged == []
+
+
+def answering(site, refuse=()):
+    """The machine's part: what is sent is answered, done but for the devices that are refused."""
+
+    async def publish(sends):
+        for send in sends:
+            site.sent.append(send)
+            line = orjson.loads(send.value)
+            refused = line["device_id"] in refuse
+            said = {"outcome": "refused", "code": "already_acknowledged", "reason": f"it is acknowledged already {EVIL}"} if refused else {
+                "outcome": "done", "code": "", "reason": ""}  # fmt: skip
+            site.board.answer(orjson.dumps({"action_id": line["action_id"], "state": "acknowledged", **said}))
+
+    site.desk.publish = publish
+
+
+async def test_several_are_chosen_and_acted_upon_at_once_and_refusals_are_listed(page, site):
+    await page.size(1400, 900)
+    await page.scheme("light")
+    answering(site, refuse={alarm(11)["device_id"]})
+    await opened(page, site)
+    assert await page.js("document.getElementById('bulk').hidden")
+    await page.js("document.getElementById('all').click()")
+    await page.until("document.getElementById('chosen').innerText === '7 of 7 selected'")
+    texts = "[...document.querySelectorAll('#bulk button')].map(b => b.textContent + (b.disabled ? ' off' : ''))"
+    assert await page.js(texts) == ["Acknowledge 4", "Shelve 6", "Unshelve 1", "Comment 7"]
+    await shot(page, "alarms-selected.png")
+    await page.js(f"{ROWS}[1].querySelector('input').click()")
+    assert await page.js("document.getElementById('all').indeterminate")
+    await page.js("document.querySelector('[data-bulk=acknowledge]').click()")
+    await page.until("document.getElementById('dialog').open")
+    assert await page.js(text_of("#d-title")) == "Acknowledge 3 alarms"
+    assert await page.js("document.querySelectorAll('#d-about > div').length") == 3
+    # One that is raised while the operator reads is not among them.
+    stand(site.board, alarm(40, severity="critical"))
+    await page.js("document.getElementById('d-actor').value = 'ann'")
+    await shot(page, "alarms-several.png")
+    await page.js("document.getElementById('d-do').click()")
+    await page.until("!document.getElementById('dialog').open")
+    assert await page.js(text_of("#said")) == "Acknowledge: 2 done, 1 refused."
+    lines = [orjson.loads(send.value) for send in site.sent]
+    assert sorted((line["device_id"][-2:], line["alarm_id"], line["actor"]) for line in lines) == [
+        ("09", "a9", "ann"), ("11", "a11", "ann"), ("13", "a13", "ann"),
+    ]  # fmt: skip
+    assert await page.js("document.querySelectorAll('#r-list li').length") == 1
+    listed = await page.js(text_of("#results"))
+    assert "1 of 3 refused" in listed
+    assert "Cold store · co2-high" in listed
+    assert EVIL in listed
+    assert await page.js("document.getElementById('bulk').hidden")
+    assert await page.js("document.activeElement.id") == "all"
+    await page.js("document.getElementById('r-close').click()")
+    assert await page.js("document.getElementById('results').hidden")
+    assert page.logged == []
+
+
+async def test_several_by_keyboard_and_what_changes_is_not_chosen_any_more(page, site):
+    await opened(page, site)
+    for _ in range(3):
+        await page.key("ArrowDown")
+    await page.key(" ", " ")
+    await page.key("ArrowUp")
+    await page.key(" ", " ")
+    await page.until("document.getElementById('chosen').innerText === '2 of 7 selected'")
+    assert await page.js(f"[...{ROWS}].map(r => r.getAttribute('aria-selected')).join()") == (
+        "false,true,true,false,false,false,false"
+    )
+    await page.key("s", "s")
+    await page.until("document.getElementById('dialog').open")
+    assert await page.js(text_of("#d-title")) == "Shelve 2 alarms"
+    await page.key("Escape")
+    await page.until("!document.getElementById('dialog').open")
+    # It came again: whoever chose it has not seen this one.
+    stand(site.board, alarm(13, alarm_id="a13-again", state="unacknowledged"))
+    await page.until("document.getElementById('chosen').innerText === '1 of 7 selected'")
+    await page.js(f"{ROWS}[0].focus()")
+    await page.key("Escape")
+    await page.until("document.getElementById('bulk').hidden")
+    await page.js("document.getElementById('all').click(); document.querySelector('[data-state=waiting]').click()")
+    await page.until(f"{ROWS}.length === 4 && document.getElementById('bulk').hidden")
+    assert site.sent == []
+    assert page.logged == []
+
+
+async def test_several_on_a_phone(page, site):
+    await page.size(390, 844, mobile=True)
+    await opened(page, site)
+    await page.js("document.getElementById('all').click()")
+    await page.until("!document.getElementById('bulk').hidden")
+    assert await page.js("document.documentElement.scrollWidth") <= 390
+    small = await page.js(
+        "[...document.querySelectorAll('#bulk button, #rows .c-check label')].map(b => b.getBoundingClientRect().height).filter(h => h < 40)"
+    )
+    assert small == []
+    await shot(page, "alarms-phone-selected.png")
     assert page.logged == []
 
 

@@ -138,7 +138,8 @@ async def site():
     console = Console(host, reads, TableReader(dict, lambda key: 0))
     application = web.Application()
     console.mount(application)
-    Operators(host, Desk(board, publish, host.clock), reads).mount(application)
+    desk = Desk(board, publish, host.clock)
+    Operators(host, desk, reads).mount(application)
     for stage, n in {"normalize": 900, "validate": 880, "alarm": 870, "notify": 2, "sink": 860, "sync": 850}.items():
         metrics.RECORDS_RECEIVED.labels(stage).inc(n)
         metrics.READINGS.labels(stage).inc(n * 5)
@@ -154,6 +155,7 @@ async def site():
             reads=reads,
             report=report,
             board=board,
+            desk=desk,
             sent=sent,
             resets=resets,
             settings=settings,

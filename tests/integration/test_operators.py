@@ -136,6 +136,61 @@ async def test_operators_work_through_any_worker_any_way_and_all_is_kept(plant: 
     assert "refused: the condition is still true" in shown.stdout
 
 
+async def test_many_at_once_by_filter_over_http_and_by_the_command_line(plant: Plant, http: Any) -> None:
+    url = await plant.start()
+    await plant.raises(*DEVICES)
+    assert (await act(http, url, "dev-1", "acknowledge"))["outcome"] == "done"
+
+    async def standing() -> dict[str, str]:
+        return {device: a["state"] for device, a in (await listed(http, url)).items()}
+
+    async with http.get(f"{url}/api/alarms?limit=200") as response:
+        seen = (await response.json())["seen"]
+    # It returns and comes again after the list was read: another occurrence, which nobody has seen.
+    await act(http, url, "dev-5", "acknowledge")
+    await plant.reads("dev-5", 20)
+
+    async def gone() -> bool:
+        return "dev-5" not in await standing()
+
+    await until(gone, 60, plant.log)
+    await plant.raises("dev-5")
+    asked = {"action": "acknowledge", "actor": "ann", "filter": {"rule": "hot", "state": "standing", "q": "dev"}, "seen": seen, "wait_s": 20,
+             "request_id": "shift-1", "comment": "all of the hall"}  # fmt: skip
+    async with http.post(f"{url}/api/alarms/bulk", json=asked) as response:
+        said = await response.json()
+    assert (response.status, said["matched"], said["newer"]) == (202, 4, 1), said
+    outcomes = {r["device_id"]: (r["outcome"], r["code"]) for r in said["results"]}
+    assert outcomes == {
+        "dev-1": ("refused", "already_acknowledged"), "dev/2": ("done", ""), "dev-3": ("done", ""), "dev-4": ("done", ""),
+    }  # fmt: skip
+    assert (await standing())["dev-5"] == "unacknowledged"
+    async with http.post(f"{url}/api/alarms/bulk", json=asked) as response:
+        again = await response.json()
+    assert {r["action_id"] for r in again["results"]} == {r["action_id"] for r in said["results"]}
+    assert {r["device_id"]: r["outcome"] for r in again["results"]} == {d: o for d, (o, _) in outcomes.items()}
+
+    # The command line: asked first, then each with its result.
+    no = await asyncio.to_thread(
+        CliRunner().invoke, cli, ["alarms", "acknowledge", "--rule", "hot", "--severity", "major"], input="n\n"
+    )
+    assert (no.exit_code, "1 alarms: 1 major" in no.stderr, "acknowledge 1? [y/N]" in no.stderr) == (1, True, True)
+    assert (await standing())["dev-5"] == "unacknowledged"
+    done = await command("acknowledge", "--rule", "hot", "--severity", "major", "--yes", "--actor", "bob")
+    assert (done.exit_code, done.stdout) == (0, "done: 1, refused: 0\n"), done.output
+    shelved = await command("shelve", "--device", "dev-3", "--for", "30m", "--yes", "--json")
+    assert (orjson.loads(shelved.stdout)["done"], (await standing())["dev-3"]) == (1, "shelved")
+    refused = await command("acknowledge", "--rule", "hot", "--state", "standing", "--yes")
+    assert (refused.exit_code, refused.stdout) == (1, "done: 0, refused: 5\n")
+    assert "refused: dev-5 hot: the alarm is acknowledged already" in refused.stderr
+    unshelved = await command("unshelve", "--search", "box dev-3", "--yes", "--json")
+    assert [r["state"] for r in orjson.loads(unshelved.stdout)["results"]] == ["unacknowledged"]
+    nothing = await command("unshelve", "--search", "nothing like that", "--json")
+    assert (nothing.exit_code, orjson.loads(nothing.stdout)["matched"]) == (0, 0)
+    for wrong in (["dev-1"], ["dev-1", "hot", "--rule", "hot"], [], ["--rule", "hot", "--alarm-id", "x"]):
+        assert (await command("acknowledge", *wrong)).exit_code == 2
+
+
 async def test_another_worker_shows_and_does_the_same_and_a_restart_forgets_nothing(plant: Plant, http: Any) -> None:
     first = await plant.start()
     await plant.raises(*DEVICES)

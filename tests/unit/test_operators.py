@@ -385,6 +385,154 @@ async def test_kafka_down_is_said(client, host):
     assert "Kafka did not acknowledge" in (await act(client, 503))["error"]
 
 
+# --- many at once ---
+
+
+def fed(board, *alarms, start=0):
+    """As Kafka brings them: one partition, offsets from `start`."""
+    for offset, each in enumerate(alarms, start):
+        key = orjson.dumps([each["device_id"], each["rule"], each["pin_position"]])
+        assert board.stand(key, orjson.dumps(each), (0, offset)) is not None
+
+
+async def bulk(client, status=202, headers=None, **fields):
+    asked = {"action": "acknowledge", "actor": "ann"} | fields
+    response = await client.post(
+        "/api/alarms/bulk", json={k: v for k, v in asked.items() if v is not None}, headers=headers or {}
+    )
+    assert response.status == status, await response.text()
+    return await response.json()
+
+
+def sent_to(host):
+    return [orjson.loads(send.value)["device_id"] for send in host.sent]
+
+
+async def test_each_of_many_alarms_gets_an_action_of_its_own(client, host, board):
+    alarms = [alarm(1), alarm(2), alarm(3, alarm_id="", state="shelved"), alarm(1)]
+    said = await bulk(client, alarms=alarms, comment="seen", request_id="r1")
+    assert (said["matched"], said["newer"], said["pending"], len(said["results"])) == (4, 0, 3, 3)
+    lines = [orjson.loads(send.value) for send in host.sent]
+    assert [send.key for send in host.sent] == [b"dev/1", b"dev/2", b"dev/3"]
+    assert lines[0] == {
+        "device_id": "dev/1", "rule": "hot", "pin_position": "-1", "alarm_id": "a1", "action": "acknowledge", "actor": "ann",
+        "comment": "seen", "action_id": said["results"][0]["action_id"], "at": host.clock.now_us(),
+    }  # fmt: skip
+    assert lines[2]["alarm_id"] is None
+    assert len({line["action_id"] for line in lines}) == 3
+    # The same request is the same actions; what was answered is not sent again, and said.
+    board.answer(answer_of(lines[0]["action_id"]))
+    board.answer(answer_of(lines[1]["action_id"], "refused", code="already_acknowledged", reason="it is acknowledged"))
+    again = await bulk(client, alarms=alarms, comment="seen", request_id="r1")
+    assert [r["action_id"] for r in again["results"]] == [r["action_id"] for r in said["results"]]
+    assert [(r["outcome"], r.get("reason")) for r in again["results"]] == [
+        ("done", ""), ("refused", "it is acknowledged"), ("sent", None),
+    ]  # fmt: skip
+    assert (again["done"], again["refused"], again["pending"]) == (1, 1, 1)
+    assert sent_to(host)[3:] == ["dev/3"]
+    other = await bulk(client, alarms=alarms[:1], request_id="r2")
+    assert other["results"][0]["action_id"] != said["results"][0]["action_id"]
+
+
+async def test_what_is_wrong_with_one_alarm_does_not_keep_the_others(client, host):
+    wrong = [{"device_id": "dev/2"}, {"device_id": "dev/3", "rule": 5}, "x", {"device_id": "d" * 300, "rule": "hot"}]
+    said = await bulk(client, alarms=[alarm(1), *wrong])
+    assert [r["outcome"] for r in said["results"]] == ["sent"] + ["refused"] * 4
+    assert said["results"][1]["reason"].startswith("rule: None is no text")
+    assert (said["refused"], sent_to(host)) == (4, ["dev/1"])
+
+
+async def test_answers_of_many_are_waited_for(client, board):
+    async def machine():
+        while len(board._waiting) < 2:
+            await asyncio.sleep(0)
+        for action_id in [*board._waiting]:
+            board.answer(answer_of(action_id))
+
+    task = asyncio.create_task(machine())
+    said = await bulk(client, alarms=[alarm(1), alarm(2)], wait_s=20)
+    await task
+    assert (said["done"], said["pending"], {r["state"] for r in said["results"]}) == (2, 0, {"acknowledged"})
+    assert (await bulk(client, alarms=[alarm(3)], wait_s=0.01))["pending"] == 1
+    assert board._waiting == {}
+
+
+async def test_a_filter_means_what_its_list_showed_and_not_what_came_since(client, host, board):
+    """What somebody is to look at anew was not seen: another occurrence, a graver one, one that waits again."""
+    stood = [alarm(n) for n in range(1, 5)] + [alarm(5, state="acknowledged"), alarm(6, severity="minor"), alarm(7)]
+    fed(board, *stood)
+    page = await body(client, "/api/alarms")
+    fed(
+        board,
+        alarm(8),
+        alarm(2, alarm_id="another"),
+        alarm(3, severity="critical"),
+        alarm(5),
+        alarm(4, state="returned_unacknowledged"),
+        alarm(7, state="acknowledged"),
+        start=len(stood),
+    )
+    wanted = {"rule": "hot", "severity": "major,critical"}
+    said = await bulk(client, filter=wanted, seen=page["seen"])
+    assert sent_to(host) == ["dev/4", "dev/1"]
+    assert (said["matched"], said["newer"]) == (2, 4)
+    # The next list shows them; what the filter calls its first ones are the list's first ones.
+    page = await body(client, "/api/alarms")
+    host.sent.clear()
+    said = await bulk(client, filter=wanted, seen=page["seen"], limit=2)
+    assert (said["matched"], said["newer"], sent_to(host)) == (6, 0, ["dev/3", "dev/8"])
+    # Without a state it is the action's own.
+    host.sent.clear()
+    await bulk(client, action="comment", comment="x", filter={"device": "dev/7"}, seen=page["seen"])
+    assert sent_to(host) == ["dev/7"]
+
+
+async def test_what_a_list_showed_is_the_same_on_every_worker_and_after_reading_anew(client, board):
+    fed(board, alarm(1), alarm(2))
+    seen = board.seen()
+    fed(board, alarm(3), start=2)
+    other = Board()
+    # Compacted: the record that raised the first one is gone, so that nobody knows any more what was seen of it.
+    for offset, each in ((1, alarm(2)), (2, alarm(3)), (3, alarm(1, state="returned_unacknowledged"))):
+        other.stand(orjson.dumps([each["device_id"], "hot", "-1"]), orjson.dumps(each), (0, offset))
+    assert [[a["device_id"] for a in b.shown(Filter(), seen, 9)[0]] for b in (board, other)] == [
+        ["dev/2", "dev/1"], ["dev/2"],
+    ]  # fmt: skip
+    fed(board, alarm(1), alarm(2), alarm(3))
+    assert board.seen() == [[0, 3]]
+    assert board.shown(Filter(), seen, 9)[2] == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"alarms": None}, {"alarms": []}, {"alarms": "x"}, {"alarms": [{}] * 501}, {"filter": {}}, {"action": "out_of_service"}, {"action": None},
+        {"actor": None}, {"action": "comment"}, {"action": "shelve", "duration_s": -1}, {"surprise": 1}, {"request_id": "x" * 65}, {"request_id": 5},
+        {"wait_s": 26}, {"wait_s": True}, {"limit": 0}, {"limit": 501}, {"alarms": None, "filter": {}}, {"alarms": None, "filter": {}, "seen": "WzFd"},
+        {"alarms": None, "filter": {"colour": "red"}, "seen": "W10"}, {"alarms": None, "filter": {"state": "odd"}, "seen": "W10"},
+        {"alarms": None, "filter": [], "seen": "W10"}, {"alarms": None, "filter": {"severity": "bad"}, "seen": "W10"},
+    ],
+)  # fmt: skip
+async def test_a_request_for_many_that_is_not_well_formed_is_refused_as_a_whole(client, host, fields):
+    assert (await bulk(client, 400, **({"alarms": [alarm(1)]} | fields)))["error"]
+    assert host.sent == []
+
+
+async def test_many_need_an_operator_and_kafka_and_a_filter_needs_the_list(client, host, board):
+    host.fails = Retry("Kafka did not acknowledge")
+    assert "Kafka did not acknowledge" in (await bulk(client, 503, alarms=[alarm(1)]))["error"]
+    host.fails = None
+    board.ready.clear()
+    assert "not read from Kafka yet" in (await bulk(client, 503, filter={}, seen="W10"))["error"]
+    await bulk(client, 403, alarms=[alarm(1)], headers={"Sec-Fetch-Site": "cross-site"})
+    host.settings.web = Web(operators="ann:t1")
+    await bulk(client, 401, alarms=[alarm(1)])
+    await bulk(client, 403, alarms=[alarm(1)], actor="eve", headers={"Authorization": "Bearer t1"})
+    assert host.sent == []
+    await bulk(client, alarms=[alarm(1)], actor=None, headers={"Authorization": "Bearer t1"})
+    assert orjson.loads(host.sent[0].value)["actor"] == "ann"
+
+
 # --- who may ---
 
 

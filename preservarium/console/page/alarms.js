@@ -45,6 +45,11 @@ let next = null;
 const rows = new Map();
 let opened = null;  // key of the alarm whose details are shown
 const pending = new Set();  // keys of alarms with an action under way
+const chosen = new Map();  // keys of the alarms with a check mark -> each as it was when it got it
+// What may be done to several alarms at once.
+const BULK = ["acknowledge", "shelve", "unshelve", "comment"];
+// The dialog stays open so long for the answers of several.
+const BULK_WAIT_S = 10;
 
 const keyOf = (a) => JSON.stringify([a.device_id, a.rule, a.pin_position, state === PAST ? a.alarm_id : ""]);
 const pinOf = (a) => (a.pin_position && a.pin_position !== "-1" ? ` [${a.pin_position}]` : "");
@@ -83,16 +88,19 @@ function row(alarm) {
   let entry = rows.get(key);
   if (!entry) {
     entry = { row: el("tr", { class: "alarm", tabindex: "0" }), detail: null, key };
-    entry.cells = ["severity", "state", "device", "what", "value num", "limit num", "age num", "do"].map((c) => el("td", { class: `c-${c}` }));
+    entry.cells = ["check", "severity", "state", "device", "what", "value num", "limit num", "age num", "do"].map((c) => el("td", { class: `c-${c}` }));
     entry.row.append(...entry.cells);
-    entry.row.addEventListener("click", (event) => { if (!event.target.closest("button, a") && !String(getSelection())) toggle(entry); });
+    entry.check = el("input", { type: "checkbox", tabindex: "-1", "aria-label": `Select: ${alarm.device_name || alarm.device_id}, ${alarm.rule}` });
+    entry.check.addEventListener("change", () => choose(entry, entry.check.checked));
+    entry.cells[0].append(el("label", {}, entry.check));
+    entry.row.addEventListener("click", (event) => { if (!event.target.closest("button, a, label") && !String(getSelection())) toggle(entry); });
     rows.set(key, entry);
   }
   const text = JSON.stringify(alarm) + pending.has(key) + (opened === key);
   entry.alarm = alarm;
   if (entry.text !== text) {
     entry.text = text;
-    const [severity, st, device, what, value, limit, , act] = entry.cells;
+    const [, severity, st, device, what, value, limit, , act] = entry.cells;
     const focused = act.contains(document.activeElement) ? document.activeElement.dataset.action || "details" : null;
     const silent = ["shelved", "suppressed", "out_of_service"].includes(alarm.state);
     entry.row.className = `alarm ${alarm.severity} ${WAITING.has(alarm.state) ? "waiting" : silent ? "silent" : "answered"}${pending.has(key) ? " pending" : ""}`;
@@ -110,9 +118,9 @@ function row(alarm) {
     if (focused) (act.querySelector(focused === "details" ? ".details" : `[data-action="${focused}"]`) || more).focus();
   }
   const since = alarm.occurred_at || alarm.transition_at;
-  entry.cells[1].replaceChildren(...stateText(alarm));
-  entry.cells[6].textContent = age(since, nowUs);
-  entry.cells[6].title = since ? new Date(since / 1000).toISOString() : "";
+  entry.cells[2].replaceChildren(...stateText(alarm));
+  entry.cells[7].textContent = age(since, nowUs);
+  entry.cells[7].title = since ? new Date(since / 1000).toISOString() : "";
   return entry;
 }
 
@@ -134,6 +142,9 @@ function draw(page) {
   const body = $("rows");
   const at = [...body.querySelectorAll("tr.alarm")].indexOf(document.activeElement?.closest?.("tr.alarm"));
   for (const key of gone) { rows.delete(key); if (opened === key) opened = null; }
+  // What is no longer shown, or is another occurrence by now, is not what was chosen.
+  for (const [key, alarm] of chosen) if (rows.get(key)?.alarm.alarm_id !== alarm.alarm_id) chosen.delete(key);
+  drawChosen();
   // Rows are moved only when the list changed, so that focus and selection stay where they are.
   if (wanted.length !== body.children.length || wanted.some((r, i) => body.children[i] !== r)) {
     const focused = document.activeElement;
@@ -173,6 +184,46 @@ function drawCounts(page) {
   document.title = `${waiting ? `(${count(waiting)}) ` : ""}Alarms · Preservarium`;
 }
 
+// ---- several at once -----------------------------------------------------------------------------------------------
+
+function choose(entry, on) {
+  on ? chosen.set(entry.key, entry.alarm) : chosen.delete(entry.key);
+  drawChosen();
+}
+
+// Those of the chosen that an action may be done to, as they stand now.
+const fit = (action) => [...chosen.keys()].map((key) => rows.get(key).alarm).filter((alarm) => (ALLOWED[alarm.state] || []).includes(action));
+
+function drawChosen() {
+  for (const entry of rows.values()) {
+    entry.check.checked = chosen.has(entry.key);
+    entry.row.setAttribute("aria-selected", String(entry.check.checked));
+  }
+  $("selection").hidden = state === PAST || !rows.size;
+  $("selection").classList.toggle("on", chosen.size > 0);
+  $("all").checked = chosen.size > 0 && chosen.size === rows.size;
+  $("all").indeterminate = chosen.size > 0 && chosen.size < rows.size;
+  const text = chosen.size ? `${chosen.size} of ${rows.size} selected` : "";
+  if ($("chosen").textContent !== text) $("chosen").textContent = text;
+  $("bulk").hidden = !chosen.size;
+  for (const node of $("bulk").children) {
+    const many = node.dataset.bulk ? fit(node.dataset.bulk).length : chosen.size;
+    node.disabled = !many;
+    if (node.dataset.bulk) node.textContent = `${ACTIONS[node.dataset.bulk][0]} ${many}`;
+  }
+}
+
+function showRefusals(action, results) {
+  const refused = results.filter((result) => result.outcome === "refused");
+  $("results").hidden = !refused.length;
+  $("r-title").textContent = `${ACTIONS[action][0]}: ${refused.length} of ${results.length} refused`;
+  const names = new Map([...rows.values()].map(({ alarm }) => [JSON.stringify([alarm.device_id, alarm.rule, alarm.pin_position]), alarm]));
+  $("r-list").replaceChildren(...refused.map((result) => {
+    const alarm = names.get(JSON.stringify([result.device_id, result.rule, result.pin_position])) || result;
+    return el("li", {}, el("b", { text: `${alarm.device_name || result.device_id} · ${result.rule}${pinOf(result)}` }), ` – ${result.reason}`);
+  }));
+}
+
 // ---- details -------------------------------------------------------------------------------------------------------
 
 function toggle(entry) {
@@ -185,7 +236,7 @@ function detail(entry) {
     entry.facts = el("dl", { class: "facts" });
     entry.history = el("ol", { class: "history" });
     entry.all = el("div", { class: "buttons left" });
-    entry.detail = el("tr", { class: "detail" }, el("td", { colspan: "8" },
+    entry.detail = el("tr", { class: "detail" }, el("td", { colspan: "9" },
       entry.all, entry.facts, el("h3", { text: "History" }), entry.history));
     loadHistory(entry);
   }
@@ -226,11 +277,15 @@ const stored = {
 let asked = null;
 let before = null;
 
-function ask(action, alarm) {
-  asked = { action, alarm };
-  before = { key: keyOf(alarm), action };
-  $("d-title").textContent = ACTIONS[action][1];
-  $("d-about").replaceChildren(severityMark(alarm.severity, alarm.state), el("span", { text: `${alarm.device_name || alarm.device_id} · ${alarm.message || alarm.rule}` }));
+// Asks what is to be known before an action on one alarm, or on several.
+function ask(action, alarm, several = null) {
+  asked = { action, alarm, several };
+  before = { key: several ? null : keyOf(alarm), action };
+  $("d-title").textContent = several ? `${ACTIONS[action][0]} ${several.length} ${several.length === 1 ? "alarm" : "alarms"}` : ACTIONS[action][1];
+  const words = (a) => [severityMark(a.severity, a.state), el("span", { text: `${a.device_name || a.device_id} · ${a.message || a.rule}` })];
+  $("d-about").classList.toggle("several", !!several);
+  $("d-about").tabIndex = several ? 0 : -1;
+  $("d-about").replaceChildren(...(several ? several.map((a) => el("div", {}, ...words(a))) : words(alarm)));
   $("d-times").hidden = action !== "shelve";
   $("d-oneshot").checked = false;
   $("d-comment").value = "";
@@ -251,29 +306,29 @@ function fault(text) {
 }
 
 async function send() {
-  const { action, alarm } = asked;
+  const { action, alarm, several } = asked;
   const [actor, comment, token] = [$("d-actor").value.trim(), $("d-comment").value.trim(), $("d-token").value.trim()];
   if (!actor && !token) { fault("Who are you? The name is kept with the action."); $("d-actor").focus(); return; }
   if (action === "comment" && !comment) { fault("A comment needs a text."); $("d-comment").focus(); return; }
   stored.set(localStorage, "operator", actor);
   stored.set(sessionStorage, "operator-token", token);
   // The id is the sender's, so that a second try is the same action.
-  const line = { action_id: asked.id ||= crypto.randomUUID?.() || `${Date.now()}-${Math.random().toString(36).slice(2)}`, device_id: alarm.device_id, rule: alarm.rule, pin_position: alarm.pin_position, action };
+  const id = asked.id ||= crypto.randomUUID?.() || `${Date.now()}-${Math.random().toString(36).slice(2)}`;
+  const point = (a) => ({ device_id: a.device_id, rule: a.rule, pin_position: a.pin_position, ...(a.alarm_id ? { alarm_id: a.alarm_id } : {}) });
+  const line = several ? { request_id: id, action, alarms: several.map(point), wait_s: BULK_WAIT_S } : { action_id: id, action, ...point(alarm) };
   if (actor) line.actor = actor;
   if (comment) line.comment = comment;
-  if (alarm.alarm_id) line.alarm_id = alarm.alarm_id;
   if (action === "shelve") {
     line.duration_s = Number(document.querySelector("#d-choices input:checked").value);
     line.one_shot = $("d-oneshot").checked;
   }
   $("d-do").disabled = true;
   fault("");
-  const key = keyOf(alarm);
   const headers = { "Content-Type": "application/json", Accept: "application/json" };
   if (token) headers.Authorization = `Bearer ${token}`;
   let said;
   try {
-    const response = await fetch("/api/alarms/actions", { method: "POST", headers, body: JSON.stringify(line), signal: AbortSignal.timeout(30000) });
+    const response = await fetch(several ? "/api/alarms/bulk" : "/api/alarms/actions", { method: "POST", headers, body: JSON.stringify(line), signal: AbortSignal.timeout(30000) });
     said = await response.json();
     if (response.status === 401) {
       $("d-login").hidden = false;
@@ -286,7 +341,17 @@ async function send() {
     fault(`The worker does not answer: ${e.message}. Trying again is safe.`);
     return;
   } finally { $("d-do").disabled = false; }
+  if (several) for (const key of [...chosen.keys()]) chosen.delete(key);
   $("dialog").close();
+  if (several) {
+    const words = [said.done && `${count(said.done)} done`, said.refused && `${count(said.refused)} refused`, said.pending && `${count(said.pending)} without an answer yet`];
+    say(`${ACTIONS[action][0]}: ${words.filter(Boolean).join(", ")}.`, said.refused ? "bad" : said.pending ? "warn" : "good");
+    showRefusals(action, said.results);
+    drawChosen();
+    askList();
+    return;
+  }
+  const key = keyOf(alarm);
   pending.add(key);
   say(`${ACTIONS[action][0]}: sent …`, "");
   askList();
@@ -337,6 +402,7 @@ let lastAsked = "";
 
 function restart() {
   cursors.length = 1;
+  chosen.clear();
   opened = null;
   list();
 }
@@ -365,12 +431,22 @@ for (const name of SEVERITIES) {
 for (const [seconds, text] of SHELVE) {
   $("d-choices").append(el("label", {}, el("input", { type: "radio", name: "duration", value: String(seconds), checked: seconds === 3600 }), el("span", { text })));
 }
+for (const action of BULK) {
+  const node = el("button", { type: "button", "data-bulk": action, class: action === "acknowledge" ? "primary" : "" });
+  node.addEventListener("click", () => ask(action, null, fit(action)));
+  $("bulk").append(node);
+}
+$("all").addEventListener("change", () => {
+  for (const entry of rows.values()) $("all").checked ? chosen.set(entry.key, entry.alarm) : chosen.delete(entry.key);
+  drawChosen();
+});
+$("r-close").addEventListener("click", () => { $("results").hidden = true; $("list").focus(); });
 const askList = poll(LIST_INTERVAL_MS, list);
 poll(HISTORY_INTERVAL_MS, async () => { const entry = rows.get(opened); if (entry && entry.detail) await loadHistory(entry); });
 
 $("sort").addEventListener("change", () => { order = $("sort").value; restart(); });
-$("next").addEventListener("click", () => { if (next) { cursors.push(next); list(); } });
-$("previous").addEventListener("click", () => { if (cursors.length > 1) { cursors.pop(); list(); } });
+$("next").addEventListener("click", () => { if (next) { cursors.push(next); chosen.clear(); list(); } });
+$("previous").addEventListener("click", () => { if (cursors.length > 1) { cursors.pop(); chosen.clear(); list(); } });
 let typing = 0;
 $("search").addEventListener("input", () => {
   clearTimeout(typing);
@@ -381,13 +457,14 @@ $("d-cancel").addEventListener("click", () => $("dialog").close());
 $("d-form").addEventListener("submit", (event) => { event.preventDefault(); send(); });
 $("dialog").addEventListener("close", () => {
   const entry = before && rows.get(before.key);
+  if (before && before.key === null) ($("bulk").hidden ? $("all") : document.querySelector(`[data-bulk="${before.action}"]`)).focus();
   if (entry) (entry.row.querySelector(`[data-action="${before.action}"]`) || entry.row).focus();
 });
 if (stored.get(sessionStorage, "operator-token")) $("d-login").hidden = false;
 
 const KEYS = { a: ["acknowledge"], s: ["shelve", "unshelve"], c: ["comment"], o: ["out_of_service", "return_to_service"] };
 document.addEventListener("keydown", (event) => {
-  if ($("dialog").open || event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement?.tagName ?? "")) return;
+  if ($("dialog").open || event.ctrlKey || event.metaKey || event.altKey || /^(TEXTAREA|SELECT)$/.test(document.activeElement?.tagName ?? "") || document.activeElement?.matches("input:not([type=checkbox])")) return;
   if (event.key === "/") { event.preventDefault(); $("search").focus(); return; }
   const all = [...document.querySelectorAll("#rows tr.alarm")];
   const at = all.indexOf(document.activeElement?.closest("tr.alarm"));
@@ -396,9 +473,17 @@ document.addEventListener("keydown", (event) => {
     if (target) { event.preventDefault(); target.focus(); }
     return;
   }
+  if (event.key === "Escape" && chosen.size) { chosen.clear(); drawChosen(); return; }
+  // With a selection, the keys mean all of it, wherever the focus is.
+  if (chosen.size && KEYS[event.key]) {
+    const action = KEYS[event.key].find((name) => BULK.includes(name) && fit(name).length);
+    if (action) { event.preventDefault(); ask(action, null, fit(action)); }
+    return;
+  }
   const entry = at >= 0 && [...rows.values()].find((e) => e.row === all[at]);
   if (!entry) return;
   if (event.key === "Enter" && document.activeElement === entry.row) { event.preventDefault(); toggle(entry); return; }
+  if (event.key === " " && document.activeElement === entry.row && state !== PAST) { event.preventDefault(); choose(entry, !chosen.has(entry.key)); return; }
   const allowed = state === PAST ? [] : ALLOWED[entry.alarm.state] || [];
   const action = (KEYS[event.key] || []).find((name) => allowed.includes(name));
   if (action) { event.preventDefault(); ask(action, entry.alarm); }
