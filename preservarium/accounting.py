@@ -35,7 +35,7 @@ from preservarium.domain.normalize import CompiledDevice, compile_device, normal
 from preservarium.domain.reading import PIN_POSITION_NONE, ErrorLine, Message, Quality, RawMessage
 from preservarium.normalizer import script_call, script_fields
 from preservarium.sandbox.pool import Call, Limits, SandboxPool
-from preservarium.settings import Settings
+from preservarium.settings import Kafka, Settings
 from preservarium.stage import Batch
 from preservarium.topics import Topic
 
@@ -449,30 +449,30 @@ def _note_same(n: int) -> str:
 # --- reading the facts -----------------------------------------------------------------------------------------------
 
 
-async def open_window(bootstrap: str, prefix: str) -> Window:
+async def open_window(kafka: Kafka) -> Window:
     """Note where a run begins: the end offsets now. Take it before anything of the run writes.
 
     Raises:
         TimeoutError: Kafka does not answer.
     """
-    async with _Reader(bootstrap) as consumer:
+    async with _Reader(kafka) as consumer:
         start: dict[str, dict[int, int]] = {}
         for topic in AUDITED:
-            partitions = await _partitions(bootstrap, topic.full(prefix))
+            partitions = await _partitions(kafka, topic.full(kafka.topic_prefix))
             ends = await consumer.end_offsets(partitions)
             start[topic.name] = {tp.partition: offset for tp, offset in ends.items()}
         return Window(start)
 
 
-async def read_topics(ledger: Ledger, window: Window, bootstrap: str, prefix: str, *, payload_bytes_max: int) -> None:
+async def read_topics(ledger: Ledger, window: Window, kafka: Kafka, *, payload_bytes_max: int) -> None:
     """Feed the run's topics to the ledger, from the window's start to the end that they have now.
 
     Raises:
         TimeoutError: Kafka stays silent.
     """
-    async with _Reader(bootstrap) as consumer:
+    async with _Reader(kafka) as consumer:
         for topic in AUDITED:
-            async for batch in _scan(consumer, bootstrap, topic, window.start[topic.name], prefix):
+            async for batch in _scan(consumer, kafka, topic, window.start[topic.name]):
                 if topic is topics.RAW:
                     ledger.add_raw(batch, payload_bytes_max=payload_bytes_max)
                     await ledger.run_scripts()
@@ -490,15 +490,15 @@ async def read_topics(ledger: Ledger, window: Window, bootstrap: str, prefix: st
 class _Reader:
     """A consumer without a group: it reads beside the pipeline and commits nothing."""
 
-    def __init__(self, bootstrap: str) -> None:
-        self._bootstrap = bootstrap
+    def __init__(self, kafka: Kafka) -> None:
+        self._kafka = kafka
         self._consumer: Any = None
 
     async def __aenter__(self) -> Any:
         from aiokafka import AIOKafkaConsumer
 
         self._consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._bootstrap,
+            **kafka_clients.connection(self._kafka),
             group_id=None,
             enable_auto_commit=False,
             auto_offset_reset="none",
@@ -512,11 +512,11 @@ class _Reader:
         await kafka_clients.stop(self._consumer)
 
 
-async def _partitions(bootstrap: str, topic: str) -> list[Any]:
+async def _partitions(kafka: Kafka, topic: str) -> list[Any]:
     from aiokafka import TopicPartition
     from aiokafka.admin import AIOKafkaAdminClient
 
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    admin = AIOKafkaAdminClient(**kafka_clients.connection(kafka))
     await admin.start()
     try:
         # A topic that was made a moment ago may not be known at once.
@@ -530,10 +530,8 @@ async def _partitions(bootstrap: str, topic: str) -> list[Any]:
         await admin.close()
 
 
-async def _scan(
-    consumer: Any, bootstrap: str, topic: Topic, start: Mapping[int, int], prefix: str
-) -> AsyncIterator[Batch]:
-    partitions = await _partitions(bootstrap, topic.full(prefix))
+async def _scan(consumer: Any, kafka: Kafka, topic: Topic, start: Mapping[int, int]) -> AsyncIterator[Batch]:
+    partitions = await _partitions(kafka, topic.full(kafka.topic_prefix))
     ends = await consumer.end_offsets(partitions)
     firsts = await consumer.beginning_offsets(partitions)
     todo = {tp: ends[tp] for tp in partitions if ends[tp] > start.get(tp.partition, 0)}
@@ -751,16 +749,16 @@ async def group_lag(settings: Settings, groups: Iterable[tuple[str, str]]) -> di
     from aiokafka import TopicPartition
     from aiokafka.admin import AIOKafkaAdminClient
 
-    bootstrap, prefix = settings.kafka.bootstrap_servers, settings.kafka.topic_prefix
+    kafka, prefix = settings.kafka, settings.kafka.topic_prefix
     order = {topic.name: n for n, topic in enumerate(topics.TOPICS)}
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    admin = AIOKafkaAdminClient(**kafka_clients.connection(kafka))
     await admin.start()
     try:
-        async with _Reader(bootstrap) as consumer:
+        async with _Reader(kafka) as consumer:
             lags: dict[tuple[str, str], int] = {}
             for group, topic in sorted(groups, key=lambda pair: (order.get(pair[1], len(order)), pair)):
                 partitions = [
-                    TopicPartition(prefix + topic, tp.partition) for tp in await _partitions(bootstrap, prefix + topic)
+                    TopicPartition(prefix + topic, tp.partition) for tp in await _partitions(kafka, prefix + topic)
                 ]
                 committed = await admin.list_consumer_group_offsets(group, partitions=partitions)
                 ends = await consumer.end_offsets(partitions)

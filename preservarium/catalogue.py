@@ -193,7 +193,7 @@ class Catalogue(Service):
         # Without a group every worker reads every partition.
         consumer = AIOKafkaConsumer(
             topics.TYPE_REGISTRY.full(kafka.topic_prefix),
-            bootstrap_servers=kafka.bootstrap_servers,
+            **kafka_clients.connection(kafka),
             client_id="preservarium-catalogue",
             group_id=None,
             auto_offset_reset="earliest",

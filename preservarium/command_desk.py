@@ -133,7 +133,7 @@ async def watching(settings: Settings, device_id: str) -> AsyncIterator[Watch]:
     from aiokafka.errors import KafkaError
 
     kafka = settings.kafka
-    consumer = AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap_servers, enable_auto_commit=False)
+    consumer = AIOKafkaConsumer(**kafka_clients.connection(kafka), enable_auto_commit=False)
     at = TopicPartition(
         topics.COMMAND_EVENTS.full(kafka.topic_prefix), partition_of(device_id.encode(), kafka.partitions)
     )

@@ -225,7 +225,7 @@ async def _records(
         message = f"Kafka cannot be reached: {e}"
         raise DlqError(message) from None
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=settings.kafka.bootstrap_servers,
+        **kafka_clients.connection(settings.kafka),
         group_id=None,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
@@ -273,7 +273,7 @@ async def _records(
 
 async def _partitions(settings: Settings, name: str) -> list[int]:
     """Partitions of a topic; none where it does not exist."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap_servers)
+    admin = AIOKafkaAdminClient(**kafka_clients.connection(settings.kafka))
     try:
         await admin.start()
         (found,) = await admin.describe_topics([name])

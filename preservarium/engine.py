@@ -24,6 +24,7 @@ import faust
 import structlog
 import uvloop
 from aiokafka.errors import IllegalStateError, KafkaError
+from faust.auth import Credentials, SASLCredentials, SSLCredentials
 from faust.exceptions import AlreadyConfiguredWarning
 from faust.types import TP
 from mode import Service
@@ -31,13 +32,13 @@ from mode.supervisors import CrashingSupervisor
 from yarl import URL
 
 import preservarium.transport  # noqa: F401  # makes the batch:// scheme known to Faust
-from preservarium import logs, metrics
+from preservarium import kafka_clients, logs, metrics
 from preservarium.clock import Clock, SystemClock
 from preservarium.domain.errors import Fatal, Retry
 from preservarium.feeds import GroupFeed, Memory, OnAssigned
 from preservarium.publish import BATCH_BYTES_MAX, SESSION_SHARE, Publisher
 from preservarium.runner import Runner
-from preservarium.settings import LiveSettings, SettingsError, load
+from preservarium.settings import Kafka, LiveSettings, SettingsError, load
 from preservarium.stage import Batch, Effects, GroupHandler, Handler, TickHandler
 from preservarium.state import ROCKSDB_OPTIONS, StateTable
 from preservarium.stores.breaker import breakers
@@ -165,6 +166,7 @@ class App(faust.App):
             broker=[
                 URL(f"batch://{server.strip()}") for server in kafka.bootstrap_servers.split(",") if server.strip()
             ],
+            broker_credentials=_credentials(kafka),
             autodiscover=False,
             origin="preservarium",
             version=1,  # never changed: it would give every changelog another name
@@ -416,6 +418,8 @@ class App(faust.App):
         """Listen for SIGHUP."""
         await super().on_start()
         self._started_s = self._beat_s = monotonic()
+        if danger := kafka_clients.insecurity(self.live().kafka):
+            log.warning("kafka_connection_unsafe", reason=danger)
         try:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload_settings)
         except (NotImplementedError, RuntimeError, ValueError):
@@ -701,19 +705,33 @@ def _first_line(handler: Any) -> str:
     return (inspect.getdoc(handler) or "").partition("\n")[0]
 
 
+def _credentials(kafka: Kafka) -> Credentials | None:
+    """The connection of our own clients in Faust's words: its consumer and its producer make their arguments of it."""
+    arguments = kafka_clients.connection(kafka)
+    context = arguments.get("ssl_context")
+    if "sasl_mechanism" in arguments:
+        return SASLCredentials(
+            mechanism=arguments["sasl_mechanism"],
+            username=arguments["sasl_plain_username"],
+            password=arguments["sasl_plain_password"],
+            ssl_context=context,
+        )
+    return None if context is None else SSLCredentials(context)
+
+
 async def _check_errors(coordinator: Any) -> None:
     coordinator.check_errors()
 
 
-def _settings() -> LiveSettings:
+def _app() -> App:
     try:
-        return LiveSettings(load())
+        return App(LiveSettings(load()))
     except SettingsError as e:
         print(f"preservarium: {e}", file=sys.stderr)  # one line, before there is a log
         raise SystemExit(2) from None
 
 
 #: The app of this process.
-app = App(_settings())
+app = _app()
 
 __all__ = ["TP", "App", "Batch", "app"]

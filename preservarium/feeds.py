@@ -251,7 +251,7 @@ class GroupFeed:
     async def _run_consumer(self) -> None:
         settings = self._live().kafka
         consumer = AIOKafkaConsumer(
-            bootstrap_servers=settings.bootstrap_servers,
+            **kafka_clients.connection(settings),
             client_id=f"{settings.group}-{self.name}",
             group_id=self.group,
             enable_auto_commit=False,
@@ -503,7 +503,7 @@ class GroupFeed:
 
     async def _read_plans(self, lanes: Sequence[GroupLane]) -> dict[int, int]:
         """Where the group stands, and what it had planned there."""
-        admin = AIOKafkaAdminClient(bootstrap_servers=self._live().kafka.bootstrap_servers)
+        admin = AIOKafkaAdminClient(**kafka_clients.connection(self._live().kafka))
         try:
             await admin.start()
             tps = [TopicPartition(self.kafka_topic, lane.partition) for lane in lanes]

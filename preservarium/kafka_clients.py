@@ -1,8 +1,13 @@
-"""What every client of Kafka in this process has in common."""
+"""What every client of Kafka in this process has in common: how it connects, and how it is stopped."""
 
 import asyncio
 import contextlib
+import logging
+import ssl
 from typing import Any, Final
+
+from preservarium import tls
+from preservarium.settings import Kafka
 
 #: For a client that was told to stop: to leave its group and to end its own tasks.
 STOP_S: Final = 10.0
@@ -27,3 +32,94 @@ async def stop(client: Any, within_s: float = STOP_S) -> None:
     if stopping.done() and not stopping.cancelled():
         with contextlib.suppress(Exception):
             stopping.result()
+
+
+def connection(kafka: Kafka) -> dict[str, Any]:
+    """The arguments by which a client of aiokafka connects: brokers, TLS, log-in. Every client is made with them.
+
+    Files are read at each call, so that a client made later has a renewed certificate.
+
+    Raises:
+        SettingsError: a file of the settings cannot be used.
+    """
+    arguments: dict[str, Any] = {
+        "bootstrap_servers": kafka.bootstrap_servers,
+        "security_protocol": kafka.security_protocol,
+    }
+    if kafka.tls:
+        arguments["ssl_context"] = tls.client_context(
+            "kafka",
+            ca_file=kafka.ssl_ca_file,
+            cert_file=kafka.ssl_cert_file,
+            key_file=kafka.ssl_key_file,
+            key_password=kafka.ssl_key_password.get_secret_value(),
+            check_hostname=kafka.ssl_check_hostname,
+        )
+    if kafka.sasl:
+        arguments |= {
+            "sasl_mechanism": kafka.sasl_mechanism,
+            "sasl_plain_username": kafka.sasl_username,
+            "sasl_plain_password": kafka.sasl_password.get_secret_value(),
+        }
+    return arguments
+
+
+def insecurity(kafka: Kafka) -> str:
+    """What is not as safe as whoever set it may think; empty where nothing is."""
+    if kafka.security_protocol == "SASL_PLAINTEXT":
+        if kafka.sasl_mechanism == "PLAIN":
+            return "the password goes over the network in clear text, for anybody to read: use SASL_SSL"
+        return (
+            "log-in without encryption: whoever reads along sees the data and can guess at the password: use SASL_SSL"
+        )
+    if kafka.tls and not kafka.ssl_check_hostname:
+        return "host names are not checked: any server with a certificate of the authority passes for a broker"
+    return ""
+
+
+async def refusal(kafka: Kafka, within_s: float = 5.0) -> str:
+    """Why no broker lets us in, each with its reason; empty where one does.
+
+    aiokafka's clients say that they were "unable to bootstrap", and the reason only to the log.
+    """
+    from aiokafka.conn import collect_hosts, create_conn
+
+    arguments = connection(kafka)
+    reasons: list[str] = []
+    log = logging.getLogger("aiokafka")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        for host, port, _ in collect_hosts(arguments.pop("bootstrap_servers")):
+            try:
+                made = await asyncio.wait_for(create_conn(host, port, **arguments), within_s)
+            except Exception as e:
+                reasons.append(f"{host}:{port}: {_reason(e, kafka)}")
+            else:
+                made.close()
+                return ""
+    finally:
+        log.setLevel(level)
+    return "; ".join(reasons)
+
+
+def _reason(e: Exception, kafka: Kafka) -> str:
+    """What a broker, or the way to it, has against us: one line without a secret."""
+    from aiokafka.errors import KafkaError, SaslAuthenticationFailed, UnsupportedSaslMechanismError
+
+    if isinstance(e, ssl.SSLCertVerificationError):
+        return f"its certificate is refused: {e.verify_message.rstrip('.')}"
+    if isinstance(e, ssl.SSLError):
+        return f"no TLS ({e.reason or 'handshake failed'}): is it the port of a {kafka.security_protocol} listener?"
+    if isinstance(e, TimeoutError):
+        return "no answer in time"
+    if isinstance(e, SaslAuthenticationFailed):
+        return f"user {kafka.sasl_username!r} is not let in with {kafka.sasl_mechanism}: wrong user or password"
+    if isinstance(e, UnsupportedSaslMechanismError):
+        return f"it does not take {kafka.sasl_mechanism}"
+    if isinstance(e, KafkaError):
+        return (
+            f"it closed the connection: is it the port of a {kafka.security_protocol} listener"
+            f"{', and does it ask for a certificate that we do not show' if kafka.tls else ''}?"
+        )
+    return " ".join(str(e).split()) or type(e).__name__

@@ -383,7 +383,7 @@ async def _consumer(settings: Settings, now_us: int) -> AsyncIterator[AIOKafkaCo
     names = [topic.full(kafka.topic_prefix) for topic in (topics.ALARM_STANDING, topics.ALARM_ANSWERS)]
     consumer = AIOKafkaConsumer(
         *names,
-        bootstrap_servers=kafka.bootstrap_servers,
+        **kafka_clients.connection(kafka),
         client_id="preservarium-board",
         group_id=None,
         auto_offset_reset="earliest",

@@ -27,6 +27,7 @@ from aiokafka.errors import (
 from aiokafka.partitioner import murmur2
 from mode import Service
 
+from preservarium import kafka_clients
 from preservarium.domain.errors import Fatal, ReasonCode, Reject, Retry
 from preservarium.settings import LiveSettings
 from preservarium.stage import Send
@@ -234,7 +235,7 @@ class Publisher(Service):
                 raise Retry(message)
             settings = self._live().kafka
             producer = AIOKafkaProducer(
-                bootstrap_servers=settings.bootstrap_servers,
+                **kafka_clients.connection(settings),
                 client_id=f"{settings.group}-publisher",
                 acks="all",
                 enable_idempotence=True,

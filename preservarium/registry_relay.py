@@ -118,7 +118,7 @@ class Relay:
         if self._producer is None:
             kafka = self._settings().kafka
             producer = AIOKafkaProducer(
-                bootstrap_servers=kafka.bootstrap_servers,
+                **kafka_clients.connection(kafka),
                 client_id="preservarium-registry-relay",
                 acks="all",
                 enable_idempotence=True,

@@ -9,11 +9,11 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import quote, unquote, urlsplit
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -29,10 +29,35 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+#: Settings of Kafka that only an encrypted connection, or only one that logs in, has a use for.
+KAFKA_TLS_FIELDS = ("ssl_ca_file", "ssl_cert_file", "ssl_key_file", "ssl_key_password")
+KAFKA_SASL_FIELDS = ("sasl_username", "sasl_password")
+
+
+def _given(value: str | SecretStr) -> bool:
+    return bool(value.get_secret_value() if isinstance(value, SecretStr) else value)
+
+
 class Kafka(_Section):
     """Apache Kafka."""
 
     bootstrap_servers: str = Field("localhost:9092", description="Brokers, host:port, separated by commas.")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT",
+        description="Of every client: SSL is encrypted, SASL logs in; Kafka's word, as its listener has it.",
+    )
+    ssl_ca_file: str = Field(
+        "", description="PEM of the authority that the brokers' certificates are of; empty: the system's."
+    )
+    ssl_cert_file: str = Field("", description="PEM of our certificate, where brokers ask for one.")
+    ssl_key_file: str = Field("", description="PEM of its key; empty: it stands in ssl_cert_file.")
+    ssl_key_password: SecretStr = Field(SecretStr(""), description="Password of that key.")
+    ssl_check_hostname: bool = Field(True, description="Brokers' certificates must name the host in bootstrap_servers.")
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field("PLAIN", description="How SASL logs in.")
+    sasl_username: str = Field("", description="User that SASL logs in.")
+    sasl_password: SecretStr = Field(
+        SecretStr(""), description="Its password; better in PRESERVARIUM_KAFKA__SASL_PASSWORD_FILE."
+    )
     topic_prefix: str = Field("", description="Put before every topic name, e.g. `site1.`.")
     group: str = Field("preservarium", description="Consumer group of the app; the sinks add `-sink`, `-sync`, …")
     partitions: int = Field(
@@ -50,6 +75,35 @@ class Kafka(_Section):
     fetch_bytes_max: int = Field(262_144, ge=65_536, description="Most bytes of one partition in one fetch.")
     record_bytes_max: int = Field(1_000_000, ge=10_000, description="Largest record; brokers take 1 MiB by default.")
     compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field("lz4", description="Of what we produce.")
+
+    @property
+    def tls(self) -> bool:
+        """Whether connections are encrypted."""
+        return self.security_protocol in ("SSL", "SASL_SSL")
+
+    @property
+    def sasl(self) -> bool:
+        """Whether connections log in with a user and a password."""
+        return self.security_protocol in ("SASL_PLAINTEXT", "SASL_SSL")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        # A setting that would have no effect is refused: whoever gave it believes in a protection that is not there.
+        given = {name for name in KAFKA_TLS_FIELDS + KAFKA_SASL_FIELDS if _given(getattr(self, name))}
+        wrong = ""
+        if not self.tls and (useless := [name for name in KAFKA_TLS_FIELDS if name in given]):
+            wrong = f"{useless[0]} is given, but security_protocol {self.security_protocol} is not encrypted: SSL and SASL_SSL are"
+        elif not self.sasl and (useless := [name for name in KAFKA_SASL_FIELDS if name in given]):
+            wrong = (
+                f"{useless[0]} is given, but security_protocol {self.security_protocol} does not log in: SASL_SSL does"
+            )
+        elif self.sasl and (missing := [name for name in KAFKA_SASL_FIELDS if name not in given]):
+            wrong = f"{missing[0]} is missing: security_protocol {self.security_protocol} needs it"
+        elif "ssl_cert_file" not in given and (useless := sorted(given & {"ssl_key_file", "ssl_key_password"})):
+            wrong = f"{useless[0]} is given, but no ssl_cert_file"
+        if wrong:
+            raise ValueError(wrong)
+        return self
 
 
 class Postgres(_Section):
@@ -631,7 +685,7 @@ def _own(variables: Mapping[str, str]) -> dict[str, Any]:
             continue
         path = name.removeprefix(PREFIX).lower()
         text = value
-        if path.endswith("_file"):
+        if path.endswith("_file") and not _is_field(path):
             path = path.removesuffix("_file")
             try:
                 text = Path(value).read_text(encoding="utf-8").strip()
@@ -647,6 +701,13 @@ def _own(variables: Mapping[str, str]) -> dict[str, Any]:
             message = f"{name}: {PREFIX}{section.upper()} is a value, not a section"
             raise SettingsError(message)
     return values
+
+
+def _is_field(path: str) -> bool:
+    """Whether `section__field` is a setting: one whose own name ends with `_file` takes a path."""
+    section, _, field = path.partition("__")
+    info = Settings.model_fields.get(section)
+    return info is not None and field in getattr(info.annotation, "model_fields", {})
 
 
 def _legacy(variables: Mapping[str, str]) -> dict[str, Any]:
@@ -673,12 +734,12 @@ def load(**overrides: Any) -> Settings:
     except ValidationError as e:
         first = e.errors()[0]
         name = PREFIX + "__".join(str(part) for part in first["loc"]).upper()
-        what = "no such setting" if first["type"] == "extra_forbidden" else first["msg"]
-        given = (
-            ""
-            if any(word in name.lower() for word in ("password", "url", "token", "secret", "operators"))
-            else f" (given: {first.get('input')!r})"
-        )
+        unknown = first["type"] == "extra_forbidden"
+        what = "no such setting" if unknown else first["msg"].removeprefix("Value error, ")
+        # Of an unknown name nobody knows whether it holds a secret, and a whole section holds some.
+        secret = unknown or isinstance(first.get("input"), (Mapping, BaseModel))
+        secret |= any(word in name.lower() for word in ("password", "url", "token", "secret", "operators"))
+        given = "" if secret else f" (given: {first.get('input')!r})"
         more = f"; {len(e.errors()) - 1} more are wrong" if len(e.errors()) > 1 else ""
         message = f"{name}: {what}{given}{more}"
         raise SettingsError(message) from None

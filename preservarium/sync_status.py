@@ -90,8 +90,8 @@ async def group_positions(settings: Settings, stages: Sequence[tuple[str, Topic]
     """
     kafka = settings.kafka
     found: dict[str, dict[int, Partition]] = {}
-    consumer = AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap_servers, enable_auto_commit=False)
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
+    consumer = AIOKafkaConsumer(**kafka_clients.connection(kafka), enable_auto_commit=False)
+    admin = AIOKafkaAdminClient(**kafka_clients.connection(kafka))
     try:
         async with asyncio.timeout(6 * ASK_S):
             await consumer.start()

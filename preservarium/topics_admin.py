@@ -15,6 +15,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import IncompatibleBrokerVersion, KafkaError, TopicAlreadyExistsError, for_code
 
+from preservarium import kafka_clients
 from preservarium import topics as declared_topics
 from preservarium.domain.errors import PreservariumError
 from preservarium.settings import Settings
@@ -178,7 +179,7 @@ async def create(settings: Settings, *, wait_s: float = 0.0) -> Comparison:
 async def _connect(settings: Settings, wait_s: float) -> Any:
     async def attempt() -> Any:
         admin = AIOKafkaAdminClient(
-            bootstrap_servers=settings.kafka.bootstrap_servers,
+            **kafka_clients.connection(settings.kafka),
             client_id="preservarium-admin",
             request_timeout_ms=REQUEST_TIMEOUT_MS,
         )

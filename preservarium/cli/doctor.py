@@ -190,22 +190,30 @@ async def check_kafka(settings: Settings) -> list[Finding]:
     """Brokers, and whether our topics are there."""
     from aiokafka.admin import AIOKafkaAdminClient
 
+    from preservarium import kafka_clients
     from preservarium.topics import TOPICS
 
     servers = settings.kafka.bootstrap_servers
     # Its log repeats each refused connection; the finding says it once.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
-    admin = AIOKafkaAdminClient(bootstrap_servers=servers, request_timeout_ms=int(PROBE_S * 1000))
+    admin = AIOKafkaAdminClient(**kafka_clients.connection(settings.kafka), request_timeout_ms=int(PROBE_S * 1000))
     try:
         await asyncio.wait_for(admin.start(), PROBE_S)
         brokers = (await asyncio.wait_for(admin.describe_cluster(), PROBE_S))["brokers"]
         topics = set(await asyncio.wait_for(admin.list_topics(), PROBE_S))
     except Exception as e:
         advice = f"Start Kafka, or set {PREFIX}KAFKA__BOOTSTRAP_SERVERS; `preservarium up` brings its own."
-        return [Finding("kafka", State.RED, f"{servers} does not answer ({_cause(e)})", advice)]
+        if settings.kafka.security_protocol != "PLAINTEXT":
+            advice = f"See {PREFIX}KAFKA__SECURITY_PROTOCOL, __SSL_… and __SASL_…, and docs/OPERATING.md."
+        reason = await kafka_clients.refusal(settings.kafka, PROBE_S) or f"{servers}: {_cause(e)}"
+        return [Finding("kafka", State.RED, f"no connection: {reason}", advice)]
     finally:
         await admin.close()
     found = [Finding("kafka", State.GREEN, f"{len(brokers)} brokers at {servers}")]
+    if danger := kafka_clients.insecurity(settings.kafka):
+        found.append(
+            Finding("security", State.YELLOW, settings.kafka.security_protocol, f"{danger[0].upper()}{danger[1:]}.")
+        )
     if settings.kafka.replication > len(brokers):
         advice = f"{PREFIX}KAFKA__REPLICATION={settings.kafka.replication} needs as many brokers."
         found[0] = Finding("kafka", State.RED, found[0].found, advice)

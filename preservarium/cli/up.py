@@ -243,7 +243,7 @@ class Up:
     async def _window(self, settings: Settings) -> "Window":
         from preservarium.accounting import open_window
 
-        return await open_window(settings.kafka.bootstrap_servers, settings.kafka.topic_prefix)
+        return await open_window(settings.kafka)
 
     async def _workers(self, stack: contextlib.AsyncExitStack, settings: Settings) -> "Workers | None":
         from preservarium.embedded.service import free_port
@@ -376,8 +376,7 @@ class Up:
             await accounting.read_topics(
                 ledger,
                 window,
-                settings.kafka.bootstrap_servers,
-                settings.kafka.topic_prefix,
+                settings.kafka,
                 payload_bytes_max=settings.normalize.payload_bytes_max,
             )
         finally:

@@ -1,10 +1,22 @@
-"""A client that is stopped takes nobody with it, whatever it does."""
+"""A client connects as the settings say, every one; and one that is stopped takes nobody with it, whatever it does."""
 
+import ast
 import asyncio
+import re
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+from faust.transport.drivers import aiokafka as driver
+from pydantic import SecretStr
+from tls_support import Authority
 
-from preservarium import kafka_clients
+from preservarium import engine, kafka_clients
+from preservarium.settings import Kafka, SettingsError
+
+ROOT = Path(__file__).parents[2]
 
 
 class Client:
@@ -41,3 +53,100 @@ async def test_who_is_cancelled_meanwhile_is_cancelled() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+# --- how a client connects
+
+
+def calls(of: frozenset[str]) -> Iterator[tuple[str, ast.Call]]:
+    """Every call of one of these names in what is shipped, with where it stands."""
+    for file in sorted(f for d in ("preservarium", "agents", "tables") for f in (ROOT / d).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in of:
+                yield f"{file.relative_to(ROOT)}:{node.lineno}", node
+
+
+def test_every_client_of_kafka_is_made_with_the_connection_of_the_settings() -> None:
+    found = list(calls(frozenset({"AIOKafkaConsumer", "AIOKafkaProducer", "AIOKafkaAdminClient", "AIOKafkaClient"})))
+    assert len(found) >= 10, "the clients have other names now?"
+    for where, call in found:
+        spread = [ast.unparse(k.value) for k in call.keywords if k.arg is None]
+        assert any(s.startswith("kafka_clients.connection(") for s in spread), where
+        assert not {k.arg for k in call.keywords} & {"bootstrap_servers", "security_protocol", "ssl_context"}, where
+
+
+def test_no_other_client_library_of_kafka_is_used() -> None:
+    # The in-memory broker is a producer of librdkafka that connects to nobody.
+    allowed = {"preservarium/embedded/mock_kafka.py", "preservarium/embedded/kafka.py"}
+    found = {
+        str(file.relative_to(ROOT))
+        for d in ("preservarium", "agents", "tables")
+        for file in (ROOT / d).rglob("*.py")
+        if re.search(r"^\s*(import|from) (confluent_kafka|kafka)\b", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert found <= allowed
+
+
+LOGIN = {"sasl_username": "ann", "sasl_password": SecretStr("hush")}
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])
+@pytest.mark.parametrize("protocol", ["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"])
+def test_faust_connects_as_our_own_clients_do(protocol: Any, mechanism: Any) -> None:
+    kafka = Kafka(
+        security_protocol=protocol, sasl_mechanism=mechanism, **(LOGIN if protocol.startswith("SASL") else {})
+    )
+    ours = kafka_clients.connection(kafka)
+    fausts = dict(driver.credentials_to_aiokafka_auth(engine._credentials(kafka)))
+    assert ours.pop("bootstrap_servers") == kafka.bootstrap_servers
+    for arguments in (ours, fausts):
+        context = arguments.pop("ssl_context", None)
+        assert (context is not None) is protocol.endswith("SSL")
+        if context is not None:
+            assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
+    assert ours == fausts
+    assert ("sasl_plain_password" in ours) is protocol.startswith("SASL")
+
+
+def test_the_certificates_of_the_settings_are_used(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    client = authority.sign("client", password="hush")
+    kafka = Kafka(
+        security_protocol="SSL",
+        ssl_ca_file=str(authority.cert),
+        ssl_cert_file=str(client.cert),
+        ssl_key_file=str(client.key),
+        ssl_key_password=SecretStr("hush"),
+        ssl_check_hostname=False,
+    )
+    context = kafka_clients.connection(kafka)["ssl_context"]
+    assert [dict(x[0] for x in c["subject"])["commonName"] for c in context.get_ca_certs()] == ["test authority"]
+    assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, False)
+    for wrong, words in (
+        ({"ssl_key_password": SecretStr("wrong/hush")}, "SSL_CERT_FILE: no certificate with its key"),
+        ({"ssl_key_password": SecretStr("")}, "SSL_CERT_FILE: no certificate with its key"),
+        ({"ssl_ca_file": "/nowhere"}, "SSL_CA_FILE: no certificate can be read from '/nowhere': FileNotFoundError"),
+        ({"ssl_ca_file": str(client.key)}, "SSL_CA_FILE: no certificate can be read"),
+    ):
+        with pytest.raises(SettingsError, match=words) as e:
+            kafka_clients.connection(kafka.model_copy(update=wrong))
+        assert "\n" not in str(e.value)
+        assert "hush" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, ""),
+        ({"security_protocol": "SSL"}, ""),
+        ({"security_protocol": "SSL", "ssl_check_hostname": False}, "host names are not checked"),
+        ({"security_protocol": "SASL_SSL", **LOGIN}, ""),
+        ({"security_protocol": "SASL_PLAINTEXT", **LOGIN}, "clear text"),
+        ({"security_protocol": "SASL_PLAINTEXT", "sasl_mechanism": "SCRAM-SHA-512", **LOGIN}, "without encryption"),
+    ],
+)
+def test_what_is_unsafe_is_said(given: dict[str, Any], words: str) -> None:
+    said = kafka_clients.insecurity(Kafka(**given))
+    assert bool(said) is bool(words)
+    assert words in said
+    assert "hush" not in said

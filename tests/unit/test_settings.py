@@ -197,3 +197,56 @@ def test_a_reload_tells_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     live = LiveSettings(load())
     monkeypatch.setenv(f"{P}POSTGRES__PASSWORD", "hush")
     assert "hush" not in repr(live.reload())
+
+
+SASL = {"KAFKA__SECURITY_PROTOCOL": "SASL_SSL", "KAFKA__SASL_USERNAME": "ann", "KAFKA__SASL_PASSWORD": "hush"}
+
+
+def test_kafka_over_tls_with_a_log_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("hush\n")
+    for name, value in (SASL | {"KAFKA__SSL_CA_FILE": "/etc/ca.pem", "KAFKA__SASL_MECHANISM": "SCRAM-SHA-512"}).items():
+        monkeypatch.setenv(P + name, value)
+    monkeypatch.delenv(f"{P}KAFKA__SASL_PASSWORD")
+    monkeypatch.setenv(f"{P}KAFKA__SASL_PASSWORD_FILE", str(secret))
+    kafka = load().kafka
+    assert (kafka.tls, kafka.sasl, kafka.ssl_ca_file) == (True, True, "/etc/ca.pem"), "a path is not read as a secret's"
+    assert kafka.sasl_password.get_secret_value() == "hush"
+    assert "hush" not in repr(load())
+    shown = CliRunner().invoke(cli, ["config", "show"])
+    assert (shown.exit_code, "hush" in shown.output) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"SASL_USERNAME": "ann"}, "sasl_username is given, but security_protocol PLAINTEXT does not log in"),
+        ({"SECURITY_PROTOCOL": "SSL", "SASL_PASSWORD": "hush"}, "sasl_password is given, .* SSL does not log in"),
+        ({"SSL_CA_FILE": "/ca.pem"}, "ssl_ca_file is given, but security_protocol PLAINTEXT is not encrypted"),
+        (
+            {"SECURITY_PROTOCOL": "SASL_PLAINTEXT", "SSL_CERT_FILE": "/c.pem"},
+            "ssl_cert_file is given, .* not encrypted",
+        ),
+        ({"SECURITY_PROTOCOL": "SASL_SSL", "SASL_PASSWORD": "hush"}, "sasl_username is missing"),
+        ({"SECURITY_PROTOCOL": "SASL_SSL", "SASL_USERNAME": "ann"}, "sasl_password is missing"),
+        ({"SECURITY_PROTOCOL": "SSL", "SSL_KEY_FILE": "/k.pem"}, "ssl_key_file is given, but no ssl_cert_file"),
+        ({"SECURITY_PROTOCOL": "SSL", "SSL_KEY_PASSWORD": "hush"}, "ssl_key_password is given, but no ssl_cert_file"),
+    ],
+)
+def test_settings_of_kafka_that_contradict_each_other_are_one_line(
+    given: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(f"{P}KAFKA__{name}", value)
+    with pytest.raises(SettingsError, match=f"^{P}KAFKA: {words}") as e:
+        load()
+    assert "\n" not in str(e.value)
+    assert "hush" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["KAFKA__SASL_PASWORD", "KAFKA__SASL_PASSWORD__DEEPER", "PASWORD"])
+def test_a_secret_under_a_misspelled_name_is_not_repeated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(P + name, "hush")
+    with pytest.raises(SettingsError) as e:
+        load()
+    assert "hush" not in str(e.value)
