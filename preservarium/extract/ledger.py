@@ -67,42 +67,37 @@ class Ledger:
         )
         return {r[0]: Sent((r[1], r[2]), (r[3], r[4]), r[5], r[6]) for r in rows}
 
-    async def plan(self, table: Table, events: Sequence[Pending]) -> None:
-        """These are about to be sent; all that may have been sent and is not recorded must be among them."""
-        document = orjson.dumps([(e.id, e.sent.key, e.sent.at_us, *e.sent.version, *e.sent.order) for e in events])
-        await self._connection.execute(
-            "INSERT INTO extract_positions (source, position, pending) VALUES ($1, 'null', $2)"
-            " ON CONFLICT (source) DO UPDATE SET pending = excluded.pending",
-            table, document.decode(),
-        )  # fmt: skip
-
     async def pending(self, table: Table) -> list[Pending]:
         """What was planned and not recorded."""
         document = await self._connection.fetchval("SELECT pending FROM extract_positions WHERE source = $1", table)
         entries = orjson.loads(document) if document else []
         return [Pending(id, Sent((c, p), (o, q), key, at)) for id, key, at, c, p, o, q in entries]
 
-    async def record(self, table: Table, sent: Mapping[str, Sent], position: Position | None) -> None:
-        """Keep what was sent, and move on."""
-        async with self._connection.transaction():
-            if sent:
-                await self._connection.execute(
-                    "INSERT INTO extract_rows (source, id, changed_us, place, order_us, order_place, key, at_us)"
-                    " SELECT $1, * FROM unnest($2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::text[], $8::bigint[])"
-                    " ON CONFLICT (source, id) DO UPDATE SET changed_us = excluded.changed_us, place = excluded.place,"
-                    " order_us = excluded.order_us, order_place = excluded.order_place, key = excluded.key, at_us = excluded.at_us",
-                    table, list(sent), [s.version[0] for s in sent.values()], [s.version[1] for s in sent.values()],
-                    [s.order[0] for s in sent.values()], [s.order[1] for s in sent.values()],
-                    [s.key for s in sent.values()], [s.at_us for s in sent.values()],
-                )  # fmt: skip
-            if position is None:
-                await self._connection.execute("UPDATE extract_positions SET pending = NULL WHERE source = $1", table)
-            else:
-                await self._connection.execute(
-                    "INSERT INTO extract_positions (source, position) VALUES ($1, $2)"
-                    " ON CONFLICT (source) DO UPDATE SET position = excluded.position, pending = NULL, updated_at = now()",
-                    table, orjson.dumps(position).decode(),
-                )  # fmt: skip
+    async def advance(
+        self, table: Table, sent: Mapping[str, Sent], position: Position | None, plan: Sequence[Pending]
+    ) -> None:
+        """Keep what was sent, move on, and tell what is about to be sent: all of it or nothing, in one statement.
+
+        Args:
+            table: whose.
+            sent: what Kafka has acknowledged, by id.
+            position: where to go on; None: as before.
+            plan: takes the place of the former plan; all that may have been sent and is not recorded must be in it.
+        """
+        rows = list(sent.values())
+        document = orjson.dumps([(e.id, e.sent.key, e.sent.at_us, *e.sent.version, *e.sent.order) for e in plan])
+        await self._connection.execute(
+            "WITH kept AS (INSERT INTO extract_rows (source, id, changed_us, place, order_us, order_place, key, at_us)"
+            " SELECT $1, * FROM unnest($2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::text[], $8::bigint[])"
+            " ON CONFLICT (source, id) DO UPDATE SET changed_us = excluded.changed_us, place = excluded.place,"
+            " order_us = excluded.order_us, order_place = excluded.order_place, key = excluded.key, at_us = excluded.at_us)"
+            " INSERT INTO extract_positions AS p (source, position, pending) VALUES ($1, coalesce($9::jsonb, 'null'), $10)"
+            " ON CONFLICT (source) DO UPDATE SET position = coalesce($9::jsonb, p.position), pending = excluded.pending,"
+            " updated_at = CASE WHEN $9::jsonb IS NULL THEN p.updated_at ELSE now() END",
+            table, list(sent), [s.version[0] for s in rows], [s.version[1] for s in rows], [s.order[0] for s in rows],
+            [s.order[1] for s in rows], [s.key for s in rows], [s.at_us for s in rows],
+            None if position is None else orjson.dumps(position).decode(), document.decode() if plan else None,
+        )  # fmt: skip
 
     async def reconciled(self, table: Table) -> None:
         """All keys were compared just now; what has been gone for long is forgotten."""

@@ -3,15 +3,15 @@
 A PostgreSQL advisory lock makes one worker the leader, as for the registry's relay. Two that take themselves for the leader
 for a moment do no harm: the events that both send have the same ids.
 
-Each step: leave out versions that were sent, plan, send, wait for Kafka's acknowledgement, record. What a crash leaves between
-plan and record is brought to what the source holds by the next leader.
+Each step: leave out versions that were sent, plan, send, wait for Kafka's acknowledgement, record. The next one is read
+meanwhile, and planned in the transaction that records this one. What a crash leaves between plan and record is brought to what the source holds by the next leader.
 """
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -24,7 +24,18 @@ from mode import Service
 from preservarium import metrics, topics
 from preservarium.domain.errors import Retry
 from preservarium.extract.ledger import GONE, Ledger, Pending, Sent
-from preservarium.extract.source import KEYS, STEP_ROWS, Change, Order, Source, SourceError, Step, Table, Woken
+from preservarium.extract.source import (
+    KEYS,
+    STEP_ROWS,
+    Change,
+    Order,
+    Position,
+    Source,
+    SourceError,
+    Step,
+    Table,
+    Woken,
+)
 from preservarium.publish import Publisher
 from preservarium.settings import Settings
 from preservarium.stage import Send
@@ -99,11 +110,32 @@ def source_of(settings: Callable[[], Settings]) -> Source:
     raise SourceError(message)
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A step as it is sent."""
+
+    sends: Sequence[Send]
+    sent: dict[str, Sent]  #: entries of its rows once it is acknowledged
+    position: Position | None
+    changed: int  #: of `sent`, without those that are gone
+    read: int  #: rows that the source gave
+
+    @property
+    def events(self) -> list[Pending]:
+        """What is planned."""
+        return [Pending(id, s) for id, s in self.sent.items()]
+
+
 class Extractor:
     """Reads, sends and records. For one task at a time."""
 
     def __init__(
-        self, source: Source, ledger: Ledger, publish: Callable[[Sequence[Send]], Any], *, partitions: int
+        self,
+        source: Source,
+        ledger: Ledger,
+        publish: Callable[[Sequence[Send]], Coroutine[Any, Any, Any]],
+        *,
+        partitions: int,
     ) -> None:
         self._partitions = partitions
         self._recovered: set[Table] = set()
@@ -124,9 +156,7 @@ class Extractor:
                 total += await self._recover(table)
                 self._recovered.add(table)
             position, _ = await self._ledger.position(table)
-            sent = 0
-            async for step in self._source.read(table, position):
-                sent += await self._apply(table, step)
+            sent = await self._apply(table, self._source.read(table, position))
             if position is None:
                 # All of it was read just now: that was a comparison of all keys.
                 await self._ledger.reconciled(table)
@@ -135,22 +165,31 @@ class Extractor:
         return total
 
     async def gone(self, table: Table, ids: Iterable[str]) -> int:
-        """Tell of rows that somebody says are gone, where they are."""
-        total = 0
-        asked = sorted(ids)
-        for start in range(0, len(asked), STEP_ROWS):
-            page = asked[start : start + STEP_ROWS]
-            there = {change.id for change in await self._source.rows(table, page)}
-            missing = [i for i in page if i not in there]
-            total += await self._apply(table, Step(gone=missing, observed_us=await self._source.now_us()))
-        return total
+        """Tell of rows that somebody says are gone, where they are; returns the events sent."""
+        return await self._apply(table, self._missing(table, sorted(ids)))
 
     async def reconcile(self, table: Table) -> int:
         """Compare every key and version with what was sent; returns the events that this made necessary.
 
         Finds what a watermark cannot: rows that are gone, and changes that did not move it. Memory: a page of keys.
         """
-        total = 0
+        total = await self._apply(table, self._differing(table))
+        async for page in self._ledger.pages(table):
+            total += await self.gone(table, page)
+        await self._ledger.reconciled(table)
+        if total:
+            log.info("extract_reconciled", table=table, events=total)
+        return total
+
+    async def _missing(self, table: Table, ids: Sequence[str]) -> AsyncIterator[Step]:
+        for start in range(0, len(ids), STEP_ROWS):
+            page = ids[start : start + STEP_ROWS]
+            there = {change.id for change in await self._source.rows(table, page)}
+            gone = [i for i in page if i not in there]
+            if gone:
+                yield Step(gone=gone, observed_us=await self._source.now_us())
+
+    async def _differing(self, table: Table) -> AsyncIterator[Step]:
         async for versions in self._source.versions(table):
             sent = await self._ledger.sent(table, [id for id, _ in versions])
             missed = [
@@ -159,18 +198,46 @@ class Extractor:
                 if id not in sent or sent[id].gone or version not in (None, sent[id].version)
             ]
             if missed:
-                step = Step(await self._source.rows(table, missed), observed_us=await self._source.now_us())
-                total += await self._apply(table, step)
-        async for page in self._ledger.pages(table):
-            total += await self.gone(table, page)
-        await self._ledger.reconciled(table)
-        if total:
-            log.info("extract_reconciled", table=table, events=total)
+                yield Step(await self._source.rows(table, missed), observed_us=await self._source.now_us())
+
+    async def _apply(self, table: Table, steps: AsyncIterator[Step]) -> int:
+        """Send what is new of these steps, in their order; returns the events sent.
+
+        While Kafka acknowledges a step, the next one is read and prepared. It is sent when the one before it is recorded
+        and it is planned itself, which is one transaction. So never more than one step is on its way, and all of it is
+        planned. Handing over from process to process is what a busy machine makes slow: a step waits for two of them.
+        """
+        total = 0
+        way: _Prepared | None = None
+        sending: asyncio.Task[Any] | None = None
+        try:
+            async for step in steps:
+                # What is on its way is not recorded, but known.
+                next_ = await self._prepared(table, step, {} if way is None else way.sent)
+                if way is not None:
+                    if sending is not None:
+                        await sending
+                    await self._record(table, way, next_)
+                elif next_.sends:
+                    await self._ledger.advance(table, {}, None, next_.events)
+                sending = asyncio.create_task(self._publish(next_.sends)) if next_.sends else None
+                way = next_
+                total += len(next_.sends)
+            if way is not None:
+                if sending is not None:
+                    await sending
+                await self._record(table, way, None)
+        finally:
+            # Where the source or our database fails: what was planned is found by `_recover`, as after a crash.
+            if sending is not None and not sending.done():
+                sending.cancel()
+                await asyncio.wait([sending])
         return total
 
-    async def _apply(self, table: Table, step: Step) -> int:
+    async def _prepared(self, table: Table, step: Step, under_way: Mapping[str, Sent]) -> "_Prepared":
         asked = [*(c.id for c in step.changes), *step.gone]
         known = await self._ledger.sent(table, asked) if asked else {}
+        known |= {id: under_way[id] for id in asked if id in under_way}
         sends: list[Send] = []
         sent: dict[str, Sent] = {}
         for change in step.changes:
@@ -192,13 +259,15 @@ class Extractor:
                 if before.key:
                     sends.append(gone_of(table, id, before, order))
                 sent[id] = Sent(GONE, order, before.key, step.observed_us)
-        await self._send(table, sends, [Pending(id, s) for id, s in sent.items()])
-        if sent or step.position is not None:
-            await self._ledger.record(table, sent, step.position)
-        metrics.EXTRACT_ROWS.labels(table, "sent").inc(changed)
-        metrics.EXTRACT_ROWS.labels(table, "gone").inc(len(sent) - changed)
-        metrics.EXTRACT_ROWS.labels(table, "known").inc(len(step.changes) - changed)
-        return len(sends)
+        return _Prepared(self._placed(sends), sent, step.position, changed, len(step.changes))
+
+    async def _record(self, table: Table, done: "_Prepared", next_: "_Prepared | None") -> None:
+        planned = next_.events if next_ is not None and next_.sends else []
+        if done.sent or done.position is not None or planned:
+            await self._ledger.advance(table, done.sent, done.position, planned)
+        metrics.EXTRACT_ROWS.labels(table, "sent").inc(done.changed)
+        metrics.EXTRACT_ROWS.labels(table, "gone").inc(len(done.sent) - done.changed)
+        metrics.EXTRACT_ROWS.labels(table, "known").inc(done.read - done.changed)
 
     async def _recover(self, table: Table) -> int:
         """Bring what a crash left half sent to what the source holds now."""
@@ -233,16 +302,16 @@ class Extractor:
             # Under every other key that may have been told of it, it is no more.
             others = {s.key: s for s in told if not s.gone and s.key not in ("", key)}
             sends += [gone_of(table, id, other, order) for other in others.values()]
-        await self._send(table, sends, [*pending, *(Pending(id, s) for id, s in sent.items())])
-        await self._ledger.record(table, sent, None)
+        if sends:
+            await self._ledger.advance(table, {}, None, [*pending, *(Pending(id, s) for id, s in sent.items())])
+            await self._publish(self._placed(sends))
+        await self._ledger.advance(table, sent, None, [])
         log.info("extract_recovered", table=table, rows=len(ids))
         return len(sends)
 
-    async def _send(self, table: Table, sends: Sequence[Send], events: Sequence[Pending]) -> None:
-        if sends:
-            await self._ledger.plan(table, events)
-            # Not by the publisher's cache of keys, which is for devices: files are too many, and each comes a few times.
-            await self._publish([replace(s, partition=self._partition(s.key)) for s in sends])
+    def _placed(self, sends: Sequence[Send]) -> list[Send]:
+        # Not by the publisher's cache of keys, which is for devices: files are too many, and each comes a few times.
+        return [replace(s, partition=self._partition(s.key)) for s in sends]
 
     def _partition(self, key: bytes | None) -> int | None:
         return None if key is None else (int(murmur2(key)) & 0x7FFFFFFF) % self._partitions

@@ -1,8 +1,8 @@
 """What a source of tasks and employees is.
 
 A source reads and never writes. It gives changes in steps of at most `STEP_ROWS`, each with the position after it; a step
-is recorded once Kafka has acknowledged it, and the source is asked for the next one only then. It may give a row more than
-once: the ledger leaves out versions that were sent.
+is recorded once Kafka has acknowledged it, and the source is asked for one more meanwhile. What fails ends the reading, and
+`open` begins again at what is recorded. It may give a row more than once: the ledger leaves out versions that were sent.
 
 **Which event of a row is newer.** Not the one with the greater `updated_at`: a transaction that began earlier may write
 last, with the time of its beginning, and so may a writer whose clock is behind. What was seen later is newer. An event's
@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, Protocol
 
 from preservarium.domain.errors import PreservariumError
 
-#: Rows in memory at once.
+#: Rows of a step. Two steps are in memory at once: one that is being sent, and the next.
 STEP_ROWS: Final = 500
 
 Table = Literal["tasks", "employees"]

@@ -5,7 +5,7 @@ import random
 import re
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -18,6 +18,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from sink_support import in_thread, live
 
 from preservarium import topics
+from preservarium.domain.errors import Retry
 from preservarium.domain.tasks import employee_row, event_order, task_rows
 from preservarium.extract.ledger import Ledger
 from preservarium.extract.postgres import PostgresSource
@@ -99,14 +100,14 @@ class World:
         await self.publisher.stop()
         await self.publisher.on_stop()
 
-    async def extractor(self) -> Extractor:
+    async def extractor(self, publish: Any = None) -> Extractor:
         """One as after a restart: it knows what is recorded."""
         source = PostgresSource(lambda: self.settings())
         self._ours.append(source)
         await source.open()
         connection = await asyncpg.connect(self.dsn, timeout=10)
         self._ours.append(connection)
-        return Extractor(source, Ledger(connection), self.publisher.publish, partitions=2)
+        return Extractor(source, Ledger(connection), publish or self.publisher.publish, partitions=2)
 
     async def events(self, topic: Any = topics.TASK_EVENTS) -> list[tuple[bytes | None, dict[str, Any]]]:
         """Every record of the topic; each is taken by the stage that reads it."""
@@ -196,6 +197,34 @@ async def test_nothing_changed_is_nothing_written(world: World) -> None:
     # Nor after a restart, which walks once more what is above the recorded position.
     assert await (await world.extractor()).turn() == 0
     assert len(await world.events()) == 1_200
+
+
+async def test_a_step_leaves_when_the_one_before_it_is_recorded_and_it_is_planned(world: World) -> None:
+    await fill(world, 2_300)
+    acknowledged = 0
+    under_way = 0
+
+    async def publish(sends: Sequence[Send]) -> None:
+        nonlocal acknowledged, under_way
+        under_way += 1
+        assert under_way == 1
+        if acknowledged == 1_500:
+            message = "no acknowledgement"
+            raise Retry(message)
+        assert await world.db.fetchval("SELECT count(*) FROM extract_rows") == acknowledged
+        planned = await world.db.fetchval("SELECT pending FROM extract_positions WHERE source = 'tasks'")
+        assert [e[0] for e in orjson.loads(planned)] == [orjson.loads(s.value or b"")["task_id"] for s in sends]
+        await world.publisher.publish(sends)
+        acknowledged += len(sends)
+        under_way -= 1
+
+    with pytest.raises(Retry):
+        await (await world.extractor(publish)).turn()
+    assert await world.db.fetchval("SELECT count(*) FROM extract_rows") == 1_500
+    # The next one sends what was planned, and goes on.
+    assert await (await world.extractor()).turn() == 800
+    assert len(await world.events()) == 2_300
+    assert await world.db.fetchval("SELECT pending FROM extract_positions WHERE source = 'tasks'") is None
 
 
 async def test_equal_timestamps_across_the_borders_of_steps(world: World) -> None:
