@@ -25,13 +25,14 @@ in the place of the live partition in one step (REPLACE PARTITION). Partitions o
 they are, which exchanging whole tables would lose. What the worker inserted between the last two steps is found missing
 by the comparison that follows, and repaired.
 
+**What views have made** of a table (preservarium/derived.py) is compared and mended after it, since a view sees inserts only.
+
 Memory does not depend on the rows: ranges of devices, ranges of time and batches have limits.
 """
 
 import asyncio
 import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -40,9 +41,9 @@ from typing import Any, Final, Literal
 import orjson
 import structlog
 
-from preservarium import sync
-from preservarium.domain.errors import PreservariumError
+from preservarium import derived, sync
 from preservarium.settings import Settings
+from preservarium.stores.maintenance import STATEMENT_S, Maintenance, VerificationError, literal, new_token
 
 log = structlog.get_logger(__name__)
 
@@ -60,9 +61,9 @@ FETCH_ROWS: Final = 5_000
 SETTLE_S: Final = 60.0
 #: A wrong row may hide another one that was never merged.
 PASSES_MAX: Final = 3
-#: One statement over a day's rows, on a busy server.
-STATEMENT_S: Final = 600.0
 DAY_US: Final = 86_400_000_000
+#: An insert is through all views of its table within this time, on a server that is not overloaded.
+VIEWS_SETTLE_S: Final = 1.0
 #: PostgreSQL's epoch, 2000-01-01, in µs since ours: `timestamptz_send` counts from there.
 _EPOCH_US: Final = 946_684_800_000_000
 
@@ -220,10 +221,6 @@ ALARM_EVENTS: Final = Compared(
 TABLES: Final = {t.name: t for t in (MEASUREMENTS, ALARM_EVENTS)}
 
 
-class VerificationError(PreservariumError):
-    """The stores cannot be compared."""
-
-
 @dataclass(frozen=True, slots=True)
 class Sums:
     """Rows, and the sum of their hashes."""
@@ -239,8 +236,8 @@ class Difference:
     table: str
     device_id: str
     day: date  #: UTC
-    postgres: Sums
-    clickhouse: Sums
+    expected: Sums  #: what PostgreSQL holds; of a table that a view fills, what its source makes of it
+    found: Sums
     inserted: int = 0  #: rows that were missing or wrong, inserted from PostgreSQL
     deleted: int = 0  #: rows that were wrong or surplus, deleted
     kept: int = 0  #: surplus or wrong rows that stay, because PostgreSQL may be yet to store them
@@ -249,9 +246,9 @@ class Difference:
     @property
     def what(self) -> str:
         """In a word: missing, surplus or altered rows in ClickHouse."""
-        if self.clickhouse.rows < self.postgres.rows:
+        if self.found.rows < self.expected.rows:
             return "missing"
-        return "surplus" if self.clickhouse.rows > self.postgres.rows else "altered"
+        return "surplus" if self.found.rows > self.expected.rows else "altered"
 
 
 @dataclass(slots=True)
@@ -270,6 +267,15 @@ class Verdict:
     def same(self) -> bool:
         """Whether both stores hold the same now."""
         return self.differing == 0
+
+    def add(self, difference: Difference) -> None:
+        """Count a difference, and list it where it is one of the first."""
+        if difference.repaired:
+            self.repaired += 1
+        else:
+            self.differing += 1
+        if len(self.differences) < DIFFERENCES_KEPT:
+            self.differences.append(difference)
 
 
 #: Differences that are listed one by one; a table that is lost altogether is told by its number of them.
@@ -324,12 +330,6 @@ def _day_us(day: date) -> int:
     return (day - date(1970, 1, 1)).days * DAY_US
 
 
-_FINAL_SETTINGS: Final = {
-    # A key names its day, so rows of different partitions never replace each other.
-    "do_not_merge_across_partitions_select_final": 1,
-}
-
-
 class Verifier:
     """Compares, repairs and rebuilds. For one task at a time.
 
@@ -340,12 +340,11 @@ class Verifier:
     """
 
     def __init__(self, settings: Settings, *, settled: Settled | None = None, settle_s: float = SETTLE_S) -> None:
-        long = settings.clickhouse.model_copy(update={"timeout_s": max(settings.clickhouse.timeout_s, STATEMENT_S)})
-        self._settings = settings.model_copy(update={"clickhouse": long})
+        self._settings = settings
         self._settled = settled
         self._settle_s = settle_s
         self._postgres: Any = None
-        self._clickhouse: Any = None
+        self._clickhouse = Maintenance(settings)
 
     async def __aenter__(self) -> "Verifier":
         """Connect.
@@ -353,14 +352,14 @@ class Verifier:
         Raises:
             MigrationError: a store cannot be reached.
         """
-        from preservarium.stores.migrate import connect_clickhouse, connect_postgres
+        from preservarium.stores.migrate import connect_postgres
 
         self._postgres = await connect_postgres(self._settings)
         try:
             await self._postgres.execute("SET timezone = 'UTC'")
             # The optimiser's compiler costs more than it saves on an expression this long.
             await self._postgres.execute("SET jit = off")
-            self._clickhouse = await connect_clickhouse(self._settings, database=self._settings.clickhouse.database)
+            await self._clickhouse.connect()
         except BaseException:
             await self._postgres.close(timeout=5)
             raise
@@ -394,22 +393,37 @@ class Verifier:
         """
         verdict = Verdict(days=(last - first).days + 1)
         cutoff_us = time.time_ns() // 1_000 - round(self._settle_s * 1e6)
-        total = verdict.days * len(tables)
+        days_us = [_day_us(first) + n * DAY_US for n in range(verdict.days)]
+        total = sum(verdict.days + len(derived.DERIVED.get(table.name, ())) for table in tables)
         done = 0
         for table in tables:
             for number in range(verdict.days):
                 day = first + timedelta(days=number)
                 progress(done, total, f"{table.name} {day}")
                 async for difference in self._day(table, day, cutoff_us, verdict, repair=repair):
-                    if difference.repaired:
-                        verdict.repaired += 1
-                    else:
-                        verdict.differing += 1
-                    if len(verdict.differences) < DIFFERENCES_KEPT:
-                        verdict.differences.append(difference)
+                    verdict.add(difference)
+                done += 1
+            # After the table that they are made of: a repair of it passes its views by.
+            for view in derived.DERIVED.get(table.name, ()):
+                progress(done, total, view.name)
+                async for difference in self._view(view, days_us, repair=repair):
+                    verdict.add(difference)
                 done += 1
         progress(done, total, "")
         return verdict
+
+    async def _view(
+        self, view: derived.Newest | derived.Counts, days_us: Sequence[int], *, repair: bool
+    ) -> AsyncIterator[Difference]:
+        async for drift in derived.drifts(self._clickhouse, view, days_us, repair=repair, settle_s=VIEWS_SETTLE_S):
+            yield Difference(
+                view.name,
+                drift.owner,
+                _datetime(drift.at_us).date(),
+                Sums(drift.expected),
+                Sums(drift.found),
+                repaired=drift.repaired,
+            )
 
     async def _day(
         self, table: Compared, day: date, cutoff_us: int, verdict: Verdict, *, repair: bool
@@ -429,7 +443,9 @@ class Verifier:
         surplus = stored - clickhouse.rows
         if surplus > 0:
             if repair:
-                await self._command(f"OPTIMIZE TABLE {table.name} PARTITION ID '{day.strftime(table.partition)}' FINAL")
+                await self._clickhouse.command(
+                    f"OPTIMIZE TABLE {table.name} PARTITION ID '{day.strftime(table.partition)}' FINAL"
+                )
                 surplus = await self._stored(table, span, cutoff_us)
                 surplus -= (await self._clickhouse_sums(table, span, cutoff_us)).rows
             verdict.unmerged[table.name] = verdict.unmerged.get(table.name, 0) + surplus
@@ -454,7 +470,7 @@ class Verifier:
     async def _clickhouse_sums(
         self, table: Compared, span: tuple[int, int], cutoff_us: int, device: str | None = None
     ) -> Sums:
-        row = await self._query(
+        row = await self._clickhouse.query(
             f"SELECT count(), toString(sum(toInt256({clickhouse_hash(table)}))) FROM {table.name} FINAL"
             f" WHERE {self._clickhouse_where(table)}{'' if device is None else ' AND device_id = {device:String}'}",
             self._parameters(span, cutoff_us) | ({} if device is None else {"device": device}),
@@ -463,7 +479,7 @@ class Verifier:
 
     async def _stored(self, table: Compared, span: tuple[int, int], cutoff_us: int) -> int:
         """Rows of ClickHouse, those among them that a merge will remove."""
-        row = await self._query(
+        row = await self._clickhouse.query(
             f"SELECT count() FROM {table.name} WHERE {self._clickhouse_where(table)}", self._parameters(span, cutoff_us)
         )
         return int(row[0][0])
@@ -490,7 +506,7 @@ class Verifier:
                     f" WHERE {where} GROUP BY 1",
                     *arguments,
                 ),
-                self._query(
+                self._clickhouse.query(
                     f"SELECT device_id, count(), toString(sum(toInt256({clickhouse_hash(table)}))) FROM {table.name} FINAL"
                     f" WHERE {self._clickhouse_where(table)}"
                     f"{'' if low is None else ' AND device_id > {low:String}'}"
@@ -550,7 +566,7 @@ class Verifier:
         device = difference.device_id
         theirs = {
             tuple(r[:-1]): r[-1]
-            for r in await self._query(
+            for r in await self._clickhouse.query(
                 f"SELECT {self._clickhouse_key(table)}, {clickhouse_hash(table)} FROM {table.name} FINAL"
                 f" WHERE {self._clickhouse_where(table)} AND device_id = {{device:String}}",
                 self._parameters(span, cutoff_us) | {"device": device},
@@ -571,13 +587,13 @@ class Verifier:
                 right = [row for key, (_, row) in ours.items() if key not in theirs and key not in stay]
                 wrong = []
         if right:
-            await self._insert(table, table.name, [table.columns(row) for row in right])
+            await self._clickhouse.insert(table.name, table.types, [table.columns(row) for row in right])
             difference.inserted += len(right)
         for start in range(0, len(wrong), DELETE_ROWS_MAX):
             part = wrong[start : start + DELETE_ROWS_MAX]
-            listed = ", ".join("(" + ", ".join(_literal(v) for v in row) + ")" for row in part)
-            await self._command(
-                f"DELETE FROM {table.name} WHERE device_id = {_literal(device)}"
+            listed = ", ".join("(" + ", ".join(literal(v) for v in row) + ")" for row in part)
+            await self._clickhouse.command(
+                f"DELETE FROM {table.name} WHERE device_id = {literal(device)}"
                 f" AND {table.at} >= fromUnixTimestamp64Micro({span[0]}, 'UTC')"
                 f" AND {table.at} < fromUnixTimestamp64Micro({span[1]}, 'UTC')"
                 f" AND ({self._clickhouse_key(table)}, {clickhouse_hash(table)}) IN ({listed})"
@@ -605,7 +621,7 @@ class Verifier:
     ) -> dict[str, int]:
         """Make the partitions that lie in [first, last] anew from PostgreSQL; partition id -> rows.
 
-        A partition of which PostgreSQL has nothing stays as it is. Interrupted, it can be started again from the partition
+        The tables that views fill from it follow. A partition of which PostgreSQL has nothing stays as it is. Interrupted, it can be started again from the partition
         that it was at: those before it are done, and that one is as it was.
 
         Raises:
@@ -614,9 +630,9 @@ class Verifier:
         shadow = f"{table.name}_rebuild"
         partitions = _partitions(table, first, last)
         made: dict[str, int] = {}
-        await self._command(f"DROP TABLE IF EXISTS {shadow} SYNC")
+        await self._clickhouse.command(f"DROP TABLE IF EXISTS {shadow} SYNC")
         engine = (
-            await self._query(
+            await self._clickhouse.query(
                 "SELECT engine_full FROM system.tables WHERE database = currentDatabase() AND name = {n:String}",
                 {"n": table.name},
             )
@@ -624,26 +640,32 @@ class Verifier:
         try:
             for number, (identity, from_us, to_us) in enumerate(partitions):
                 progress(number, len(partitions), f"{table.name} {identity}")
-                await self._command(
+                await self._clickhouse.command(
                     f"CREATE TABLE IF NOT EXISTS {shadow} AS {table.name} ENGINE = {unreplicated(engine)}"
                 )
                 started_us = time.time_ns() // 1_000
                 rows = await self._fill(table, shadow, (from_us, to_us))
                 if rows:
                     since_us = started_us - round(SETTLE_S * 1e6)
-                    await self._command(
+                    await self._clickhouse.command(
                         f"INSERT INTO {shadow} SELECT * FROM {table.name}"
                         f" WHERE {table.at} >= fromUnixTimestamp64Micro({from_us}, 'UTC')"
                         f" AND {table.at} < fromUnixTimestamp64Micro({to_us}, 'UTC')"
                         f" AND {table.received} >= fromUnixTimestamp64Micro({since_us}, 'UTC')",
-                        insert_deduplication_token=_token(),
+                        insert_deduplication_token=new_token(),
                     )
-                    await self._command(f"ALTER TABLE {table.name} REPLACE PARTITION ID '{identity}' FROM {shadow}")
+                    await self._clickhouse.command(
+                        f"ALTER TABLE {table.name} REPLACE PARTITION ID '{identity}' FROM {shadow}"
+                    )
+                    # What is replaced passes the views by.
+                    for view in derived.DERIVED.get(table.name, ()):
+                        async for _ in self._view(view, range(from_us, to_us, DAY_US), repair=True):
+                            pass
                     made[identity] = rows
                     log.info("partition_rebuilt", table=table.name, partition=identity, rows=rows)
-                await self._command(f"DROP TABLE IF EXISTS {shadow} SYNC")
+                await self._clickhouse.command(f"DROP TABLE IF EXISTS {shadow} SYNC")
         finally:
-            await self._command(f"DROP TABLE IF EXISTS {shadow} SYNC")
+            await self._clickhouse.command(f"DROP TABLE IF EXISTS {shadow} SYNC")
         progress(len(partitions), len(partitions), "")
         return made
 
@@ -657,11 +679,11 @@ class Verifier:
             async for row in self._postgres.cursor(query, *arguments, prefetch=FETCH_ROWS, timeout=STATEMENT_S):
                 waiting.append(table.columns(row))
                 if len(waiting) >= INSERT_ROWS_MAX:
-                    await self._insert(table, target, waiting)
+                    await self._clickhouse.insert(target, table.types, waiting)
                     rows += len(waiting)
                     waiting = []
         if waiting:
-            await self._insert(table, target, waiting)
+            await self._clickhouse.insert(target, table.types, waiting)
         return rows + len(waiting)
 
     # --- both engines
@@ -706,43 +728,6 @@ class Verifier:
             raise VerificationError(message) from e
         return rows
 
-    async def _query(self, query: str, parameters: Mapping[str, Any]) -> list[Any]:
-        return list(
-            (await self._asked(self._clickhouse.query(query, parameters=dict(parameters), settings=_FINAL_SETTINGS)))
-            .result_rows
-        )  # fmt: skip
-
-    async def _command(self, statement: str, **settings: Any) -> None:
-        await self._asked(self._clickhouse.command(statement, settings=settings))
-
-    async def _insert(self, table: Compared, target: str, rows: Sequence[Sequence[Any]]) -> None:
-        await self._asked(
-            self._clickhouse.insert(
-                target,
-                list(zip(*rows, strict=True)),
-                column_names=list(table.types),
-                column_type_names=list(table.types.values()),
-                column_oriented=True,
-                settings={
-                    "async_insert": 0,
-                    "insert_deduplication_token": _token(),
-                    "max_partitions_per_insert_block": 0,
-                },
-            )
-        )
-
-    @staticmethod
-    async def _asked(answer: Awaitable[Any]) -> Any:
-        from clickhouse_connect.driver.exceptions import ClickHouseError
-
-        from preservarium.stores.clickhouse import INFRASTRUCTURE_ERRORS
-
-        try:
-            return await answer
-        except (ClickHouseError, *INFRASTRUCTURE_ERRORS) as e:
-            message = f"ClickHouse: {(str(e) or repr(e)).splitlines()[0][:300]}"
-            raise VerificationError(message) from e
-
 
 def _partitions(table: Compared, first: date, last: date) -> list[tuple[str, int, int]]:
     """(id, from, to in µs) of the partitions that lie wholly in [first, last], in order."""
@@ -772,14 +757,3 @@ def unreplicated(engine: str) -> str:
     had_arguments = match[0].endswith(("'", ",", " "))
     # 'path', 'replica' were the first arguments; what is left of the list follows.
     return f"{match[1]}({rest}" if had_arguments else f"{match[1]}{rest}"
-
-
-def _token() -> str:
-    return f"repair-{uuid.uuid4().hex}"
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, int):
-        return str(value)
-    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"

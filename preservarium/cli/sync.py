@@ -207,7 +207,7 @@ def _document(verdict: Any) -> dict[str, Any]:
     document = asdict(verdict) | {"same": verdict.same}
     for difference, told in zip(verdict.differences, document["differences"], strict=True):
         told["what"] = difference.what
-        for side in ("postgres", "clickhouse"):
+        for side in ("expected", "found"):
             # A sum may be larger than JSON's numbers.
             told[side]["checksum"] = str(told[side]["checksum"])
     return document
@@ -222,15 +222,19 @@ def _print_verdict(verdict: Any, as_json: bool) -> None:
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False)
-        for name in ("table", "device", "day", "PostgreSQL", "ClickHouse", "what", "done"):
-            table.add_column(name, justify="right" if name in {"PostgreSQL", "ClickHouse"} else "left", overflow="fold")
+        for name in ("table", "device", "day", "expected", "found", "what", "done"):
+            table.add_column(name, justify="right" if name in {"expected", "found"} else "left", overflow="fold")
         for d in verdict.differences[:PRINTED_MAX]:
-            done = f"{d.inserted} inserted, {d.deleted} deleted" if d.inserted or d.deleted else ""
+            done = (
+                f"{d.inserted} inserted, {d.deleted} deleted"
+                if d.inserted or d.deleted
+                else "made anew"
+                if d.repaired
+                else ""
+            )
             if d.kept:
                 done += f"{', ' if done else ''}{d.kept} left: the sink is behind"
-            table.add_row(
-                d.table, d.device_id, str(d.day), f"{d.postgres.rows:,}", f"{d.clickhouse.rows:,}", d.what, done
-            )
+            table.add_row(d.table, d.device_id, str(d.day), f"{d.expected.rows:,}", f"{d.found.rows:,}", d.what, done)
         out.print(table)
         if len(verdict.differences) > PRINTED_MAX:
             out.print(f"… and {verdict.differing + verdict.repaired - PRINTED_MAX:,} more")

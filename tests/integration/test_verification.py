@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from sink_support import DAY_US, NOW_US, SECOND_US, batch, execute, live, message, migrated_database, record
 
-from preservarium import verification
+from preservarium import derived, verification
 from preservarium.clock import ManualClock
 from preservarium.stores.base import Move
 from preservarium.stores.clickhouse import ClickHouseStore
 from preservarium.stores.event_tables import EventStore
+from preservarium.stores.maintenance import Maintenance
 from preservarium.stores.migrate import migrate_clickhouse
 from preservarium.stores.tables import ALARM_EVENTS as ALARMS_IN_POSTGRES
 from preservarium.stores.timescale import TimescaleStore
@@ -42,6 +43,20 @@ async def settings(dsn: str, clickhouse: str, clickhouse_database: str) -> Any:
     made = live(postgres={"url": dsn}, clickhouse={"url": clickhouse, "database": clickhouse_database, "timeout_s": 30})
     await migrate_clickhouse(made())
     return made
+
+
+#: The tables that views fill, as their readers see them; and what their definition says over the source.
+VIEWS = {
+    "latest_values": "SELECT * FROM latest_values FINAL ORDER BY ALL",
+    "measurement_days": "SELECT day, device_id, quality, generation, sum(rows) AS n FROM measurement_days GROUP BY ALL HAVING n != 0 ORDER BY ALL",
+}  # fmt: skip
+TRUTH = {
+    "latest_values": "SELECT device_id, component_type, pin_position, connector_mode, timestamp, value, value_text, unit, quality, received_at,"
+    " bitShiftLeft(toUInt256(toUnixTimestamp64Micro(timestamp)), 128) + bitShiftLeft(toUInt256(generation), 64)"
+    " + toUInt64(9223372036854775807 + if(revised = 1, 1, -1) * toUnixTimestamp64Micro(received_at)) AS v FROM measurements FINAL"
+    " ORDER BY timestamp DESC LIMIT 1 BY device_id, component_type, pin_position, connector_mode",
+    "measurement_days": "SELECT toDate(timestamp), device_id, quality, generation, count() FROM measurements FINAL GROUP BY ALL ORDER BY ALL",
+}  # fmt: skip
 
 
 class Stores:
@@ -76,8 +91,16 @@ class Stores:
         await self.clickhouse._client.command(text)
 
     async def rows(self, table: str = "measurements", final: str = "FINAL") -> list[Any]:
-        columns = ", ".join(MEASUREMENTS.types if table == "measurements" else ALARM_EVENTS.types)
+        if table not in TABLES:
+            return await self.clickhouse.query(VIEWS[table])
+        columns = ", ".join(TABLES[table].types)
         return await self.clickhouse.query(f"SELECT {columns} FROM {table} {final} ORDER BY ALL")
+
+    async def views_follow(self) -> bool:
+        """Whether both tables are what `measurements` makes of them."""
+        return all(
+            [sorted(await self.rows(name)) == sorted(await self.clickhouse.query(TRUTH[name])) for name in VIEWS]
+        )
 
     async def close(self) -> None:
         for store in (self.postgres, self.clickhouse, self.alarms):
@@ -129,6 +152,12 @@ def transition(number: int, **fields: Any) -> dict[str, Any]:
         "value": ODD[number % len(ODD)], "unit": "Cel", "threshold": 0.1, "message": TEXTS[number % len(TEXTS)],
         "raw_partition": 1, "raw_offset": number, "raw_index": 0, "generation": 0,
     } | fields  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else writes: what differs is looked at again at once."""
+    monkeypatch.setattr(verification, "VIEWS_SETTLE_S", 0.01)
 
 
 async def verify(verifier: Verifier, *tables: Any, repair: bool = False) -> Any:
@@ -188,7 +217,11 @@ async def test_damage_is_found_and_repaired(stores, verifier, damage):
     assert not found.same
     assert found.differing == len(found.differences)
     repaired = await verify(verifier, repair=True)
-    assert (repaired.same, repaired.repaired) == (True, found.differing)
+    assert repaired.same
+    assert repaired.repaired == len(repaired.differences)
+    # Views differ before where rows are gone, and after where they came again: other ones.
+    ours = [[(d.device_id, d.day) for d in v.differences if d.table == "measurements"] for v in (found, repaired)]
+    assert ours[0] == ours[1] != []
     assert await stores.rows() == before
     again = await verify(verifier)
     assert (again.same, again.differences) == (True, [])
@@ -197,11 +230,13 @@ async def test_damage_is_found_and_repaired(stores, verifier, damage):
 async def test_what_is_told_of_a_difference(stores, verifier):
     await stores.write([message("a", 1.0, 2.0, 3.0, at=NOON_US), message("b", 1.0, at=NOON_US, offset=1)])
     await stores.command("DELETE FROM measurements WHERE device_id = 'a' AND pin_position = '1'")
-    (difference,) = (await verify(verifier)).differences
+    difference, *views = (await verify(verifier)).differences
+    assert {d.table for d in views} == VIEWS.keys()  # they count a row that is gone
     assert (difference.device_id, difference.day, difference.what) == ("a", DAY, "missing")
-    assert (difference.postgres.rows, difference.clickhouse.rows) == (3, 2)
-    (difference,) = (await verify(verifier, repair=True)).differences
+    assert (difference.expected.rows, difference.found.rows) == (3, 2)
+    difference, *views = (await verify(verifier, repair=True)).differences
     assert (difference.inserted, difference.deleted, difference.repaired) == (1, 0, True)
+    assert [(d.table, d.expected.rows, d.found.rows) for d in views] == [("measurement_days", 3, 4)]
 
 
 async def test_doubled_rows_are_told_and_merged(stores, verifier):
@@ -214,8 +249,8 @@ async def test_doubled_rows_are_told_and_merged(stores, verifier):
     await stores.command("SYSTEM START MERGES measurements")
     assert len(await stores.rows(final="")) > len(await stores.rows())
     verdict = await verify(verifier)
-    # A background merge may come between; what is left of the doubles is told.
-    assert verdict.same
+    # A background merge may come between; what is left of the doubles is told. The view counted each insert.
+    assert {(d.table, d.found.rows / d.expected.rows) for d in verdict.differences} == {("measurement_days", 2)}
     verdict = await verify(verifier, repair=True)
     assert (verdict.same, verdict.unmerged.get("measurements", 0)) == (True, 0)
     assert len(await stores.rows(final="")) == len(await stores.rows()) == 1_500
@@ -235,17 +270,17 @@ async def test_a_worker_that_writes_meanwhile_loses_nothing(stores, settings, mo
     await stores.write(fleet(random.Random(4)))
     await stores.command(DAMAGES["a newer version"])
     await stores.command(DAMAGES["a value"])
-    command, written = Verifier._command, []
+    command, written = Maintenance.command, []
 
-    async def meanwhile(self: Verifier, statement: str, **more: Any) -> None:
-        if statement.startswith("DELETE"):
+    async def meanwhile(self: Maintenance, statement: str, **more: Any) -> None:
+        if statement.startswith("DELETE FROM measurements "):
             await stores.write(
                 [message("d5-é", 5.5, at=NOON_US + SECOND_US + len(written), offset=1_000 + len(written))]
             )
             written.append(statement)
         await command(self, statement, **more)
 
-    monkeypatch.setattr(Verifier, "_command", meanwhile)
+    monkeypatch.setattr(Maintenance, "command", meanwhile)
     async with Verifier(settings(), settled=always) as verifier:
         await verify(verifier, repair=True)
         assert written
@@ -293,7 +328,8 @@ async def test_ranges_of_devices_and_of_time_are_cut(stores, verifier, monkeypat
     before = await stores.rows()
     for damage in ("a surplus device", "a value", "missing"):
         await stores.command(DAMAGES[damage])
-    assert {d.device_id for d in (await verify(verifier)).differences} == {"d1-é", "d3-é", "zz"}
+    differences = [d for d in (await verify(verifier)).differences if d.table == "measurements"]
+    assert {d.device_id for d in differences} == {"d1-é", "d3-é", "zz"}
     assert (await verify(verifier, repair=True)).same
     assert await stores.rows() == before
 
@@ -375,3 +411,115 @@ async def test_alarm_events_are_rebuilt_by_month(stores, verifier):
 )  # fmt: skip
 def test_a_shadow_is_not_replicated(engine, plain):
     assert unreplicated(engine) == plain
+
+
+VIEW_DAMAGES = {
+    "a series is missing": "DELETE FROM latest_values WHERE device_id = 'd3-é' AND pin_position = '0'",
+    "all series are missing": "TRUNCATE TABLE latest_values",
+    "a series that is none": "INSERT INTO latest_values SELECT * REPLACE ('ghost' AS device_id) FROM latest_values LIMIT 3",
+    "a value": "ALTER TABLE latest_values UPDATE value = 42, value_text = '' WHERE device_id = 'd1-é' SETTINGS mutations_sync = 2",
+    "a newer row that is none": "INSERT INTO latest_values SELECT * REPLACE (timestamp + 9 AS timestamp, version + bitShiftLeft(toUInt256(9000000), 128)"
+    " AS version, 7 AS value) FROM latest_values FINAL WHERE device_id = 'd5-é'",
+    "an older row": "DELETE FROM latest_values WHERE 1; INSERT INTO latest_values SELECT * FROM (SELECT device_id, component_type, pin_position,"
+    " connector_mode, timestamp, value, value_text, unit, quality, received_at, 1 FROM measurements ORDER BY timestamp LIMIT 1 BY 1, 2, 3, 4)",
+    "a day is missing": f"DELETE FROM measurement_days WHERE day = '{DAY}'",
+    "all days are missing": "TRUNCATE TABLE measurement_days",
+    "a day counted twice": "INSERT INTO measurement_days SELECT * FROM measurement_days WHERE device_id = 'd0-é'",
+    "days of a device that is none": "INSERT INTO measurement_days SELECT * REPLACE ('ghost' AS device_id) FROM measurement_days LIMIT 3",
+    "another quality": "ALTER TABLE measurement_days UPDATE rows = rows + 5 WHERE device_id = 'd2-é' AND quality = 9 SETTINGS mutations_sync = 2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", VIEW_DAMAGES)
+async def test_what_views_have_made_is_found_and_made_anew(stores, verifier, damage):
+    await stores.write(fleet(random.Random(8)))
+    assert await stores.views_follow()
+    for number, statement in enumerate(VIEW_DAMAGES[damage].split("; ")):
+        await stores.command(
+            statement + f" SETTINGS insert_deduplication_token = 'd{number}'" if "INSERT" in statement else statement
+        )
+    assert not await stores.views_follow()
+    found = await verify(verifier, MEASUREMENTS)
+    assert not found.same
+    assert len({d.table for d in found.differences} & VIEWS.keys()) == 1
+    repaired = await verify(verifier, MEASUREMENTS, repair=True)
+    assert (repaired.same, repaired.repaired) == (True, found.differing)
+    assert await stores.views_follow()
+    assert (await verify(verifier)).differences == []
+
+
+@pytest.mark.parametrize(
+    ("how", "damage"),
+    [("repair", "everything"), ("repair", "a surplus device"), ("repair", "a newer version"), ("repair", "a value"),
+     ("rebuild", "a whole day"), ("rebuild", "a surplus row"), ("rebuild", "a newer version")],
+)  # fmt: skip
+async def test_views_follow_a_repair_and_a_rebuild(stores, verifier, damage, how):
+    await stores.write(fleet(random.Random(9)))
+    await stores.command(DAMAGES[damage])
+    if how == "rebuild":
+        await verifier.rebuild(MEASUREMENTS, FIRST, LAST)
+    assert (await verify(verifier, repair=True)).same
+    assert await stores.views_follow()
+    assert (await verify(verifier)).differences == []
+
+
+class Killed(BaseException):
+    """As if the process ended there."""
+
+
+async def test_a_repair_that_is_killed_anywhere_can_be_run_again(stores, settings, monkeypatch):
+    """At each statement that writes, before it and after it, until one repair comes through."""
+    await stores.write(fleet(random.Random(10), 120))
+    for damage in ("a newer version", "a surplus device", "missing"):
+        await stores.command(DAMAGES[damage])
+    await stores.command(VIEW_DAMAGES["a day counted twice"])
+    done = [0]
+    deadly = [0]
+
+    def mortal(method: Any) -> Any:
+        async def call(self: Maintenance, *arguments: Any, **more: Any) -> None:
+            done[0] += 1
+            if done[0] == deadly[0] and done[0] % 2:
+                raise Killed
+            await method(self, *arguments, **more)
+            if done[0] == deadly[0]:
+                raise Killed
+
+        return call
+
+    monkeypatch.setattr(Maintenance, "command", mortal(Maintenance.command))
+    monkeypatch.setattr(Maintenance, "insert", mortal(Maintenance.insert))
+    kills = 0
+    while True:
+        done[0], deadly[0] = 0, kills % 4 + 1
+        try:
+            async with Verifier(settings(), settled=always) as verifier:
+                verdict = await verify(verifier, repair=True)
+            break
+        except Killed:
+            kills += 1
+            assert kills < 200
+    assert kills > 8
+    assert verdict.same
+    assert await stores.views_follow()
+
+
+async def test_a_correction_that_was_counted_when_it_came_is_no_fault(stores, verifier):
+    """A reading and its later verdict are two inserts and one row."""
+    await stores.write([message("a", 1.0, 2.0, at=NOON_US)])
+    await stores.write([message("a", {"value": 1.0, "quality": 4, "revised": True}, at=NOON_US, offset=1)])
+    assert sum(row[4] for row in await stores.rows("measurement_days")) == 3
+    assert (await verify(verifier)).same
+
+
+async def test_ranges_of_devices_are_cut_for_views(stores, verifier, monkeypatch):
+    monkeypatch.setattr(derived, "OWNERS_MAX", 1)
+    monkeypatch.setattr(derived, "ROWS_MAX", 1)
+    await stores.write(fleet(random.Random(11), 40))
+    for damage in ("a series that is none", "a value", "all days are missing"):
+        await stores.command(VIEW_DAMAGES[damage])
+    found = await verify(verifier, MEASUREMENTS, repair=True)
+    assert found.same
+    assert {d.device_id for d in found.differences if d.table == "latest_values"} == {"d1-é", "ghost"}
+    assert len([d for d in found.differences if d.table == "measurement_days"]) > 12
+    assert await stores.views_follow()
