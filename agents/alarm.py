@@ -22,7 +22,14 @@ _alarming = Alarming(
 device_lookup.on_change(_alarming.rules.forget)
 
 
-@app.stage(topics.VALIDATED, name="alarm", shares=alarm_states.name, on_tick=_alarming.tick, tick_s=_alarming.tick_s)
+@app.stage(
+    topics.VALIDATED,
+    name="alarm",
+    shares=alarm_states.name,
+    on_tick=_alarming.tick,
+    tick_s=_alarming.tick_s,
+    after=(topics.RAW, topics.STANDARDIZED),
+)
 async def alarm(batch: Batch) -> Effects:
     """Raise and clear alarms in event time, and those of silence when their time has come."""
     return await _alarming.observe(batch)

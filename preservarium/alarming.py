@@ -57,6 +57,9 @@ DUE_A_TICK_MAX: Final = 500
 #: Between ticks: how late silence is told at most, and what looking at the head of a queue may cost.
 TICK_S: Final = 5.0
 
+#: A connector gathers messages for a moment and Kafka acknowledges them; they were received by then and are in no topic yet.
+IN_FLIGHT_US: Final = 1_000_000
+
 #: Until the next tick where more devices were due than one tick sees to; batches come in between.
 TICK_AGAIN_S: Final = 0.1
 
@@ -96,7 +99,7 @@ class Alarming:
         self._deadlines: dict[int, _Deadlines] = {}
         #: when a tick found more due than it sees to, s on the monotonic clock
         self._crowded_s = -TICK_S
-        #: partition -> when it was taken over, µs by the worker's clock
+        #: partition -> when it was taken over, or Kafka was back, µs by the worker's clock
         self._taken_over: dict[int, int] = {}
         #: partition -> (when messages were observed last, when the newest of them was received), µs
         self._heard: dict[int, tuple[int, int]] = {}
@@ -142,8 +145,9 @@ class Alarming:
     async def tick(self, tick: Tick) -> Effects:
         """See to deadlines: shelves that end, series that are silent, readings that waited for others.
 
-        Nothing is done while messages may be on their way: after a worker took the partition over, and while it
-        works off a backlog, `alarm.settle_s` must pass first.
+        Time goes no further than messages were handled (`_reached`), so that it makes no difference to the history
+        when they were. After a worker took the partition over, worked off a backlog, or had no Kafka for so long,
+        `alarm.settle_s` must pass first, because connectors may have kept something back.
 
         Raises:
             Retry: the catalogue has not been read yet.
@@ -152,18 +156,35 @@ class Alarming:
         await self._documents.ready()
         if tick.first:
             await self._find_deadlines(tick)
-        settle_us = round(self._live().alarm.settle_s * 1e6)
-        observed_at, received_at = self._heard.get(tick.partition, (0, 0))
-        catching_up = tick.now_us - observed_at < settle_us < observed_at - received_at
-        if tick.behind or catching_up or tick.now_us - self._taken_over[tick.partition] < settle_us:
+        now_us = self._reached(tick)
+        if now_us is None:
             return Effects()
         work = _Work(self, Batch(topics.VALIDATED.name, tick.partition, ()), [])
-        due = self._deadlines[tick.partition].due(tick.now_us, DUE_A_TICK_MAX)
+        due = self._deadlines[tick.partition].due(now_us, DUE_A_TICK_MAX)
         if len(due) == DUE_A_TICK_MAX:
             self._crowded_s = self._clock.monotonic_s()
         async for device_id in in_turns(due, DUE_A_TURN):
-            work.time(device_id, tick.now_us)
+            work.time(device_id, now_us)
         return work.finish()
+
+    def _reached(self, tick: Tick) -> int | None:
+        """Up to when everything that was received is handled, µs; None: that is not known.
+
+        While records wait, it is when the newest message that was handled was received.
+        """
+        settle_us = round(self._live().alarm.settle_s * 1e6)
+        observed_at, received_at = self._heard.get(tick.partition, (0, 0))
+        if tick.behind:
+            found = min(received_at, tick.now_us)
+        else:
+            found = tick.now_us if tick.handled_us is None else tick.handled_us
+            if tick.now_us - found > settle_us:
+                self._taken_over[tick.partition] = tick.now_us
+            if tick.now_us - observed_at < settle_us < observed_at - received_at:
+                return None
+        if not found or tick.now_us - self._taken_over[tick.partition] < settle_us:
+            return None
+        return found - IN_FLIGHT_US
 
     def tick_s(self) -> float:
         """Until the next tick: the usual time, or hardly any where many are due."""

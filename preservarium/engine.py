@@ -211,6 +211,7 @@ class App(faust.App):
         shares: str | None = None,
         on_tick: TickHandler | None = None,
         tick_s: Callable[[], float] = lambda: TICK_S,
+        after: Sequence[Topic] = (),
     ) -> Callable[[Handler], Handler]:
         """Declare a stage on the shared feed: it works on one partition at a time and may read and put state.
 
@@ -220,6 +221,8 @@ class App(faust.App):
 
         `on_tick` is called every `tick_s` for each assigned partition, between its batches, whether records come or
         not; its effects are carried out like a batch's. A tick that fails is not repeated: the next one comes.
+        `after` are the topics whose stages write, one after the other, what comes here: while records wait there, a tick
+        says `behind`.
         """
 
         def declare(handler: Handler) -> Handler:
@@ -242,6 +245,7 @@ class App(faust.App):
                 compacted=topic.compacted,
                 on_tick=on_tick,
                 tick_s=tick_s,
+                after=[one.full(self.live().kafka.topic_prefix) for one in after],
             )
             stage.on_abandon = self.publisher.drop_orphans
             self.stages.add(full, stage)

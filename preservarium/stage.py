@@ -78,7 +78,9 @@ class Tick:
     partition: int
     now_us: int  #: the worker's clock, µs since the epoch, UTC
     first: bool  #: the first since the partition was assigned: what memory says of its state may be stale
-    behind: bool  #: records wait to be handled, so silence says nothing
+    behind: bool  #: records wait to be handled, here or in a stage before this one, so silence says nothing
+    #: everything that Kafka held then has been handled, µs by the worker's clock; None: as of `now_us`, unless `behind`
+    handled_us: int | None = None
 
 
 #: One partition at a time: agents that own tables.

@@ -20,8 +20,10 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from time import monotonic
-from typing import Any, Final
+from functools import partial
+from math import inf
+from time import monotonic, time
+from typing import Any, Final, NamedTuple
 
 import structlog
 from faust.transport.consumer import ensure_TP
@@ -51,6 +53,14 @@ HANDLER_STOP_S: Final = 8.0
 LAST_COMMIT_S: Final = 5.0
 #: A stage that acts on the time does so this often, where it says nothing else.
 TICK_S: Final = 5.0
+
+
+class Fetched(NamedTuple):
+    """How far the last answer to a fetch went."""
+
+    at_ms: int  #: when it came, by this machine's clock
+    position: int  #: offset of the next record that the consumer will hand over
+    end: int  #: the partition's high watermark
 
 
 def skipped(stage: str, topic: str, partition: int, expected: int, got: int) -> None:
@@ -127,6 +137,12 @@ class Lane:
     def busy(self) -> bool:
         """Whether records wait, are processed, or are not committed."""
         return bool(self._batches) or self.progress.since_s is not None or self.uncommitted
+
+    def handled_all(self, position: int) -> bool:
+        """Whether every record below `position` came here and was acknowledged."""
+        if self.expected is None:  # nothing has come since the partition was assigned
+            return True
+        return self.expected == position and self.position == position
 
     def push(self, records: list[Record]) -> None:
         """Add what a fetch brought, in offset order; what is known already is dropped."""
@@ -226,7 +242,10 @@ class Lane:
 
     async def _tick(self, handler: TickHandler) -> None:
         stage = self._stage
-        tick = Tick(self.partition, stage.runner.now_us(), not self._ticked, bool(self._batches))
+        now_us = stage.runner.now_us()
+        handled_us = stage.handled_us(self.partition)
+        behind = bool(self._batches) or handled_us is None
+        tick = Tick(self.partition, now_us, not self._ticked, behind, None if behind else min(now_us, handled_us or 0))
         self._ticked = await stage.runner.tick(tick, handler, self.progress) or self._ticked
         self._tick_at_s = monotonic() + stage.tick_s()
 
@@ -245,8 +264,11 @@ class Stage:
         compacted: bool = False,
         on_tick: TickHandler | None = None,
         tick_s: Callable[[], float] = lambda: TICK_S,
+        after: Sequence[str] = (),
     ) -> None:
         self.name = name
+        #: topics (full names) of the stages whose output this one reads at last, the first one first
+        self.after = after
         self.topic = topic  #: declared name, without prefix
         self.topic_full = topic_full or topic  #: name in the cluster
         self.compacted = compacted  #: offsets of the topic have gaps
@@ -259,6 +281,9 @@ class Stage:
         self._error: BaseException | None = None
         self.on_room: Callable[[], None] = lambda: None
         self.on_abandon: Callable[[], None] = lambda: None
+        #: partition -> everything that Kafka held then is handled, µs; None: something waits (see `Stages.handled_us`).
+        #: Of a stage that names none before it, only what was fetched counts.
+        self.handled_us: Callable[[int], int | None] = lambda _: self.runner.now_us()
 
     def lane(self, partition: int) -> Lane:
         """The lane of a partition, made on first use."""
@@ -310,6 +335,39 @@ class Stages:
     def add(self, topic: str, stage: Stage) -> None:
         """Register a stage under the full name of its topic."""
         self._by_topic.setdefault(topic, []).append(stage)
+
+    def watch(self, fetched: Callable[[TP], Fetched | None]) -> None:
+        """Let ticks know how far the consumer is; None: the partition is not assigned to this worker."""
+        for stage in self:
+            if stage.after:
+                stage.handled_us = partial(self.handled_us, stage, fetched)
+
+    def handled_us(self, stage: Stage, fetched: Callable[[TP], Fetched | None], partition: int) -> int | None:
+        """Up to when a stage and those before it have worked off a partition: what Kafka held then went through all.
+
+        Topics are co-partitioned, so one worker has the same partition of all of them; one that is assigned to another
+        worker all the same is left out.
+
+        Returns:
+            µs by this machine's clock; None: records are under way, or the present assignment was not fetched yet.
+        """
+        earliest_ms: int | None = None
+        idle_s = inf
+        for topic in (*stage.after, stage.topic_full):
+            tp = TP(topic, partition)
+            found = fetched(tp)
+            if found is None:
+                continue
+            last = topic == stage.topic_full
+            lanes = [lane for lane in self.lanes(tp) if not last or lane is stage.lanes.get(partition)]
+            if found.position != found.end or not all(lane.handled_all(found.position) for lane in lanes):
+                return None
+            # What the stage before wrote last must have been there when this topic was asked for.
+            if time() - found.at_ms / 1e3 >= idle_s:
+                return None
+            idle_s = min((monotonic() - lane.advanced_s for lane in lanes), default=idle_s)
+            earliest_ms = found.at_ms if earliest_ms is None else min(earliest_ms, found.at_ms)
+        return None if earliest_ms is None else earliest_ms * 1_000
 
     def __len__(self) -> int:
         return sum(len(stages) for stages in self._by_topic.values())
@@ -533,6 +591,21 @@ class BatchConsumer(driver.Consumer):
         log.info("fetch_given_back", records=sum(len(records) for records in fetched.values()))
         await self._thread.call_thread(self._thread.give_back, spans)
 
+    def _fetched(self, tp: TP) -> Fetched | None:
+        """What the last fetch of a partition said; None: it is not this worker's."""
+        # Hook: aiokafka's own notes, written by the consumer's thread: when (last), how far, and where it stands.
+        consumer = self._thread._consumer if self._thread is not None else None
+        subscription = consumer._subscription.subscription if consumer is not None else None
+        assignment = subscription.assignment if subscription is not None else None
+        partition = driver.TopicPartition(tp.topic, tp.partition)
+        if assignment is None or partition not in assignment.tps:
+            return None
+        found = assignment.state_value(partition)
+        at_ms = found.timestamp
+        if at_ms is None or not found.has_valid_position:
+            return Fetched(0, 0, -1)  # not fetched yet
+        return Fetched(at_ms, found.position, found.highwater)
+
     # --- acknowledgement and commit -----------------------------------------------------------------------------
 
     def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterator[TP]:
@@ -588,6 +661,7 @@ class BatchConsumer(driver.Consumer):
             await stage.close_lanes(wait_s=0)
             stage.drop(list(stage.lanes))
         await super().perform_seek()
+        self._stages.watch(self._fetched)
         for tp in self.assignment():
             for stage in self._stages.of(tp.topic):
                 if stage.on_tick is not None:

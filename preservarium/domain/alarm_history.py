@@ -159,7 +159,7 @@ class Playback:
         """Take a message; they come in the order of their times."""
         if self._timed:
             self._tick(message["timestamp"])
-        outcome = self._alarms.observe(message, self._rules)
+        outcome = self._alarms.observe(message, self._rules, as_received=False)
         if outcome.transitions:
             self._tell(outcome.transitions)
 

@@ -6,7 +6,7 @@ people act through `alarm_actions`, in order with the readings.
 """
 
 from bisect import insort
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any, Final, NamedTuple, NotRequired, TypedDict
@@ -38,6 +38,7 @@ from preservarium.domain.rules import (
     Watch,
     evaluate,
     level_of,
+    overdue,
     render,
     silent,
     take,
@@ -346,6 +347,8 @@ class DeviceAlarms:
         self._checked: dict[int, DeviceRules] = {}
         #: as of the last message, action or tick
         self._rules: DeviceRules | None = None
+        #: of the present message
+        self._as_received = True
 
     def document(self) -> dict[str, Any]:
         """The state as JSON-able data."""
@@ -376,7 +379,7 @@ class DeviceAlarms:
         for rule in rules.no_data:
             for pin, row in kept["a"].get(rule.name, {}).items():
                 if not row[1] and row[0] and rule.pin_position in (None, pin):
-                    deadline = rule.deadline(row[0])
+                    deadline = rule.told_at(row[0], row[2])
                     # Beyond what waits to be put in order, nothing is known yet: whatever releases that asks again.
                     if deadline is not None and deadline < _oldest_held(kept, rule.lateness_us):
                         found.append(deadline + rule.lateness_us + 1)
@@ -389,7 +392,7 @@ class DeviceAlarms:
             for pin, row in pins.items():
                 yield Point(self._device_id, rule, pin, generation), _unpack(row).alarm
 
-    def observe(self, message: Mapping[str, Any], rules: DeviceRules | None) -> Outcome:
+    def observe(self, message: Mapping[str, Any], rules: DeviceRules | None, *, as_received: bool = True) -> Outcome:
         """Take one validated message.
 
         Readings that failed or are missing, texts, and readings in a unit that is not the datatype's are not evaluated;
@@ -398,8 +401,12 @@ class DeviceAlarms:
         Args:
             message: a validated message of this device; messages come in the order of their partition.
             rules: the device's rules; None where the device is unknown now: nothing is evaluated or withdrawn.
+            as_received: messages come as they were received, so that a silence that a clock would have told of before
+                this one came is told now. Otherwise, of stored readings in the order of their own time, `received_at`
+                says nothing of silence.
         """
         outcome = Outcome()
+        self._as_received = as_received
         generation = message["generation"]
         kept = self._generation(generation)
         source, offset, index = position_of(message)
@@ -435,6 +442,7 @@ class DeviceAlarms:
         by_type = rule_set.by_type
         points = self._live.setdefault(generation, {})
         message_at = message["timestamp"]
+        received_at = message["received_at"] if self._as_received else None
         readings = message["readings"]
         if len(readings) > 1 and any("timestamp" in reading for reading in readings):
             readings = sorted(readings, key=lambda reading: _instant(reading, message_at))
@@ -461,7 +469,7 @@ class DeviceAlarms:
                         continue
                     verdicts: Sequence[Verdict] = (verdict,)
                 else:
-                    verdicts = take(rule, live.watch, value, at)
+                    verdicts = take(rule, live.watch, value, at, received_at)
                     if not verdicts:
                         continue
                 sample = _Sample(at, "", pin, value, message["received_at"], *_coordinates(message))
@@ -522,7 +530,10 @@ class DeviceAlarms:
             together = samples[start:end]
             if rule_set.silences:
                 first = together[0]
-                self._notice(kept, generation, rule_set.silences, first.at, first.received_at, rules, outcome)
+                self._notice(kept, generation, rule_set.silences, silent, first.at, first.received_at, rules, outcome)
+                received_at = self._received(first, rule_set.lateness_us)
+                if received_at is not None:
+                    self._notice(kept, generation, rule_set.silences, overdue, received_at, received_at, rules, outcome)
             inputs = self._take_inputs(kept, together, rule_set, outcome) if rule_set.several else {}
             late: set[int] = set()
             for masters in (True, False) if rule_set.masters else (False,):
@@ -541,11 +552,16 @@ class DeviceAlarms:
             outcome.late += len(late)
             start = end
 
+    def _received(self, sample: _Sample, lateness_us: int) -> int | None:
+        """Up to where a clock tells of silence before a sample is taken; None: not at all."""
+        return sample.received_at - lateness_us if self._as_received else None
+
     def _notice(
         self,
         kept: dict[str, Any],
         generation: int,
         watching: Sequence[Rule],
+        found_by: Callable[[Rule, Watch, int], Verdict | None],
         now: int,
         detected_at: int,
         rules: DeviceRules,
@@ -559,7 +575,7 @@ class DeviceAlarms:
                 live = self._point(generation, kept, points, rule.name, pin, outcome)
                 if live is None or rule.pin_position not in (None, pin):
                     continue
-                verdict = silent(rule, live.watch, now)
+                verdict = found_by(rule, live.watch, now)
                 if verdict is not None:
                     found.append((verdict.at, not rule.group_master, rule.name, pin, live))
         for at, _, name, pin, live in sorted(found, key=lambda one: one[:4]):
@@ -580,7 +596,7 @@ class DeviceAlarms:
         live = self._point(generation, kept, points, rule.name, sample.pin_position, outcome)
         if live is None:
             return False
-        verdicts = take(rule, live.watch, sample.value, sample.at)
+        verdicts = take(rule, live.watch, sample.value, sample.at, self._received(sample, rule.lateness_us))
         if not verdicts:
             return False
         return self._told(generation, live, rule, sample.pin_position, verdicts, sample, rules, outcome)
@@ -705,8 +721,8 @@ class DeviceAlarms:
         repeated after a crash tells the same.
 
         Args:
-            now_us: the worker's clock. Everything that was received before must have been observed: silence is only
-                silence when nothing is on its way.
+            now_us: an instant for which everything that was received before it has been observed: silence is only
+                silence when nothing is on its way. Then ticks change nothing of the history but when it is told.
             rules: the device's rules; None where the device is unknown now: nothing happens.
         """
         outcome = Outcome()
@@ -720,7 +736,7 @@ class DeviceAlarms:
                 self._release(kept, GENERATION_LIVE, len(held["q"]), one, rules, outcome)
             # What still waits may be what a series is waited for.
             shown = min(now_us - one.lateness_us, _oldest_held(kept, one.lateness_us))
-            self._notice(kept, GENERATION_LIVE, _quiet(one, rules), shown, now_us, rules, outcome)
+            self._notice(kept, GENERATION_LIVE, _quiet(one, rules), overdue, shown, now_us, rules, outcome)
         return outcome
 
     def act(self, action: Action, rules: DeviceRules | None, source: str, offset: int, index: int) -> Outcome:

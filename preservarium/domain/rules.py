@@ -158,6 +158,14 @@ class Rule:
             return at + self.no_data_us
         return self.calendar.deadline(at, self.no_data_us)
 
+    def told_at(self, at: int, heard_at: int | None) -> int | None:
+        """When a clock may say that such a series is silent, µs; None: never. `heard_at`: `Watch.since` of a silence."""
+        deadline = self.deadline(at)
+        if deadline is None or heard_at is None:
+            return deadline
+        again = self.deadline(heard_at)
+        return None if again is None else max(deadline, again)
+
     def severity_of(self, level: int) -> str:
         """The severity of a level; 0 is the first."""
         return self.levels[level - 1].severity if 0 < level <= len(self.levels) else self.severity
@@ -519,7 +527,9 @@ class Watch:
 
     at: int = 0  #: last reading evaluated; 0: none yet
     active: bool = False  #: the condition, after dead-band and delays
-    since: int | None = None  #: when the opposite was first seen, while its delay runs
+    #: when the opposite was first seen, while its delay runs; of a silence, while there is none, when a reading was
+    #: received that came after its own deadline
+    since: int | None = None
     higher: list["Watch"] = field(default_factory=list)  #: of the graver levels; their `at` is not used
     times: list[int] = field(default_factory=list)  #: of a repeat count: readings that met the condition
     past: list[list[Any]] = field(default_factory=list)  #: of a rate: [instant, value] of its window, and one before
@@ -579,7 +589,7 @@ def evaluate(rule: Rule, watch: Watch, value: float, at: int) -> Verdict | None:
     return _advance(rule, rule, watch, scaled, at, before)
 
 
-def take(rule: Rule, watch: Watch, value: float | None, at: int) -> list[Verdict]:
+def take(rule: Rule, watch: Watch, value: float | None, at: int, received_at: int | None = None) -> list[Verdict]:
     """Take one reading of any rule into `watch`, in place.
 
     Args:
@@ -588,6 +598,7 @@ def take(rule: Rule, watch: Watch, value: float | None, at: int) -> list[Verdict
         value: in the datatype's canonical unit; of a rule of several series, what its function says, and None where
             that cannot be decided: what stands stays, and a delay that runs starts anew.
         at: the reading's own time, µs. Of several series, that of the newest: it may be the same again.
+        received_at: for silence, when the reading was received, µs; None: only the readings' own time counts.
 
     Returns:
         What changed, in event time: a silence or a schedule's end may be told together with the reading's own change.
@@ -596,7 +607,7 @@ def take(rule: Rule, watch: Watch, value: float | None, at: int) -> list[Verdict
     if at < before or (at == before and rule.function is None):
         return [Verdict(Evaluation.LATE, at)]
     if rule.no_data_us:
-        return _take_presence(rule, watch, at, before)
+        return _take_presence(rule, watch, at, received_at)
     told: list[Verdict] = []
     watches = True
     if rule.calendar is not None:
@@ -627,12 +638,25 @@ def take(rule: Rule, watch: Watch, value: float | None, at: int) -> list[Verdict
     return told
 
 
-def silent(rule: Rule, watch: Watch, now_us: int) -> Verdict | None:
-    """Whether a no-data rule's series has been silent for too long by `now_us`; marks it so, in place."""
+def silent(rule: Rule, watch: Watch, at: int) -> Verdict | None:
+    """Whether a no-data rule's series, whose next reading is of `at`, was silent for too long; marks it so, in place."""
+    return _silent(rule, watch, at, None)
+
+
+def overdue(rule: Rule, watch: Watch, now_us: int) -> Verdict | None:
+    """Whether a no-data rule's series is silent for too long by a clock; marks it so, in place.
+
+    A reading that was received after its own deadline shows that the series is heard of again, however old what it
+    says: from then on a clock waits once more, while the alarm, if it comes, is still of the deadline of the readings.
+    """
+    return _silent(rule, watch, now_us, watch.since)
+
+
+def _silent(rule: Rule, watch: Watch, now_us: int, heard_at: int | None) -> Verdict | None:
     if watch.active or not watch.at:
         return None
-    deadline = rule.deadline(watch.at)
-    if deadline is None or deadline >= now_us:
+    deadline, told_at = rule.deadline(watch.at), rule.told_at(watch.at, heard_at)
+    if deadline is None or told_at is None or told_at >= now_us:
         return None
     watch.active = True
     # Kept, because a reading that comes late after all cannot end the silence before it began.
@@ -640,15 +664,21 @@ def silent(rule: Rule, watch: Watch, now_us: int) -> Verdict | None:
     return Verdict(Evaluation.RAISED, deadline)
 
 
-def _take_presence(rule: Rule, watch: Watch, at: int, before: int) -> list[Verdict]:
+def _take_presence(rule: Rule, watch: Watch, at: int, received_at: int | None) -> list[Verdict]:
     told: list[Verdict] = []
     raised = silent(rule, watch, at)
+    if raised is None and received_at is not None:
+        # A clock would have said so before this came: it has the same history whether one was looked at or not.
+        raised = overdue(rule, watch, received_at)
     if raised is not None:
         told.append(raised)
     if watch.active:
         told.append(Verdict(Evaluation.RETURNED, max(at, watch.since or 0)))
-        watch.active, watch.since = False, None
-    watch.at = at
+        watch.active = False
+    watch.at, watch.since = at, None
+    deadline = rule.deadline(at)
+    if received_at is not None and deadline is not None and received_at > deadline:
+        watch.since = received_at
     return told
 
 

@@ -156,6 +156,10 @@ def test_aiokafka_asks_for_no_part_of_a_node_while_another_waits_to_be_taken() -
 def test_aiokafka_positions() -> None:
     assert isinstance(TopicPartitionState.has_valid_position, property)
     assert isinstance(TopicPartitionState.position, property)
+    # Written together, in this order, by the answer to a fetch.
+    assert "tp_state.highwater = highwater tp_state.lso = lso tp_state.timestamp = now_ms" in source(
+        Fetcher._proc_fetch_request
+    )
     assert "tps" in dir(Assignment)
     assert list(inspect.signature(Assignment.state_value).parameters) == ["self", "tp"]
 

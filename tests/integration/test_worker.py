@@ -18,6 +18,7 @@ from preservarium import topics
 from preservarium.publish import Publisher
 from preservarium.settings import LiveSettings, load
 from preservarium.stage import Send
+from preservarium.topics import Topic
 
 PARTITIONS = 3
 
@@ -118,25 +119,56 @@ async def test_state_survives_stops_kills_and_the_loss_of_the_disk(worker: Worke
     await worker.stop(fresh)
 
 
+def heard(topic: Topic, device: str, at_us: int, offset: int) -> Send:
+    """A message of a device, received when it was measured."""
+    message = {
+        "device_id": device, "connector_mode": "MQTT", "topic": "", "timestamp": at_us, "received_at": at_us,
+        "raw_partition": 0, "raw_offset": offset, "raw_index": 0, "parser": "p@1", "config_rev": 1, "generation": 0,
+        "readings": [{"component_type": "temp", "pin_position": "-1", "value": 20.0, "unit": "°C", "quality": 1}],
+    }  # fmt: skip
+    return Send(topic, device.encode(), json.dumps(message).encode())
+
+
+async def alerts(worker: Worker) -> list[Any]:
+    return [json.loads(r.value) for r in await read_all(worker.kafka, topics.ALERTS.full(worker.prefix), PARTITIONS)]
+
+
+async def test_a_message_that_a_stage_holds_up_past_its_deadline_is_no_silence(worker: Worker) -> None:
+    used = [topics.RAW, topics.VALIDATED, topics.ALERTS, topics.ALARM_STANDING]
+    await make_topics(worker.kafka, worker.prefix, PARTITIONS, used)
+    down = worker.directory / "down"
+    number = await worker.ready("held", WORKER_DOWN=str(down), PRESERVARIUM_ALARM__SETTLE_S="1")
+    devices = [f"dev-{i}" for i in range(12)]
+    first_us = time.time_ns() // 1_000
+    await worker.publish([heard(topics.RAW, device, first_us, 1) for device in devices])
+    await until(lambda: sum(worker.report().get("tables", {}).get("alarm_states", {}).values()) == len(devices), 20)
+
+    down.touch()
+    second_us = time.time_ns() // 1_000
+    assert second_us < first_us + 8_000_000, "too slow to say anything"
+    await worker.publish([heard(topics.RAW, device, second_us, 2) for device in devices])
+    while time.time_ns() // 1_000 < first_us + 11_000_000:  # three seconds, fifteen ticks, beyond the deadline
+        assert await alerts(worker) == []
+        await asyncio.sleep(0.3)
+    down.unlink()
+
+    async with asyncio.timeout(60):
+        while len(await alerts(worker)) < len(devices):
+            await asyncio.sleep(0.3)
+    raised = {(t["device_id"], t["transition"], t["occurred_at"]) for t in await alerts(worker)}
+    assert raised == {(device, "raised", second_us + 8_000_000) for device in devices}
+    await worker.stop(number)
+
+
 async def test_silence_is_told_once_by_whichever_worker_there_is_at_its_deadline(worker: Worker) -> None:
     await make_topics(worker.kafka, worker.prefix, PARTITIONS, [topics.VALIDATED, topics.ALERTS, topics.ALARM_STANDING])
     devices = [f"dev-{i}" for i in range(30)]
 
     async def publish(at_us: int, offset: int) -> None:
-        sends = []
-        for device in devices:
-            message = {
-                "device_id": device, "connector_mode": "MQTT", "topic": "", "timestamp": at_us, "received_at": at_us,
-                "raw_partition": 0, "raw_offset": offset, "raw_index": 0, "parser": "p@1", "config_rev": 1, "generation": 0,
-                "readings": [{"component_type": "temp", "pin_position": "-1", "value": 20.0, "unit": "°C", "quality": 1}],
-            }  # fmt: skip
-            sends.append(Send(topics.VALIDATED, device.encode(), json.dumps(message).encode()))
-        await worker.publish(sends)
+        await worker.publish([heard(topics.VALIDATED, device, at_us, offset) for device in devices])
 
     async def told() -> list[Any]:
-        return [
-            json.loads(r.value) for r in await read_all(worker.kafka, topics.ALERTS.full(worker.prefix), PARTITIONS)
-        ]
+        return await alerts(worker)
 
     settle = {"PRESERVARIUM_ALARM__SETTLE_S": "1"}
     first = await worker.ready("silence", **settle)

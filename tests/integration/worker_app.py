@@ -65,7 +65,17 @@ if MODE == "down":
         return Effects([Send(topics.STANDARDIZED, r.key, r.value, batch.partition) for r in batch.records])
 
 
-if MODE == "silence":
+if MODE == "held":
+
+    @app.stage(topics.RAW, name="forward")
+    async def forward_later(batch: Batch) -> Effects:
+        """Pass on, unless what it needs is down."""
+        if Path(os.environ["WORKER_DOWN"]).exists():
+            raise Retry("what it needs is down")
+        return Effects([Send(topics.VALIDATED, r.key, r.value, batch.partition) for r in batch.records])
+
+
+if MODE in ("silence", "held"):
     catalogue = Catalogue()
     catalogue.offer("datatype", {"name": "temp", "rev": 1, "kind": "number", "unit": "°C"})
     rule = {"name": "gone", "rev": 2, "component_type": "temp", "kind": "no_data", "severity": "minor", "no_data_s": 8}
@@ -82,7 +92,9 @@ if MODE == "silence":
         items=alarm_states.items,
     )
 
-    @app.stage(topics.VALIDATED, name="alarm", on_tick=alarming.tick, tick_s=lambda: 0.2)
+    before = (topics.RAW,) if MODE == "held" else ()
+
+    @app.stage(topics.VALIDATED, name="alarm", on_tick=alarming.tick, tick_s=lambda: 0.2, after=before)
     async def alarm(batch: Batch) -> Effects:
         """Watch for silence."""
         return await alarming.observe(batch)

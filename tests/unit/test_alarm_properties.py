@@ -184,6 +184,48 @@ def test_ticks_tell_what_the_next_readings_would_tell(
     assert stories(told, event_time_only=True) == stories(replayed, event_time_only=True)
 
 
+#: What befalls a partition: records wait for so many seconds, then so many of those that came are handled, or time is told.
+PAUSES = st.lists(
+    st.tuples(st.sampled_from([0, 3, 700, 2_500, 9_000]), st.sampled_from(["handle", "tick"]), st.integers(1, 9)),
+    max_size=80,
+)
+
+
+@given(STEPS, st.randoms(use_true_random=False), PAUSES)
+@settings(max_examples=100, deadline=None)
+def test_backlogs_pauses_and_ticks_leave_the_history_of_a_replay(
+    steps: list[tuple[Any, ...]], rng: Any, pauses: list[tuple[int, str, int]]
+) -> None:
+    """Also of data that are late, doubled and out of order when they are received."""
+    sent = week(steps)
+    # Buffered by a gateway, some of it, and some of it twice.
+    late = sorted(
+        (s.at_s + rng.choice([1, 1, 1, 700, 9_000]), i, s) for i, s in enumerate(sent + sent[: len(sent) // 4])
+    )
+    messages = [message(i, s, received) for i, (received, _, s) in enumerate(late)]
+    end_s = late[-1][0] + WEEK_S
+    replayed = run(messages, NOW, end_s)
+
+    async def lives() -> list[Any]:
+        log, waiting, at_s = Log(), list(messages), 0.0
+        for pause_s, what, count in [*pauses, (0, "rest", 0), (0, "end", 0)]:
+            at_s = end_s + 1.0 if what == "end" else at_s + pause_s
+            received = [m for m in waiting if m["received_at"] <= T + round(at_s * S)]
+            if what == "tick" or what == "end":
+                await log.do(at_s, "", behind=bool(received))
+            else:
+                part = received[:count] if what == "handle" else list(waiting)
+                if part:
+                    await log.do(part, "")
+                del waiting[: len(part)]
+            if rng.random() < 0.2:
+                log.restart()
+        return [{**orjson.loads(line), "rule_rev": 1} for line in log.sent]
+
+    told = asyncio.run(lives())
+    assert stories(told, event_time_only=True) == stories(replayed, event_time_only=True)
+
+
 @given(STEPS, st.randoms(use_true_random=False))
 @settings(max_examples=80, deadline=None)
 def test_shuffles_within_the_lateness_have_the_history_of_the_sorted_data(
@@ -254,11 +296,11 @@ class Log:
         )  # fmt: skip
         self.first = True
 
-    async def do(self, work: Any, crash: str) -> None:
+    async def do(self, work: Any, crash: str, *, behind: bool = False) -> None:
         """One batch or tick, until it is acknowledged; a tick that crashes comes again."""
         while True:
             if isinstance(work, float):
-                effects: Effects = await self.stage.tick(Tick(PARTITION, T + round(work * S), self.first, False))
+                effects: Effects = await self.stage.tick(Tick(PARTITION, T + round(work * S), self.first, behind))
                 self.first = False
             elif isinstance(work[0], dict) and "action" in work[0]:
                 records = [record(line["n"], {k: v for k, v in line.items() if k != "n"}) for line in work]

@@ -319,6 +319,26 @@ def test_a_reading_that_comes_after_its_own_deadline_ends_the_silence_where_it_b
     assert device.reads(30, temp=20, received=62) == [("gone", "cleared", 60)]
 
 
+def test_what_a_gateway_had_buffered_raises_one_alarm_with_or_without_ticks():
+    silent = {**SILENT, "parameters": {"acknowledge": "auto"}}
+    live, replay = Device(rules(silent)), Device(rules(silent))
+    for device in (live, replay):
+        device.reads(0, temp=20)
+    assert live.tick(500) == [("gone", "raised", 60)]
+    assert live.reads(30, temp=20, received=502) == [("gone", "cleared", 60)]
+    assert replay.reads(30, temp=20, received=502) == [("gone", "raised", 60), ("gone", "cleared", 60)]
+    for device in (live, replay):
+        assert device.due == pytest.approx(562.000001)  # it was heard of at 502
+    assert live.tick(505) == []
+    for device in (live, replay):
+        assert device.reads(60, temp=20, received=506) == []
+        assert device.reads(300, temp=20, received=507) == [("gone", "raised", 120), ("gone", "cleared", 300)]
+    # Silent again: of the deadline of what was read last, told once nothing was received for so long.
+    assert live.tick(567) == []
+    assert live.tick(568) == [("gone", "raised", 360)]
+    assert replay.reads(310, temp=20, received=600) == [("gone", "raised", 360), ("gone", "cleared", 360)]
+
+
 def test_a_device_that_is_switched_off_is_not_missed():
     device = Device(rules(SILENT))
     device.reads(0, temp=20)

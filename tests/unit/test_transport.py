@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from time import time
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from preservarium.domain.errors import Fatal, Retry
 from preservarium.runner import Runner
 from preservarium.settings import Agents, LiveSettings, Settings
 from preservarium.stage import Batch, Effects, Tick
-from preservarium.transport import Lane, Stage, Stages, _fetchable
+from preservarium.transport import Fetched, Lane, Stage, Stages, _fetchable
 
 
 class Feed:
@@ -287,6 +288,47 @@ async def test_time_passes_for_a_partition_without_records_and_in_turn_with_its_
     count = len(ticks)
     await asyncio.sleep(0.02)
     assert len(ticks) == count
+
+
+async def test_a_tick_knows_what_waits_in_kafka_here_and_before() -> None:
+    before, feed = Feed(name="before"), Feed(name="after")
+    feed.stage.after, feed.stage.topic_full = ["x.iot_raw_data"], "x.late"
+    stages = before.stages
+    stages.add("x.late", feed.stage)
+    known: dict[TP, Fetched | None] = {}
+    stages.watch(known.get)
+    first, last = TP("x.iot_raw_data", 0), TP("x.late", 0)
+
+    def handled(at: Fetched | None, and_at: Fetched | None) -> int | None:
+        known.update({first: at, last: and_at})
+        return feed.stage.handled_us(0)
+
+    soon_ms = round(time() * 1_000) + 60_000  # of fetches that are answered after all that happens here
+    assert handled(None, None) is None
+    assert handled(Fetched(0, 0, -1), None) is None  # assigned, not fetched
+    assert handled(Fetched(70_000, 5, 5), Fetched(soon_ms, 7, 7)) == 70_000_000
+    assert handled(None, Fetched(80_000, 7, 7)) == 80_000_000  # another worker has the one before
+    assert handled(Fetched(soon_ms, 5, 6), Fetched(soon_ms, 7, 7)) is None
+    assert handled(Fetched(soon_ms, 5, 5), Fetched(soon_ms, 7, 9)) is None
+    # A record that the stage before is working on, and then one that came of it.
+    before.go.clear()
+    lane = before.stage.lane(0)
+    lane.expected = 5
+    before.push(0, 5)
+    await before.began.wait()
+    assert handled(Fetched(soon_ms, 6, 6), Fetched(soon_ms, 7, 7)) is None
+    before.go.set()
+    await until(lambda: before.position(0) == 6)
+    assert handled(Fetched(soon_ms, 6, 6), Fetched(1_000, 7, 7)) is None  # was asked before that was written
+    assert handled(Fetched(soon_ms, 6, 6), Fetched(soon_ms, 7, 7)) == soon_ms * 1_000
+    # Records that were fetched and did not get here yet.
+    assert handled(Fetched(soon_ms, 7, 7), Fetched(soon_ms, 7, 7)) is None
+    # What other stages do with the last topic is their own affair.
+    other = Feed(name="other")
+    stages.add("x.late", other.stage)
+    other.stage.lane(0).expected = 3
+    assert handled(Fetched(soon_ms, 6, 6), Fetched(soon_ms, 7, 7)) == soon_ms * 1_000
+    await lane.close(1)
 
 
 async def test_a_tick_that_says_fatal_ends_the_worker() -> None:
