@@ -225,6 +225,7 @@ class TransitionDoc(TypedDict):
     threshold: float | None
     message: str  #: for people, as it was when it was raised
     recipients: list[str]  #: names in the registry
+    former: NotRequired[list[str]]  #: who was told of the occurrence before and is not named by the rule any more
     actor: str | None  #: who, where an operator did it
     comment: str | None
     raw_partition: int | None  #: the message that brought the evidence
@@ -291,6 +292,7 @@ class _Live:
 
     watch: Watch
     alarm: Alarm
+    told: tuple[str, ...] = ()  #: recipients that the rule has named since the occurrence began
 
 
 _UNUSED: Final = _Live(Watch(), NEW)
@@ -977,8 +979,17 @@ class DeviceAlarms:
         if result.alarm.shelved_until is not None:
             kept["until"] = min(kept.get("until", result.alarm.shelved_until), result.alarm.shelved_until)
         chattering = _chatters(kept, point, now.at)
+        notified = rule.notified if rule is not None else ()
         for transition in result.transitions:
-            outcome.transitions.append(_line(point, transition, now, rule, rules, action, chattering))
+            line = _line(point, transition, now, rule, rules, action, chattering)
+            if transition.alarm.sequence == 1:  # what was before it has had its end
+                live.told = ()
+            if former := [name for name in live.told if name not in notified]:
+                line["former"] = former
+            live.told = (*former, *notified)
+            outcome.transitions.append(line)
+        if not result.alarm.alarm_id:
+            live.told = ()
         if result.alarm != before and point.generation == GENERATION_LIVE:
             done = result.transitions[-1].name if result.transitions else TRANSITION_NAMES[event]
             outcome.standing[point.rule, point.pin_position] = _standing(
@@ -1216,6 +1227,8 @@ def _pack(live: _Live) -> _Row:
         more["p"] = watch.past
     if alarm.first_out:
         more["f"] = 1
+    if live.told:
+        more["r"] = live.told
     if more:
         row.append(more)
     return row
@@ -1240,4 +1253,4 @@ def _unpack(row: _Row) -> _Live:
         State(state), watch.active, active_at, occurrence, sequence, occurred_at, severity, text, cleared_at, value,
         None if raw is None else Coordinates(*raw), until, bool(one_shot), bool(more.get("f")),
     )  # fmt: skip
-    return _Live(watch, alarm)
+    return _Live(watch, alarm, tuple(more.get("r", ())))

@@ -15,7 +15,7 @@ Instants are µs since the epoch, UTC; `now_us` is the worker's clock.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
-from typing import Any, Final, Literal, TypedDict
+from typing import Any, Final, Literal, NotRequired, TypedDict
 
 from preservarium.domain.lineage import applied, identity, is_applied
 
@@ -73,7 +73,10 @@ class Event(TypedDict):
     offset: int
     index: int
     after_s: float  #: escalation: to be told only where nobody has acknowledged until then; 0: at once
-    below: bool  #: the severity is below what the recipient is told of
+    below: bool  #: only who was told before is to hear of it: the severity is below, or the rule names others now
+    gone: NotRequired[
+        bool
+    ]  #: the recipient cannot be told any more, or is told under another name: the alarm is forgotten
     labels: dict[str, str]  #: of `LABELS`
     transition: dict[str, Any]  #: the line of `iot_alerts`
 
@@ -201,7 +204,7 @@ class Inbox:
         transition = event["transition"]
         point = "\n".join((transition["device_id"], transition["rule"], transition["pin_position"]))
         what, state = transition["transition"], transition["state"]
-        if state in SILENT or what in _ENDS:
+        if event.get("gone") or state in SILENT or what in _ENDS:
             self._drop(point)
         elif what == "acknowledged":
             self._acknowledged(point)

@@ -132,6 +132,7 @@ class Rule:
     unit: str  #: of threshold and value
     message: str
     recipients: tuple[str, ...]
+    notified: tuple[str, ...]  #: the recipients and those of the escalation
     latching: bool  #: stays until an operator resets it, though the process has returned to normal
     acknowledge: bool  #: an operator must acknowledge it; otherwise the return to normal ends it
     plain: bool = True  #: `evaluate` is enough
@@ -348,6 +349,14 @@ def compile_rule(doc: RuleDoc, datatype: DatatypeDoc | None, outages: Any = None
         gap_max_us=None if gap_max is None else round(float(gap_max) * 1e6),
         message=doc.get("message") or _MESSAGES[kind],
         recipients=tuple(doc.get("recipients") or ()),
+        notified=tuple(
+            dict.fromkeys(
+                [
+                    *(doc.get("recipients") or ()),
+                    *(name for step in doc.get("escalation") or () for name in step["recipients"]),
+                ]
+            )
+        ),
         latching=bool(parameters.get("latching", False)),
         acknowledge=acknowledge == "operator",
         plain=plain,

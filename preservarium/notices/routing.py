@@ -47,6 +47,7 @@ class Skipped(StrEnum):
     REPLAY = "a replay"  #: what is re-derived was told when it happened
     SEVERITY = "below the recipient's severities"
     NOBODY = "no recipient is configured"
+    FORMER = "the rule names others now"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class Route:
     told: tuple[Told, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     wrong: tuple[str, ...] = ()  #: recipients that cannot be told, for people
+    gone: tuple[str, ...] = ()  #: former recipients that are not to be told, of what they were told before either
 
 
 def resolve(name: str, recipient: RecipientLookup) -> RecipientDoc | str:
@@ -89,6 +91,8 @@ def route(
     escalation: Sequence[Mapping[str, Any]] = (),
 ) -> Route:
     """Decide who is to hear of a transition; of two ways to one address, the first one and the sooner one counts.
+
+    Whoever was told of an alarm hears how it ends, also where the rule names others by then.
 
     Args:
         transition: a line of `iot_alerts`. `recipients` names registry documents; an address may stand for itself.
@@ -117,14 +121,32 @@ def route(
             skipped.append(Skipped.SEVERITY)
             continue
         channel, address = document["channel"], document["address"]
-        key = f"{channel} {address.lower() if channel == 'mail' else address}"
+        key = _key(document)
         if key not in told and len(told) >= RECIPIENTS_MAX:
             wrong.append(f"{address}: a transition has at most {RECIPIENTS_MAX} recipients")
         else:
             told.setdefault(key, Told(name, channel, address, after_s, below))
+    gone: list[str] = []
+    for name in transition.get("former", ()):
+        document = resolve(name, recipient)
+        if NOTIFIED.get(transition["transition"]) == "raised":
+            skipped.append(Skipped.FORMER)
+        elif isinstance(document, str):
+            wrong.append(f"{document}: what it was told of the alarm has no end")
+            gone.append(name)
+        elif (key := _key(document)) in told:
+            gone.append(name)  # the same address under another name
+        else:
+            told[key] = Told(name, document["channel"], document["address"], below=True)
     if not named:
         skipped.append(Skipped.NOBODY)
-    return Route(tuple(told.values()), tuple(skipped), tuple(wrong))
+    return Route(tuple(told.values()), tuple(skipped), tuple(wrong), tuple(gone))
+
+
+def _key(document: RecipientDoc) -> str:
+    """Whom two documents mean alike."""
+    address = document["address"]
+    return f"{document['channel']} {address.lower() if document['channel'] == 'mail' else address}"
 
 
 def labels_of(transition: Mapping[str, Any], device: DeviceDoc | None) -> dict[str, str]:
@@ -206,18 +228,22 @@ class Router:
                 device = self._known(batch.partition, line["device_id"])
                 found = route(line, self._documents.recipient, defaults, self._escalation(line, device))
                 labels = labels_of(line, device)
-                for told in found.told:
+                events = [(told.recipient, told.after_s, told.below, False) for told in found.told]
+                events += [(name, 0.0, True, True) for name in found.gone]
+                for name, after_s, below, gone in events:
                     event: Event = {
-                        "recipient": told.recipient,
+                        "recipient": name,
                         "source": str(batch.partition),
                         "offset": record.offset,
                         "index": index,
-                        "after_s": told.after_s,
-                        "below": told.below,
+                        "after_s": after_s,
+                        "below": below,
                         "labels": labels,
                         "transition": line,
                     }
-                    effects.sends.append(Send(topics.NOTICE_EVENTS, told.recipient.encode(), orjson.dumps(event)))
+                    if gone:
+                        event["gone"] = True
+                    effects.sends.append(Send(topics.NOTICE_EVENTS, name.encode(), orjson.dumps(event)))
                 for text in found.wrong:
                     refuse(effects, self._error(batch, record, index, line, text))
                 for reason in found.skipped:
