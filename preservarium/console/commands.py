@@ -6,12 +6,14 @@
 | `GET /api/devices/{device}/commands` | lists, newest first: `?state`, `?limit`, `?cursor` |
 | `GET /api/devices/{device}/commands/{id}` | one command with its events |
 | `POST /api/devices/{device}/commands/{id}/cancel` | asks to cancel: 202, once Kafka has acknowledged it |
+| `GET /api/devices/{device}/commands/choices` | the commands that the registry gives the device |
+| `GET /api/commands` | lists those of all devices, newest first: `?device`, `?state`, `?limit`, `?cursor` |
 
 The idempotency key is the header `Idempotency-Key` or the field `idempotency_key`: a request with the same key is the same
 command. Lists are PostgreSQL's, a moment behind; asking waits for no database. All of it is for operators.
 """
 
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, cast
 
 import orjson
 from aiohttp import web
@@ -20,7 +22,8 @@ from preservarium.clock import Clock
 from preservarium.command_desk import CommandDesk
 from preservarium.console import access
 from preservarium.console.replies import answer, bad, cursor_of, limit_of, missing, pack, text_of, wrapped
-from preservarium.domain.commands import LINE_BYTES_MAX, State
+from preservarium.domain.commands import LINE_BYTES_MAX, State, compile_profile
+from preservarium.domain.device import DeviceDoc, DeviceTypeDoc
 from preservarium.domain.errors import Reject
 from preservarium.settings import LiveSettings
 
@@ -42,6 +45,10 @@ class Reads(Protocol):
 
     async def command(self, command_id: str, *, limit: int) -> dict[str, Any] | None:
         """One command with its events."""
+        ...
+
+    async def registered(self, device_id: str) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
+        """Documents of a device and of its type; None where the device is not registered."""
         ...
 
 
@@ -66,13 +73,15 @@ class Commands:
         """Add every route to an aiohttp application that has not started."""
         get, post = application.router.add_get, application.router.add_post
         base = "/api/devices/{device_id}/commands"
+        get("/api/commands", wrapped(self.list))
         get(base, wrapped(self.list))
+        get(f"{base}/choices", wrapped(self.choices))
         post(base, wrapped(self.request, timeout_s=SEND_TIMEOUT_S))
         get(f"{base}/{{command_id}}", wrapped(self.show))
         post(f"{base}/{{command_id}}/cancel", wrapped(self.cancel, timeout_s=SEND_TIMEOUT_S))
 
     async def list(self, request: web.Request) -> web.Response:
-        """A device's commands."""
+        """Commands, of the device that the path or the query names, or of all."""
         self._operator(request)
         states = [word.strip() for word in text_of(request, "state").lower().split(",") if word.strip()]
         if set(states) - set(State):
@@ -82,10 +91,33 @@ class Commands:
             if len(cursor) != 2 or type(cursor[0]) is not int or not isinstance(cursor[1], str):
                 bad("cursor is not one of ours")
             before = (cursor[0], cursor[1])
-        page = await self._reads.commands(
-            device_id=_name(request, "device_id"), states=states, before=before, limit=limit_of(request)
-        )
+        device_id = _name(request, "device_id") if request.match_info else text_of(request, "device")
+        page = await self._reads.commands(device_id=device_id, states=states, before=before, limit=limit_of(request))
         return answer({"commands": page["commands"], "next_cursor": pack(list(page["next"])) if page["next"] else None})
+
+    async def choices(self, request: web.Request) -> web.Response:
+        """What the registry says of a device's commands: for a form to choose from, not a limit to what may be asked."""
+        self._operator(request)
+        device_id = _name(request, "device_id")
+        found = await self._reads.registered(device_id)
+        if found is None:
+            missing("the registry knows no such device")
+        device, device_type = found
+        profile = compile_profile(
+            cast("DeviceDoc", device), cast("DeviceTypeDoc | None", device_type), self._host.live().commands.topic
+        )
+        return answer(
+            {
+                "device_id": device_id,
+                "name": device.get("name"),
+                "type": device["type"],
+                "problem": profile.problem or None,
+                "format": profile.format,
+                "sleeps": profile.sleeps,
+                "given": profile.given,
+                "commands": [{"command": name, **preset} for name, preset in sorted(profile.commands.items())],
+            }
+        )
 
     async def show(self, request: web.Request) -> web.Response:
         """One command with its events."""

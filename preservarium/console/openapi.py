@@ -276,26 +276,34 @@ _COMMAND: Final = _object(
 )
 
 _DEVICE: Final = _path("device_id", "Address of the device")
+_COMMAND_LIST: Final = [
+    _query("state", f"One or more, separated by commas: {', '.join(CommandState)}", _TEXT),
+    _LIMIT,
+    _CURSOR,
+]
 _COMMAND_PATHS: Final[dict[str, Any]] = {
+    "/api/commands": {
+        "get": {
+            "operationId": "listAllCommands",
+            "summary": "Commands of all devices, newest first",
+            "parameters": [_query("device", "Address of a device", _TEXT), *_COMMAND_LIST],
+            "responses": _answers("A page", _ref("Commands"), 400, 401, 403, 503),
+        },
+    },
+    "/api/devices/{device_id}/commands/choices": {
+        "get": {
+            "operationId": "listChoices",
+            "summary": "The commands that the registry gives a device",
+            "parameters": [_DEVICE],
+            "responses": _answers("What there is to choose from", _ref("Choices"), 400, 401, 403, 404, 503),
+        },
+    },
     "/api/devices/{device_id}/commands": {
         "get": {
             "operationId": "listCommands",
             "summary": "Commands of a device, newest first",
-            "parameters": [
-                _DEVICE,
-                _query("state", f"One or more, separated by commas: {', '.join(CommandState)}", _TEXT),
-                _LIMIT,
-                _CURSOR,
-            ],
-            "responses": _answers(
-                "A page",
-                _object(
-                    ("commands", "next_cursor"),
-                    commands={"type": "array", "items": _ref("Command")},
-                    next_cursor={"type": ["string", "null"]},
-                ),
-                400, 401, 403, 503,
-            ),
+            "parameters": [_DEVICE, *_COMMAND_LIST],
+            "responses": _answers("A page", _ref("Commands"), 400, 401, 403, 503),
         },
         "post": {
             "operationId": "requestCommand",
@@ -436,6 +444,22 @@ DOCUMENT: Final[dict[str, Any]] = {
         "schemas": {
             "Command": _COMMAND,
             "CommandRequest": _REQUEST,
+            "Commands": _object(
+                ("commands", "next_cursor"),
+                commands={"type": "array", "items": _ref("Command")},
+                next_cursor={"type": ["string", "null"]},
+            ),
+            "Choices": _object(
+                ("device_id", "type", "commands"),
+                device_id=_NAME,
+                name={"type": ["string", "null"]},
+                type=_TEXT,
+                problem={"type": ["string", "null"], "description": "Why it can take none, for people"},
+                format=_TEXT,
+                sleeps={**_FLAG, "description": "It is sent to when it has been heard"},
+                given={"type": "object", "description": "What a command has where it says nothing"},
+                commands={"type": "array", "items": _object(("command",), command=_TEXT)},
+            ),
             "Alarm": _ALARM,
             "Action": {**_ACTION, "additionalProperties": False},
             "Answer": _ANSWER,

@@ -48,6 +48,8 @@ _PAGE: Final = {
     "/console/console.js": ("console.js", "text/javascript"),
     "/alarms": ("alarms.html", "text/html"),
     "/console/alarms.js": ("alarms.js", "text/javascript"),
+    "/commands": ("commands.html", "text/html"),
+    "/console/commands.js": ("commands.js", "text/javascript"),
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 import asyncpg
 import orjson
 
+from preservarium.domain.commands import OVER
 from preservarium.domain.errors import Retry
 from preservarium.settings import Postgres as PostgresSettings
 
@@ -72,6 +73,12 @@ FROM device_commands
 WHERE ($1 = '' OR device_id = $1) AND (cardinality($2::text[]) = 0 OR state = ANY($2)) AND ($3 = '' OR command_id = $3)
   AND ($4::timestamptz IS NULL OR (requested_at, command_id) < ($4, $5))
 ORDER BY requested_at DESC, command_id DESC LIMIT $6
+"""
+# What is under way is a few rows of many, and has an index of its own.
+_COMMANDS_OPEN: Final = _COMMANDS.replace("WHERE ", "WHERE ended_at IS NULL AND ")
+_DOCUMENTS: Final = """
+SELECT d.doc::text AS device, d.enabled, d.type, t.doc::text AS type_doc, t.parser
+FROM devices d LEFT JOIN device_types t ON t.name = d.type WHERE d.device_id = $1
 """
 _COMMAND_EVENTS: Final = """
 SELECT sequence, event, state, at, actor, reason, attempt FROM command_events WHERE command_id = $1 ORDER BY sequence LIMIT $2
@@ -211,7 +218,8 @@ class Views:
         """
         at = _EPOCH + timedelta(microseconds=before[0]) if before else None
         last = before[1] if before else ""
-        rows = await self._fetch(_COMMANDS, device_id, list(states), "", at, last, limit + 1)
+        query = _COMMANDS_OPEN if states and not OVER & {*states} else _COMMANDS
+        rows = await self._fetch(query, device_id, list(states), "", at, last, limit + 1)
         page = [_command(row) for row in rows[:limit]]
         following = (page[-1]["requested_at"], page[-1]["command_id"]) if len(rows) > limit else None
         return {"commands": page, "next": following}
@@ -227,6 +235,19 @@ class Views:
             return None
         events = [_document(row) for row in await self._fetch(_COMMAND_EVENTS, command_id, limit)]
         return {**_command(rows[0]), "events": events}
+
+    async def registered(self, device_id: str) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
+        """Documents of a device and of its type, as the registry has them; None where the device is not registered.
+
+        Raises:
+            Retry: PostgreSQL cannot be asked, or has not been migrated.
+        """
+        rows = await self._fetch(_DOCUMENTS, device_id)
+        if not rows:
+            return None
+        row = rows[0]
+        device = {**orjson.loads(row["device"]), "device_id": device_id, "type": row["type"], "enabled": row["enabled"]}
+        return device, {**orjson.loads(row["type_doc"]), "parser": row["parser"]} if row["type_doc"] else None
 
     async def close(self) -> None:
         """Give the connections back."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import asyncpg
 import pytest
 from quality_support import S, T
 from sink_support import fetch, live, migrated_database
@@ -88,8 +89,34 @@ async def test_people_see_commands_and_their_events(dsn, store):
         assert (command["confirm"], page["next"]) == ("published", None)
         before = (command["requested_at"], command["command_id"])
         assert (await views.commands(device_id="", states=[], before=before, limit=1))["commands"] == []
+        assert (await views.commands(device_id="", states=["queued", "sent"], before=None, limit=1))["commands"] == []
         found = await views.command(command["command_id"], limit=2)
         assert [e["event"] for e in found["events"]] == ["request", "hand_over"]
         assert await views.command("none", limit=2) is None
+    finally:
+        await views.close()
+
+
+async def test_what_is_under_way_is_found_and_what_the_registry_gives_a_device(dsn, store):
+    await store.write(story()[:2], {})
+    views = Views(lambda: live(postgres={"url": dsn})().postgres)
+    try:
+        page = await views.commands(device_id="", states=["queued", "sent"], before=None, limit=1)
+        assert [c["state"] for c in page["commands"]] == ["queued"]
+        assert (await views.commands(device_id="", states=["queued", "failed"], before=None, limit=1))["commands"]
+        assert await views.registered("d1") is None
+        connection = await asyncpg.connect(dsn)
+        await connection.execute(
+            """
+            INSERT INTO manufacturers VALUES ('m', nextval('registry_rev'), 1, '{}', now(), 'test');
+            INSERT INTO device_types VALUES ('t', 'm', 'p', nextval('registry_rev'), 1, '{"downlink": {"tries": 3}}', now(), 'test');
+            INSERT INTO devices VALUES ('d1', 't', 'Name', false, NULL, nextval('registry_rev'), 1, '{"name": "Name"}', now(), 'test');
+            """
+        )
+        await connection.close()
+        assert await views.registered("d1") == (
+            {"name": "Name", "device_id": "d1", "type": "t", "enabled": False},
+            {"downlink": {"tries": 3}, "parser": "p"},
+        )
     finally:
         await views.close()

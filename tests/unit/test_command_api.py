@@ -13,6 +13,7 @@ from preservarium.command_desk import CommandDesk
 from preservarium.console.commands import Commands
 from preservarium.domain.commands import LINE_BYTES_MAX, command_id
 from preservarium.domain.errors import Retry
+from preservarium.settings import Commands as CommandSettings
 from preservarium.settings import Web
 
 BASE = "/api/devices/dev-1/commands"
@@ -29,10 +30,21 @@ class Reads:
     async def command(self, command: str, *, limit: int) -> dict[str, Any] | None:
         return {"command_id": command, "device_id": "dev-1", "events": []} if command == "c1" else None
 
+    async def registered(self, device_id: str) -> Any:
+        kinds = {"commands": {"open": {"fields": {"valve": 1}}, "set": {}}, "lorawan_class": "A", "tries": 2}
+        device = {"device_id": device_id, "type": "valve", "enabled": device_id != "off", "name": "Valve"}
+        return None if device_id == "none" else (device, {"parser": "p", "downlink": kinds})
+
 
 @pytest.fixture
 def host():
-    host = SimpleNamespace(settings=SimpleNamespace(web=Web()), clock=ManualClock(), sent=[], down=False, reads=Reads())
+    host = SimpleNamespace(
+        settings=SimpleNamespace(web=Web(), commands=CommandSettings()),
+        clock=ManualClock(),
+        sent=[],
+        down=False,
+        reads=Reads(),
+    )
     host.live = lambda: host.settings
 
     async def publish(sends):
@@ -130,3 +142,25 @@ async def test_lists_and_one_command(host, client):
     assert (await (await client.get(f"{BASE}/c1")).json())["command_id"] == "c1"
     assert (await client.get(f"{BASE}/c2")).status == 404
     assert (await client.get("/api/devices/other/commands/c1")).status == 404
+
+
+async def test_commands_of_all_devices_or_of_one_that_the_query_names(host, client):
+    page = await (await client.get("/api/commands", params={"state": "failed", "limit": "3"})).json()
+    await client.get("/api/commands", params={"device": "dev/1", "cursor": page["next_cursor"]})
+    assert host.reads.asked == [
+        {"device_id": "", "states": ["failed"], "before": None, "limit": 3},
+        {"device_id": "dev/1", "states": [], "before": (5, "c1"), "limit": 50},
+    ]
+    assert (await client.get("/api/commands", params={"device": "x" * 300})).status == 400
+    host.settings.web = Web(operator_token="secret-0123456789")
+    assert (await client.get("/api/commands")).status == 401
+
+
+async def test_a_form_learns_what_there_is_to_choose_from(client):
+    found = await (await client.get(f"{BASE}/choices")).json()
+    assert found == {
+        "device_id": "dev-1", "name": "Valve", "type": "valve", "problem": None, "format": "plain", "sleeps": True, "given": {"tries": 2},
+        "commands": [{"command": "open", "fields": {"valve": 1}}, {"command": "set"}],
+    }  # fmt: skip
+    assert "switched off" in (await (await client.get("/api/devices/off/commands/choices")).json())["problem"]
+    assert (await client.get("/api/devices/none/commands/choices")).status == 404

@@ -7,7 +7,6 @@ const HISTORY_INTERVAL_MS = 5000;
 const LIMIT = 50;
 // The machine answers within a second; a worker that starts takes longer.
 const ANSWER_S = 20;
-const SAID_MS = 8000;
 
 // What has returned, of the database, newest first.
 const PAST = "cleared";
@@ -270,10 +269,6 @@ async function loadHistory(entry) {
 
 // ---- acting --------------------------------------------------------------------------------------------------------
 
-const stored = {
-  get(kind, name) { try { return kind.getItem(name) || ""; } catch { return ""; } },
-  set(kind, name, value) { try { value ? kind.setItem(name, value) : kind.removeItem(name); } catch { /* storage is switched off: asked again next time */ } },
-};
 let asked = null;
 let before = null;
 
@@ -298,11 +293,6 @@ function ask(action, alarm, several = null) {
   $("dialog").showModal();
   const first = action === "comment" ? $("d-comment") : action === "shelve" ? document.querySelector("#d-choices input:checked") : $("d-actor").value ? $("d-do") : $("d-actor");
   first.focus();
-}
-
-function fault(text) {
-  $("d-fault").hidden = !text;
-  $("d-fault").textContent = text;
 }
 
 async function send() {
@@ -367,15 +357,6 @@ async function send() {
   askList();
   const entry = rows.get(key);
   if (entry && entry.detail) setTimeout(() => loadHistory(entry), 1500);
-}
-
-let saying = 0;
-function say(text, cls) {
-  clearTimeout(saying);
-  $("said").textContent = text;
-  $("said").className = `toast ${cls}`;
-  $("said").hidden = false;
-  saying = setTimeout(() => { $("said").hidden = true; }, SAID_MS);
 }
 
 // ---- asking --------------------------------------------------------------------------------------------------------

@@ -48,10 +48,37 @@ function span(s) {
 }
 
 async function get(path) {
-  const response = await fetch(path, { signal: AbortSignal.timeout(TIMEOUT_MS), headers: { Accept: "application/json" } });
+  const response = await fetch(path, { signal: AbortSignal.timeout(TIMEOUT_MS), headers: authorized({ Accept: "application/json" }) });
   const body = await response.json();
-  if (!response.ok) throw new Error(body.error || `${response.status} from ${path}`);
+  if (!response.ok) throw Object.assign(new Error(body.error || `${response.status} from ${path}`), { status: response.status });
   return body;
+}
+
+// ---- operators: who acts, what is said of it ------------------------------------------------------------------------
+
+const stored = {
+  get(kind, name) { try { return kind.getItem(name) || ""; } catch { return ""; } },
+  set(kind, name, value) { try { value ? kind.setItem(name, value) : kind.removeItem(name); } catch { /* storage is switched off: asked again next time */ } },
+};
+
+// The token is kept for the tab, the name for the next time.
+function authorized(headers) {
+  const token = stored.get(sessionStorage, "operator-token");
+  return token ? { ...headers, Authorization: `Bearer ${token}` } : headers;
+}
+function fault(text) {
+  $("d-fault").hidden = !text;
+  $("d-fault").textContent = text;
+}
+
+const SAID_MS = 8000;
+let saying = 0;
+function say(text, cls) {
+  clearTimeout(saying);
+  $("said").textContent = text;
+  $("said").className = `toast ${cls}`;
+  $("said").hidden = false;
+  saying = setTimeout(() => { $("said").hidden = true; }, SAID_MS);
 }
 
 // ---- alarms --------------------------------------------------------------------------------------------------------
