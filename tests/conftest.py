@@ -14,6 +14,7 @@
 | `clickhouse_database` | test | name of a fresh, empty database |
 | `mosquitto` | session | mqtt:// URL of a real Mosquitto |
 | `mosquitto_service` | session | its object |
+| `mongodb_service` | session | a server that speaks MongoDB's protocol with change streams; not MongoDB's own (tests/mongodb_support.py) |
 | `smtp` | test | a real SMTP server: `.host`, `.port`, `.messages`, `.refuse` |
 
 A server given in the environment is used instead of the embedded one: TEST_KAFKA_BOOTSTRAP_SERVERS, TEST_POSTGRES_URL,
@@ -42,6 +43,8 @@ from preservarium.embedded.service import Service, ServiceUnavailable, free_port
 from preservarium.settings import LEGACY_NAMES, PREFIX
 
 if TYPE_CHECKING:
+    from mongodb_support import MongoStandIn
+
     from preservarium.embedded.clickhouse import ClickHouse
     from preservarium.embedded.kafka import Kafka
     from preservarium.embedded.mosquitto import Mosquitto
@@ -269,6 +272,17 @@ def mosquitto_service(services_directory: Path) -> Iterator["Mosquitto"]:
 def mosquitto(mosquitto_service: "Mosquitto") -> str:
     """mqtt:// URL of a real Mosquitto. Sessions and retained messages are shared: use client ids of your own."""
     return mosquitto_service.url
+
+
+# --- MongoDB
+
+
+@pytest.fixture(scope="session")
+def mongodb_service(services_directory: Path) -> Iterator["MongoStandIn"]:
+    """mongo-java-server, a stand-in for MongoDB; leave it running."""
+    from mongodb_support import MongoStandIn
+
+    yield from _running(MongoStandIn(services_directory / "mongodb"))
 
 
 # --- SMTP

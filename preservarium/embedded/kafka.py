@@ -137,19 +137,30 @@ def resolve_jars(version: str | None = None) -> Path:
             raise ServiceError(message)
         return libs
     version = version or pinned_version()
-    target = cache_directory(version)
+    return fetch_jars(
+        POM, cache_directory(version), f"Kafka {version}", f"-Dkafka.version={version}", advice="; or set KAFKA_HOME"
+    )
+
+
+def fetch_jars(pom: Path, target: Path, what: str, *options: str, advice: str = "") -> Path:
+    """The directory in `target` with the jars that a pom names; fetched by Maven on first use, checksums verified.
+
+    Raises:
+        ServiceUnavailable: there are no cached jars and no Maven.
+        ServiceError: Maven failed.
+    """
     if (target / "complete").exists():
         return target / "lib"
     maven = shutil.which("mvn")
     if maven is None:
-        message = "Maven is not installed, and it fetches Kafka's jars (Debian: apt install maven); or set KAFKA_HOME"
+        message = f"Maven is not installed, and it fetches the jars of {what} (Debian: apt install maven){advice}"
         raise ServiceUnavailable(message)
     target.mkdir(parents=True, exist_ok=True)
     # Two first starts at once fetch into directories of their own; the one that ends first stays.
     own = target / f"fetch-{os.getpid()}"
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir()
-    shutil.copy(POM, own / "pom.xml")
+    shutil.copy(pom, own / "pom.xml")
     try:
         done = subprocess.run(
             [
@@ -157,7 +168,7 @@ def resolve_jars(version: str | None = None) -> Path:
                 "-q",
                 "-B",
                 "--strict-checksums",
-                f"-Dkafka.version={version}",
+                *options,
                 "dependency:copy-dependencies",
                 "-DincludeScope=runtime",
                 "-DoutputDirectory=lib",
@@ -170,9 +181,9 @@ def resolve_jars(version: str | None = None) -> Path:
             # Without a terminal of its own Maven neither asks nor colours.
             stdin=subprocess.DEVNULL,
         )
-        if done.returncode != 0 or not any((own / "lib").glob("kafka_*.jar")):
+        if done.returncode != 0 or not any((own / "lib").glob("*.jar")):
             tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
-            message = f"Maven could not fetch Kafka {version}:\n{tail}"
+            message = f"Maven could not fetch {what}:\n{tail}"
             raise ServiceError(message)
         try:
             (own / "lib").rename(target / "lib")
@@ -182,7 +193,7 @@ def resolve_jars(version: str | None = None) -> Path:
                 (own / "lib").rename(target / "lib")
         (target / "complete").touch()
     except subprocess.TimeoutExpired as e:
-        message = f"Maven did not fetch Kafka {version} within {MAVEN_S:g} s"
+        message = f"Maven did not fetch {what} within {MAVEN_S:g} s"
         raise ServiceError(message) from e
     finally:
         shutil.rmtree(own, ignore_errors=True)

@@ -344,7 +344,8 @@ class ExtractService(Service):
                 # Whatever it is, also a defect of ours: the stream does not stop for it.
                 text = f"{type(e).__name__}: {e}"
                 if text != said:
-                    expected = isinstance(
+                    # PyMongo by its name: it is an extra.
+                    expected = type(e).__module__.startswith("pymongo.") or isinstance(
                         e, SourceError | Retry | OSError | TimeoutError | asyncpg.PostgresError | asyncpg.InterfaceError
                     )
                     log.warning("extract_interrupted", error=text, exc_info=None if expected else e)

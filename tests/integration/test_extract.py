@@ -13,18 +13,13 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 import orjson
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from extract_support import World
 from sink_support import in_thread, live
 
 from preservarium import topics
 from preservarium.domain.errors import Retry
-from preservarium.domain.tasks import employee_row, event_order, task_rows
-from preservarium.extract.ledger import Ledger
-from preservarium.extract.postgres import PostgresSource
 from preservarium.extract.service import Extractor, ExtractService
 from preservarium.extract.source import SourceError
-from preservarium.publish import Publisher
 from preservarium.stage import Send
 from preservarium.stores.migrate import MIGRATIONS, migrate_postgres
 
@@ -70,84 +65,12 @@ def template(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         in_thread(execute(postgres, f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))
 
 
-class World:
-    """A source, the ledger, Kafka, and an extractor between them."""
-
-    def __init__(self, dsn: str, kafka: str, prefix: str) -> None:
-        self.dsn = dsn
-        self.extract: dict[str, Any] = {"url": dsn, "interval_min_s": 0.05, "overlap_s": 5}
-        self._kafka = {"bootstrap_servers": kafka, "topic_prefix": prefix, "group": f"{prefix}g", "partitions": 2}
-        self.publisher = Publisher(self.settings)
-        self.db: Any = None
-        self._ours: list[Any] = []
-
-    @property
-    def settings(self) -> Any:
-        return live(postgres={"url": self.dsn}, kafka=self._kafka, extract=self.extract)
-
-    async def start(self) -> None:
-        self.db = await asyncpg.connect(self.dsn, timeout=10)
-        admin = AIOKafkaAdminClient(bootstrap_servers=self._kafka["bootstrap_servers"])
-        await admin.start()
-        prefix = self._kafka["topic_prefix"]
-        await admin.create_topics([NewTopic(prefix + t.name, 2, 1) for t in (topics.TASK_EVENTS, topics.EMPLOYEES)])
-        await admin.close()
-
-    async def stop(self) -> None:
-        for each in self._ours:
-            await each.close()
-        await self.db.close()
-        await self.publisher.stop()
-        await self.publisher.on_stop()
-
-    async def extractor(self, publish: Any = None) -> Extractor:
-        """One as after a restart: it knows what is recorded."""
-        source = PostgresSource(lambda: self.settings())
-        self._ours.append(source)
-        await source.open()
-        connection = await asyncpg.connect(self.dsn, timeout=10)
-        self._ours.append(connection)
-        return Extractor(source, Ledger(connection), publish or self.publisher.publish, partitions=2)
-
-    async def events(self, topic: Any = topics.TASK_EVENTS) -> list[tuple[bytes | None, dict[str, Any]]]:
-        """Every record of the topic; each is taken by the stage that reads it."""
-        consumer = AIOKafkaConsumer(bootstrap_servers=self._kafka["bootstrap_servers"], enable_auto_commit=False)
-        await consumer.start()
-        found = []
-        try:
-            tps = [TopicPartition(self._kafka["topic_prefix"] + topic.name, p) for p in range(2)]
-            consumer.assign(tps)
-            await consumer.seek_to_beginning(*tps)
-            ends = await consumer.end_offsets(tps)
-            for tp in tps:
-                while await consumer.position(tp) < ends[tp]:
-                    for record in (await consumer.getone(tp),):
-                        line = orjson.loads(record.value)
-                        parse = task_rows if topic is topics.TASK_EVENTS else employee_row
-                        assert parse(record.key, line, offset=record.offset, index=0, recorded_at=1_800_000_000_000_000)
-                        found.append((record.key, line))
-        finally:
-            await consumer.stop()
-        return found
-
-    async def state(self) -> dict[str, tuple[Any, ...]]:
-        """What the topic says of each task: the newest event of its file and id."""
-        newest: dict[tuple[str, bytes | None], dict[str, Any]] = {}
-        for key, line in await self.events():
-            before = newest.get((line["task_id"], key))
-            if before is None or event_order(line["event_id"]) >= event_order(before["event_id"]):
-                newest[line["task_id"], key] = line
-        return {
-            id: (line["file_id"], line["stage"], line["status"], line.get("employee_code"), line["assigned_at"])
-            for (id, _), line in newest.items()
-            if not line.get("deleted")
-        }
-
-    async def table(self) -> dict[str, tuple[Any, ...]]:
-        rows = await self.db.fetch(
-            "SELECT id::text, file_id, stage, status, employee_code, (extract(epoch FROM assigned_at) * 1000000)::bigint FROM tasks"
-        )
-        return {r[0]: tuple(r)[1:] for r in rows}
+async def table(world: World) -> dict[str, tuple[Any, ...]]:
+    """What the source has."""
+    rows = await world.db.fetch(
+        "SELECT id::text, file_id, stage, status, employee_code, (extract(epoch FROM assigned_at) * 1000000)::bigint FROM tasks"
+    )
+    return {r[0]: tuple(r)[1:] for r in rows}
 
 
 @pytest.fixture
@@ -230,7 +153,7 @@ async def test_a_step_leaves_when_the_one_before_it_is_recorded_and_it_is_planne
 async def test_equal_timestamps_across_the_borders_of_steps(world: World) -> None:
     await fill(world, 1_700, updated_at="'2026-01-01 00:00+00'")
     assert await (await world.extractor()).turn() == 1_700
-    assert await world.state() == await world.table()
+    assert await world.state() == await table(world)
 
 
 async def test_changes_with_the_same_timestamp_are_told_and_the_later_counts(world: World) -> None:
@@ -241,7 +164,7 @@ async def test_changes_with_the_same_timestamp_are_told_and_the_later_counts(wor
     for status in ("a", "b", "c"):
         await world.db.execute(f"UPDATE tasks SET status = '{status}' WHERE id = 2")
         assert await extractor.turn() == 1
-    assert await world.state() == await world.table()
+    assert await world.state() == await table(world)
 
 
 async def test_a_transaction_that_commits_late(world: World) -> None:
@@ -260,7 +183,7 @@ async def test_a_transaction_that_commits_late(world: World) -> None:
     await transaction.commit()
     await late.close()
     assert await extractor.turn() == 1
-    assert await world.state() == await world.table()
+    assert await world.state() == await table(world)
 
 
 async def test_clocks_that_are_ahead_behind_or_not_there(world: World) -> None:
@@ -276,10 +199,10 @@ async def test_clocks_that_are_ahead_behind_or_not_there(world: World) -> None:
     assert await extractor.turn() == 2
     assert await extractor.turn() == 0
     # Beyond the overlap only the comparison of all keys finds them.
-    assert set(await world.table()) - set(await world.state()) == {"5", "6"}
+    assert set(await table(world)) - set(await world.state()) == {"5", "6"}
     assert await extractor.reconcile("tasks") == 2
     assert await extractor.reconcile("tasks") == 0
-    assert await world.state() == await world.table()
+    assert await world.state() == await table(world)
 
 
 async def test_what_was_deleted_is_told_and_may_come_again(world: World) -> None:
@@ -292,7 +215,7 @@ async def test_what_was_deleted_is_told_and_may_come_again(world: World) -> None
     await fill(world, 0)
     await world.db.execute("INSERT INTO tasks (id, file_id, stage, status) VALUES (7, 'f7', 's', 'again')")
     assert await extractor.turn() == 1
-    assert await world.state() == await world.table()
+    assert await world.state() == await table(world)
 
 
 async def test_a_task_that_goes_to_another_file_leaves_the_first(world: World) -> None:
@@ -301,7 +224,7 @@ async def test_a_task_that_goes_to_another_file_leaves_the_first(world: World) -
     await extractor.turn()
     await world.db.execute("UPDATE tasks SET file_id = 'other', updated_at = now() WHERE id = 1")
     assert await extractor.turn() == 2
-    assert await world.state() == await world.table()
+    assert await world.state() == await table(world)
 
 
 async def test_columns_of_other_names_views_and_mistakes(world: World) -> None:
@@ -402,7 +325,7 @@ async def test_writers_at_random_and_an_extractor_that_is_killed(world: World, s
     extractor = await world.extractor()
     await extractor.turn()
     await extractor.reconcile("tasks")
-    assert await world.state() == await world.table()
+    assert await world.state() == await table(world)
     assert await extractor.turn() == 0
 
 
@@ -429,5 +352,5 @@ async def test_the_service_is_woken_by_notices_and_one_of_two_leads(world: World
     finally:
         for service in services:
             await service.stop()
-    assert await world.state() == await world.table()
+    assert await world.state() == await table(world)
     assert len(await world.events()) == 24
