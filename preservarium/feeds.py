@@ -62,8 +62,10 @@ FETCH_WAIT_MS: Final = 100
 #: 0.5 % of a core for each stage.
 IDLE_AFTER_S: Final = 3.0
 #: Then a fetch waits this long. It covers every partition, so that the first record of any still comes at once, and ends
-#: the poll, which waits as long.
-IDLE_POLL_MS: Final = 5_000
+#: the poll, which waits as long. Half of a request's time-out; less often gains little beside the heartbeats.
+IDLE_POLL_MS: Final = 30_000
+#: Heartbeats within a session's time-out. Three is what Kafka's documentation asks for, and each is what an idle feed costs.
+HEARTBEATS: Final = 3
 #: aiokafka looks whether there is something to fetch this often besides being told; 0.2 s is its own value.
 FETCHER_TURN_S: Final = 0.2
 #: Flights of records that may wait in memory besides those under way, in equal shares of the partitions: one to start at
@@ -259,7 +261,7 @@ class GroupFeed:
             max_partition_fetch_bytes=settings.fetch_bytes_max,
             fetch_max_wait_ms=FETCH_WAIT_MS,
             session_timeout_ms=round(settings.session_timeout_s * 1000),
-            heartbeat_interval_ms=round(settings.session_timeout_s * 1000 / 6),
+            heartbeat_interval_ms=round(settings.session_timeout_s * 1000 / HEARTBEATS),
             rebalance_timeout_ms=60_000,
             request_timeout_ms=60_000,
             metadata_max_age_ms=METADATA_AGE_MS,
@@ -341,6 +343,12 @@ class GroupFeed:
         fetcher = consumer._fetcher
         fetcher._fetch_max_wait_ms = IDLE_POLL_MS if self._idle else FETCH_WAIT_MS
         fetcher._fetcher_timeout = IDLE_POLL_MS / 1000 if self._idle else FETCHER_TURN_S
+
+    def _wake(self) -> None:
+        """Ask often again, and at once: a long fetch from the wrong offset would hold up the seek to the right one."""
+        self._busy_s = monotonic()
+        if self._consumer is not None:
+            self._set_pace(self._consumer)
 
     @property
     def _idle(self) -> bool:
@@ -532,6 +540,7 @@ class GroupFeed:
     def assign(self, partitions: Iterable[int]) -> None:
         """Partitions are ours now; find out where to start, and fetch nothing of them before that is known."""
         metrics.REBALANCES.labels(self.group).inc()
+        self._wake()
         new = sorted(partitions)
         for partition in new:
             self.lanes[partition] = GroupLane(partition)
@@ -615,6 +624,7 @@ class GroupFeed:
 
     async def revoke(self, partitions: Iterable[int]) -> None:
         """Partitions go to another worker: wait for their flights, commit what is acknowledged, forget the rest."""
+        self._wake()
         lanes = [self.lanes[p] for p in partitions if p in self.lanes]
         for lane in lanes:
             lane.closing = True

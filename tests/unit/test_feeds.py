@@ -187,6 +187,19 @@ async def test_a_feed_with_nothing_to_do_asks_rarely_and_comes_back_at_once(monk
         await until(lambda: any(wait == feeds.FETCH_WAIT_MS for _, wait in group.consumer.asked_ms[asked:]))
 
 
+async def test_an_idle_feed_asks_often_again_from_a_rebalance_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its next turn: a fetch from an offset that is about to be corrected must not wait for long."""
+    monkeypatch.setattr(feeds, "IDLE_AFTER_S", 0.05)
+    async with Group({0: 5}) as group:
+        fetcher = group.consumer._fetcher
+        for happens in (lambda: group.feed.assign([]), lambda: group.feed.revoke([])):
+            await until(lambda: fetcher._fetch_max_wait_ms == feeds.IDLE_POLL_MS)
+            waited = happens()
+            if waited is not None:
+                await waited
+            assert fetcher._fetch_max_wait_ms == feeds.FETCH_WAIT_MS
+
+
 async def test_a_flight_is_formed_over_several_partitions() -> None:
     async with Group(dict.fromkeys(range(8), 3), linger_s=0.05) as group:
         await until(lambda: all(len(offsets) == 3 for offsets in group.seen.values()))
