@@ -145,8 +145,29 @@ ANOMALIES: Final = Table(topics.ANOMALIES, "sync-anomalies", "anomalies", {
     "raw_index": "UInt32",
 })  # fmt: skip
 
+#: What was sent stays in PostgreSQL.
+COMMAND_EVENTS: Final = Table(topics.COMMAND_EVENTS, "sync-commands", "command_events", {
+    "event_id": "String",
+    "command_id": "String",
+    "sequence": "UInt32",
+    "device_id": _TEXT,
+    "event": _TEXT,
+    "state": _TEXT,
+    "at": _TIME,
+    "actor": _TEXT,
+    "reason": "String",
+    "attempt": "UInt32",
+    "command": _TEXT,
+    "priority": "UInt32",
+    "requested_at": _TIME,
+    "requested_by": _TEXT,
+    "cause": "String",
+    "expires_at": _TIME,
+    "ended_at": f"Nullable({_TIME})",
+})  # fmt: skip
+
 #: Topics of events that only we write: a line is a row, its fields the columns.
-EVENTS: Final[tuple[Table, ...]] = (ALARM_EVENTS, AGGREGATES, ANOMALIES)
+EVENTS: Final[tuple[Table, ...]] = (ALARM_EVENTS, AGGREGATES, ANOMALIES, COMMAND_EVENTS)
 
 #: Columns in the order of TaskRow and EmployeeRow.
 TASK_EVENTS: Final = Table(topics.TASK_EVENTS, "sync-tasks", "task_events", {

@@ -143,6 +143,8 @@ class EventTable:
     kept_by: str = ""
     #: How long, in days.
     kept_days: Callable[[Settings], int] = lambda _: 0
+    #: Tables that `then` writes, with the column by which their rows are deleted alike; where it is NULL a row is kept.
+    kept_with: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         names = [column.name for column in self.columns]
@@ -187,11 +189,11 @@ class EventTable:
         )
 
     @cached_property
-    def prune(self) -> str:
-        """Deletes up to $2 rows older than $1."""
-        return (
-            f"DELETE FROM {self.table} WHERE ctid = ANY(ARRAY("
-            f"SELECT ctid FROM {self.table} WHERE {self.kept_by} < $1 ORDER BY {self.kept_by} LIMIT $2))"
+    def prunes(self) -> tuple[str, ...]:
+        """Statements that delete up to $2 rows of a table each, older than $1."""
+        return tuple(
+            f"DELETE FROM {table} WHERE ctid = ANY(ARRAY(SELECT ctid FROM {table} WHERE {at} < $1 ORDER BY {at} LIMIT $2))"
+            for table, at in ((self.table, self.kept_by), *self.kept_with)
         )
 
 
@@ -244,7 +246,9 @@ class EventStore(OffsetStore):
         before = to_datetime(self._clock.now_us()) - timedelta(days=self.declared.kept_days(self._settings()))
 
         async def delete(connection: Any) -> int:
-            return count_of(await connection.execute(self.declared.prune, before, PRUNE_ROWS_MAX))
+            return sum(
+                [count_of(await connection.execute(one, before, PRUNE_ROWS_MAX)) for one in self.declared.prunes]
+            )
 
         return await self._ask(delete)
 

@@ -113,6 +113,9 @@ ON CONFLICT (command_id) DO UPDATE
 SET state = excluded.state, sequence = excluded.sequence, reason = excluded.reason, attempt = excluded.attempt,
     ended_at = excluded.ended_at, updated_at = excluded.updated_at
 WHERE excluded.sequence > c.sequence""",
+    kept_by="at",
+    kept_days=lambda settings: settings.sink.events_retention_days,
+    kept_with=(("device_commands", "ended_at"),),
 )  # fmt: skip
 
 #: suffix of the stage's name and of its consumer group, `sink-<suffix>` -> declaration

@@ -1,5 +1,6 @@
 """Commands in PostgreSQL: a row as the last event left it, whatever the order in which events came."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,6 +74,19 @@ async def test_what_comes_late_or_again_changes_nothing(dsn, store):
     (row,) = await fetch(dsn, "SELECT state, sequence FROM device_commands")
     assert tuple(row) == ("successful", 4)
     assert len(await fetch(dsn, "SELECT 1 FROM command_events")) == 4
+
+
+async def test_what_ended_long_ago_is_deleted_and_what_waits_stays(dsn, store):
+    ended, waiting = story(), [{**event, "event_id": f"w{i}", "command_id": "w"} for i, event in enumerate(story()[:2])]
+    recent_us = time.time_ns() // 1_000 - 86_400 * S
+    recent = [{**event, "event_id": f"r{i}", "command_id": "r", "at": recent_us} for i, event in enumerate(story())]
+    recent[-1]["ended_at"] = recent_us
+    await store.write([*ended, *waiting, *recent], {})
+    assert await store.prune() == 6 + 1  # events, and the row of the one that has ended
+    assert await store.prune() == 0
+    left = await fetch(dsn, "SELECT command_id, state FROM device_commands ORDER BY 1")
+    assert [tuple(row) for row in left] == [("r", "successful"), ("w", "queued")]
+    assert [r[0] for r in await fetch(dsn, "SELECT DISTINCT command_id FROM command_events")] == ["r"]
 
 
 async def test_people_see_commands_and_their_events(dsn, store):

@@ -207,7 +207,8 @@ async def test_a_declaration_fits_its_table(dsn, suffix):
     if declared.then:
         await connection.prepare(declared.then)
     if declared.kept_by:
-        await connection.prepare(declared.prune)
+        for statement in declared.prunes:
+            await connection.prepare(statement)
     rows = await connection.fetch(
         "SELECT column_name FROM information_schema.columns WHERE table_name = $1 AND is_nullable = 'NO'"
         " AND column_default IS NULL AND is_identity = 'NO'",

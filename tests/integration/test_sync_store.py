@@ -12,10 +12,11 @@ from sink_support import DAY_US, NOW_US, FakeRecord, batch, live, message, recor
 
 from preservarium import topics
 from preservarium.clock import ManualClock
+from preservarium.domain.commands import DeviceCommands, Profile, Turn, downlink_id, parse_line
 from preservarium.domain.errors import Retry
 from preservarium.stores.clickhouse import ClickHouseStore
 from preservarium.stores.migrate import DEDUP_BLOCKS, migrate_clickhouse
-from preservarium.sync import AGGREGATES, ALARM_EVENTS, ANOMALIES, EventSync, ReadingSync
+from preservarium.sync import AGGREGATES, ALARM_EVENTS, ANOMALIES, COMMAND_EVENTS, EventSync, ReadingSync
 
 T = topics.VALIDATED.name
 
@@ -271,6 +272,28 @@ async def test_anomalies(store, settings):
     assert await count(store, "anomalies") == (2, 2)
     refused = await stage([batch(topics.ANOMALIES.name, 0, [record(2, line | {"score": "high"})])])
     assert refused.refused == {"store_rejected": 1}
+
+
+async def test_commands_and_their_events(store, settings):
+    device, events = DeviceCommands("d1"), []
+    asked = {"command": "set", "actor": "ann", "fields": {"on": 1}, "idempotency_key": "k"}
+    events += device.request(
+        parse_line(asked, device_id="d1", at=NOW_US, key="x"), Profile(topic="t"), Turn(NOW_US), "c0", 1, 0
+    ).events
+    word = {"kind": "report", "report": "sent", "downlink_id": downlink_id(events[0]["command_id"], 1)}
+    events += device.report(
+        parse_line(word, device_id="d1", at=NOW_US + 1, key="y"), Profile(topic="t"), Turn(NOW_US), "c0", 2, 0
+    ).events
+    stage = EventSync(COMMAND_EVENTS, store, settings)
+    part = [batch(topics.COMMAND_EVENTS.name, 0, [record(0, *events[:3]), record(1, events[3], events[1])])]
+    for _ in range(2):
+        assert (await stage(part)).refused == {}
+    rows = await store.query("SELECT event, actor, ended_at IS NULL FROM command_events FINAL ORDER BY sequence")
+    assert rows == [("request", "ann", 1), ("hand_over", "", 1), ("publish", "", 1), ("confirm", "", 0)]
+    found = await store.query(
+        "SELECT command, state, sequence, requested_by, toUnixTimestamp64Micro(requested_at) FROM device_commands"
+    )
+    assert found == [("set", "successful", 4, "ann", NOW_US)]
 
 
 async def test_last_values_and_daily_counts_follow_each_insert_once(store, sync):
