@@ -21,7 +21,7 @@ from typing import Any, Final, cast
 import asyncpg
 import orjson
 
-from preservarium.backtest_notices import kept, played
+from preservarium.backtest_notices import Heard, kept, played
 from preservarium.catalogue import Catalogue
 from preservarium.domain.alarm_history import AlarmKey, Difference, Playback, Tally, compare
 from preservarium.domain.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc, RuleDoc
@@ -35,11 +35,14 @@ from preservarium.stores import history
 
 #: Alarms that a report lists one by one, those raised most often; the sums are of all.
 LISTED_MAX: Final = 1_000
-#: Transitions that are kept to say which notices they would have made, some 1 KB each. Whoever gets more needs no count
-#: of notices but a better rule.
+#: Transitions that are kept to say which notices they would have made, some 100 bytes each. Whoever gets more needs no
+#: count of notices but a better rule.
 HEARD_MAX: Final = 50_000
 #: More processes than that wait for PostgreSQL.
 PROCESSES_MAX: Final = 4
+#: Readings of one device that go to `DeviceAlarms` together: what a call costs is then less than a hundredth of what its
+#: readings cost, and they take some 200 KB.
+MESSAGE_READINGS_MAX: Final = 512
 #: Readings after which the progress is told.
 _TOLD_EVERY: Final = 20_000
 
@@ -77,8 +80,8 @@ class Result:
     differing: int = 0  #: alarms that are not the same under both rules
     difference: dict[str, Difference] = field(default_factory=dict)  #: by rule
     told: dict[str, int] = field(default_factory=dict)  #: recipient -> transitions
-    heard: list[bytes] = field(default_factory=list)  #: transitions for `backtest_notices`; at most `HEARD_MAX`
-    unheard: int = 0  #: transitions that found no room
+    heard: list[bytes] = field(default_factory=list)  #: transitions for `backtest_notices`, packed; none where too many
+    transitions: int = 0  #: how many they were
     #: recipient -> kind -> notices that would have gone out; None: too many transitions to say
     notices: dict[str, dict[str, int]] | None = None
     problems: list[str] = field(default_factory=list)
@@ -96,9 +99,8 @@ class Result:
             self.difference.setdefault(rule, Difference()).add(difference)
         for recipient, count in other.told.items():
             self.told[recipient] = self.told.get(recipient, 0) + count
-        room = HEARD_MAX - len(self.heard)
-        self.unheard += other.unheard + max(0, len(other.heard) - room)
-        self.heard += other.heard[:room]
+        self.transitions += other.transitions
+        self.heard = [*self.heard, *other.heard] if self.transitions <= HEARD_MAX else []
         self.alarms = nlargest(LISTED_MAX, [*self.alarms, *other.alarms], key=lambda one: (one[1].raised, one[0]))
         self.problems = list(dict.fromkeys([*self.problems, *other.problems]))[:LISTED_MAX]
 
@@ -268,53 +270,73 @@ def _restricted(
 
 
 class Assembler:
-    """Makes messages of rows: readings of one device, time and reception are one.
+    """Makes messages of rows: readings of one device, in the order of their times; those of one instant are never parted.
+
+    What a message costs is shared by its readings, so one holds as many as it may, whatever the devices sent.
 
     Args:
         series: what the rows' numbers mean.
         emit: called with device and message, in order.
+        readings_max: of a message, unless one instant has more; 1: a message is what the device said at an instant.
     """
 
-    def __init__(self, series: Sequence[history.Series], emit: Callable[[str, dict[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        series: Sequence[history.Series],
+        emit: Callable[[str, dict[str, Any]], None],
+        readings_max: int = MESSAGE_READINGS_MAX,
+    ) -> None:
         self._series = series
         self._emit = emit
-        self._device_id = ""
-        self._at = self._received_at = 0
+        self._readings_max = readings_max
+        self._number = -1
         self._readings: list[dict[str, Any]] = []
         self._position = 0
 
     def take(self, rows: Iterable[history.Row]) -> int:
         """Take rows; how many they were."""
-        series = self._series
-        device_id, last_at, last_received_at, readings = self._device_id, self._at, self._received_at, self._readings
+        series, readings, readings_max = self._series, self._readings, self._readings_max
+        last = self._number
+        one = series[last]  # of -1, any: there are no readings of it yet
+        component_type, pin_position = one.component_type, one.pin_position
+        before = readings[-1]["timestamp"] if readings else 0
         count = 0
-        for number, at, value, quality, received_at, unit_unknown in rows:
+        for number, at, value, quality in rows:
             count += 1
-            one = series[number]
+            at += history.EPOCH_US
+            if number != last:
+                following = series[number]
+                component_type, pin_position = following.component_type, following.pin_position
+                if readings and following.device_id != one.device_id:
+                    self._send(one.device_id, readings)
+                    readings = []
+                last, one = number, following
+            if at != before:
+                if len(readings) >= readings_max:
+                    self._send(one.device_id, readings)
+                    readings = []
+                before = at
             reading: dict[str, Any] = {
-                "component_type": one.component_type,
-                "pin_position": one.pin_position,
+                "component_type": component_type,
+                "pin_position": pin_position,
                 "value": value if value == value else None,
                 "quality": quality,
+                "timestamp": at,
             }
-            if unit_unknown:
+            if quality >= history.UNIT_UNKNOWN:
+                reading["quality"] -= history.UNIT_UNKNOWN
                 reading["flags"] = ["unit_unknown"]
-            if at == last_at and received_at == last_received_at and one.device_id == device_id:
-                readings.append(reading)
-                continue
-            if readings:
-                self._send(device_id, last_at, last_received_at, readings)
-            device_id, last_at, last_received_at, readings = one.device_id, at, received_at, [reading]
-        self._device_id, self._at, self._received_at, self._readings = device_id, last_at, last_received_at, readings
+            readings.append(reading)
+        self._number, self._readings = last, readings
         return count
 
     def finish(self) -> None:
         """Emit the last message."""
         if self._readings:
-            self._send(self._device_id, self._at, self._received_at, self._readings)
+            self._send(self._series[self._number].device_id, self._readings)
             self._readings = []
 
-    def _send(self, device_id: str, at: int, received_at: int, readings: list[dict[str, Any]]) -> None:
+    def _send(self, device_id: str, readings: list[dict[str, Any]]) -> None:
         self._position += 1
         self._emit(
             device_id,
@@ -324,8 +346,8 @@ class Assembler:
                 "raw_partition": 0,
                 "raw_offset": self._position,
                 "raw_index": 0,
-                "timestamp": at + history.EPOCH_US,
-                "received_at": received_at + history.EPOCH_US,
+                "timestamp": readings[0]["timestamp"],
+                "received_at": readings[-1]["timestamp"],  # nothing came late
                 "readings": readings,
             },
         )
@@ -352,6 +374,7 @@ class _Piece:
         self._new: Playback | None = None
         self._live: Playback | None = None
         self._unsaid = 0
+        self._heard = Heard()
 
     def take(self, rows: Iterator[history.Row]) -> None:
         """Take rows, device after device."""
@@ -390,15 +413,14 @@ class _Piece:
         self.result.devices += 1
 
     def _hear(self, transitions: Sequence[Mapping[str, Any]]) -> None:
-        result = self.result
         for one in transitions:
-            if len(result.heard) >= HEARD_MAX:
-                result.unheard += 1
+            self.result.transitions += 1
+            if self._heard.count >= HEARD_MAX:
                 continue
             device = self._devices[one["device_id"]]
             changed = (device.get("rules") or {}).get(one["rule"]) or {}
             rule: Mapping[str, Any] = self._test.rules[one["rule"]]
-            result.heard.append(kept(one, device, changed.get("escalation", rule.get("escalation")) or ()))
+            self._heard.add(kept(one, device, changed.get("escalation", rule.get("escalation")) or ()))
 
     def _close(self) -> None:
         """The device's last reading was taken."""
@@ -426,6 +448,8 @@ class _Piece:
         self._assembler.finish()
         self._close()
         self._told(self._unsaid)
+        if self.result.transitions <= HEARD_MAX:
+            self.result.heard.append(self._heard.packed())
         self.result.alarms = nlargest(LISTED_MAX, self.result.alarms, key=lambda one: (one[1].raised, one[0]))
         return self.result
 
@@ -515,7 +539,7 @@ async def run(
 
 async def count_notices(connection: asyncpg.Connection, settings: Settings, test: Test, result: Result) -> None:
     """Say in `result.notices` which notices would have gone out, by the recipients and the settings as they are."""
-    if result.unheard:
+    if result.transitions > HEARD_MAX:
         return
     rows = await connection.fetch("SELECT name, rev, doc FROM recipients")
     recipients = {row["name"]: {**orjson.loads(row["doc"]), "rev": row["rev"]} for row in rows}

@@ -3,8 +3,11 @@
 Time is the transitions' own. Nobody acknowledges and nothing is sent.
 """
 
+import zlib
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from tempfile import TemporaryFile
 from typing import Any, Final, cast
 
 import orjson
@@ -15,6 +18,52 @@ from preservarium.notices.routing import labels_of, route
 
 #: Times that one inbox is looked at between two transitions; a digest of a year of hours needs as many.
 LOOKS_MAX: Final = 10_000
+#: Unpacked at a time; some hundreds of transitions.
+_UNPACKED_BYTES: Final = 1 << 18
+
+
+class Heard:
+    """What is kept of transitions for `played`, compressed: some 100 bytes each, however many devices they are of."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._packer = zlib.compressobj(1)
+        self._packed = bytearray()
+
+    def add(self, line: bytes) -> None:
+        """Add one of `kept`."""
+        self.count += 1
+        self._packed += self._packer.compress(line + b"\n")
+
+    def packed(self) -> bytes:
+        """All of them; nothing can be added after it."""
+        return bytes(self._packed + self._packer.flush())
+
+
+def _by_time(blocks: Iterable[bytes]) -> Iterator[list[Any]]:
+    """The transitions of all blocks by time, device and sequence; in memory is only where they lie in a file without name."""
+    with TemporaryFile() as file:
+        found: list[tuple[int, str, int, int]] = []
+        ends = array("q", [0])
+        for block in blocks:
+            for line in _lines(block):
+                at, transition, *_ = orjson.loads(line)
+                found.append((at, transition["device_id"], transition["sequence"], len(ends) - 1))
+                file.write(line)
+                ends.append(ends[-1] + len(line))
+        found.sort()
+        for *_, number in found:
+            file.seek(ends[number])
+            yield orjson.loads(file.read(ends[number + 1] - ends[number]))
+
+
+def _lines(block: bytes) -> Iterator[bytes]:
+    unpacker = zlib.decompressobj()
+    rest = b""
+    while block:
+        *lines, rest = (rest + unpacker.decompress(block, _UNPACKED_BYTES)).split(b"\n")
+        yield from lines
+        block = unpacker.unconsumed_tail
 
 
 def kept(transition: Mapping[str, Any], device: DeviceDoc, escalation: Sequence[Any]) -> bytes:
@@ -24,7 +73,7 @@ def kept(transition: Mapping[str, Any], device: DeviceDoc, escalation: Sequence[
 
 
 def played(
-    lines: Iterable[bytes],
+    blocks: Iterable[bytes],
     recipient: Callable[[str], RecipientDoc | None],
     policy_of: Callable[[str], Policy],
     defaults: Sequence[str],
@@ -33,7 +82,7 @@ def played(
     """Notices by recipient and kind (`alarms`, `repeat`, `digest`), until `to_us`.
 
     Args:
-        lines: of `kept`, in any order.
+        blocks: of `Heard.packed`, in any order.
         recipient: the registry's look-up.
         policy_of: how a recipient wants to be told.
         defaults: mail addresses for transitions that name nobody.
@@ -54,10 +103,7 @@ def played(
             inbox.plan(policy, at, 1)
             counts[name].update(cast(Any, plan)["kind"] for plan in inbox.take())
 
-    ordered = sorted(
-        (orjson.loads(line) for line in lines), key=lambda one: (one[0], one[1]["device_id"], one[1]["sequence"])
-    )
-    for number, (at, transition, labels, escalation) in enumerate(ordered):
+    for number, (at, transition, labels, escalation) in enumerate(_by_time(blocks)):
         for told in route(transition, recipient, defaults, escalation).told:
             if told.recipient not in inboxes:
                 inboxes[told.recipient] = Inbox(told.recipient), policy_of(told.recipient)

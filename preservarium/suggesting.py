@@ -75,7 +75,7 @@ async def suggest(
             del messages[:-messages_max]
             dropped = True
 
-    assembler = Assembler(series, take)
+    assembler = Assembler(series, take, readings_max=1)
     await history.read(connection, series, from_us, to_us, lambda rows: cast(None, assembler.take(rows)))
     assembler.finish()
     dropped = dropped or len(messages) > messages_max

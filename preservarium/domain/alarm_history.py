@@ -7,6 +7,7 @@ durations are µs of event time. An alarm lasts from `occurred_at` to `cleared_a
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Final, NamedTuple
 
 from preservarium.domain.device_alarms import CHATTER_RAISES, CHATTER_US, DeviceAlarms
@@ -152,21 +153,35 @@ class Playback:
         self._heard = heard
         self._alarms = DeviceAlarms(device_id)
         self._rules = rules
-        #: whether something can happen without a reading
-        self._timed = bool(getattr(rules, "no_data", ())) or any(one.lateness_us for one in getattr(rules, "sets", ()))
+        #: whether readings wait for others: what the rules say then also depends on what is said to them together
+        self._waits = any(one.lateness_us for one in rules.sets)
 
     def take(self, message: Mapping[str, Any]) -> None:
-        """Take a message; they come in the order of their times."""
-        if self._timed:
-            self._tick(message["timestamp"])
+        """Take a message; they come in the order of their times, and so do the readings of one.
+
+        Silence needs no tick on the way: a series' next reading says the same with the same times, and in a group every
+        instant does.
+        """
+        if not self._waits:
+            self._observe(message)
+            return
+        readings: Sequence[Mapping[str, Any]] = message["readings"]
+        start = 0
+        for now_us, together in groupby(readings, lambda reading: _instant(reading, message)):
+            self._tick(now_us)
+            instant = list(together)
+            part = {"raw_index": message["raw_index"] + start, "timestamp": now_us, "received_at": now_us}
+            self._observe({**message, **part, "readings": instant})
+            start += len(instant)
+
+    def _observe(self, message: Mapping[str, Any]) -> None:
         outcome = self._alarms.observe(message, self._rules, as_received=False)
         if outcome.transitions:
             self._tell(outcome.transitions)
 
     def close(self, to_us: int) -> History:
         """Let time pass to the end."""
-        if self._timed:
-            self._tick(to_us)
+        self._tick(to_us)
         self.history.close(to_us)
         return self.history
 
@@ -179,6 +194,11 @@ class Playback:
         self.history.take(transitions)
         if self._heard is not None:
             self._heard(transitions)
+
+
+def _instant(reading: Mapping[str, Any], message: Mapping[str, Any]) -> int:
+    at: int = reading.get("timestamp", message["timestamp"])
+    return at
 
 
 @dataclass(slots=True)

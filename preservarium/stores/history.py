@@ -13,17 +13,22 @@ import orjson
 
 #: Readings that one query sorts: some 100 MB in the server, so that it needs no disk.
 SORTED_MAX: Final = 1_000_000
+#: Series that one query reads: their devices' documents are in memory, a few KB each.
+SERIES_MAX: Final = 2_000
 #: What such a sort takes in the server, so that it stays in memory.
 _WORK_MEM: Final = "160MB"
 
 #: What the times of a row count from: PostgreSQL's 2000-01-01, µs since the epoch.
 EPOCH_US: Final = 946_684_800_000_000
 _HEADER_BYTES: Final = 19
-#: count of fields, then each with its length: number, timestamp, value, quality, received_at, unit_unknown
-_ROW: Final = struct.Struct(">2x4xi4xq4xd4xh4xq4x?")
+#: count of fields, then each with its length: number, timestamp, value, quality
+_ROW: Final = struct.Struct(">2x4xi4xq4xd4xh")
 
-#: (place in the list of series, event time, value or NaN where it is text, quality, reception, in a foreign unit)
-Row = tuple[int, int, float, int, int, bool]
+#: Added to the quality of a reading in a unit that is not the datatype's; QARTOD's flags are below 10.
+UNIT_UNKNOWN: Final = 256
+
+#: (place in the list of series, event time, value or NaN where it is text, quality and perhaps `UNIT_UNKNOWN`)
+Row = tuple[int, int, float, int]
 
 
 class Series(NamedTuple):
@@ -57,7 +62,7 @@ async def pieces(
     *,
     sorted_max: int = SORTED_MAX,
 ) -> list[Piece]:
-    """Cut the devices that have such series into ranges of at most some `sorted_max` readings, by the planner's estimate.
+    """Cut the devices that have such series into ranges of some `sorted_max` readings, by the planner's estimate, and `SERIES_MAX` series.
 
     Args:
         connection: of asyncpg.
@@ -77,7 +82,7 @@ async def pieces(
     )
     a_series = max(1.0, orjson.loads(plan)[0]["Plan"]["Plan Rows"] / every)
     cut: list[Piece] = []
-    first, held, last = "", 0.0, ""
+    first, held, last, number = "", 0.0, "", 0
     async with connection.transaction(readonly=True):
         async for device_id, count in connection.cursor(
             f'SELECT s.device_id, count(*) {_SELECTED} GROUP BY s.device_id ORDER BY s.device_id COLLATE "C"',
@@ -86,12 +91,13 @@ async def pieces(
             prefetch=5_000,
         ):
             rows = count * a_series
-            if held and held + rows > sorted_max:
+            if held and (held + rows > sorted_max or number + count > SERIES_MAX):
                 cut.append(Piece(first, last, round(held)))
-                held = 0.0
+                held, number = 0.0, 0
             first = first if held else device_id
             last = device_id
             held += rows
+            number += count
     cut.append(Piece(first, last, round(held)))
     return cut
 
@@ -129,13 +135,13 @@ async def read(
     devices = [places.setdefault(one.device_id, len(places)) for one in series]
     # Old rows wait in `measurements_late` until they are merged.
     stored = " UNION ALL ".join(
-        f"SELECT series_id, timestamp, value, quality, received_at, flags FROM {table} WHERE series_id = ANY($1)"
+        f"SELECT series_id, timestamp, value, quality, flags FROM {table} WHERE series_id = ANY($1)"
         f" AND timestamp >= {_instant(from_us)} AND timestamp < {_instant(to_us)}"
         for table in ("measurements", "measurements_late")
     )
     query = f"""
-    SELECT w.number, m.timestamp, coalesce(m.value, 'NaN'), m.quality, m.received_at,
-           coalesce(m.flags @> '{{unit_unknown}}', false)
+    SELECT w.number, m.timestamp, coalesce(m.value, 'NaN'),
+           CASE WHEN m.flags @> '{{unit_unknown}}' THEN m.quality + {UNIT_UNKNOWN}::smallint ELSE m.quality END
     FROM ({stored}) AS m JOIN unnest($1::int[], $2::int[], $3::int[]) AS w(series_id, device, number) USING (series_id)
     ORDER BY w.device, m.timestamp, w.number"""
     rest = b""
@@ -154,7 +160,11 @@ async def read(
         take(_ROW.iter_unpack(memoryview(data)[:whole]))
 
     async with connection.transaction(readonly=True):
-        await connection.execute(f"SET LOCAL work_mem = '{_WORK_MEM}'")
+        # We are as many as there are cores: helpers of the server would only take turns with us. And a merge join would
+        # sort everything by series first, only to sort it again.
+        await connection.execute(
+            f"SET LOCAL work_mem = '{_WORK_MEM}'; SET LOCAL max_parallel_workers_per_gather = 0; SET LOCAL enable_mergejoin = off"
+        )
         await connection.copy_from_query(
             query, [one.series_id for one in series], devices, list(range(len(series))), output=output, format="binary"
         )

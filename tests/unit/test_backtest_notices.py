@@ -1,6 +1,6 @@
 """Transitions of a back-test through the grouping that runs live, in their own time."""
 
-from preservarium.backtest_notices import kept, played
+from preservarium.backtest_notices import Heard, kept, played
 from preservarium.domain.notices import Policy
 
 S = 1_000_000
@@ -24,7 +24,12 @@ def line(second: int, transition: str, device: str = "d", sequence: int = 1, esc
 
 
 def count(*lines, seconds: int, **policy):
-    return played(lines, {"ops": RECIPIENT}.get, lambda _: Policy(**policy), (), T + seconds * S)
+    heard = [Heard() for _ in range(2)]
+    for number, one in enumerate(lines):
+        heard[number % 2].add(one)
+    return played(
+        [one.packed() for one in heard], {"ops": RECIPIENT}.get, lambda _: Policy(**policy), (), T + seconds * S
+    )
 
 
 def test_what_comes_within_group_wait_is_one_notice():
