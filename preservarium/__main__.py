@@ -27,6 +27,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "dlq",
     "commands",
     "sync",
+    "extract",
     "doctor",
     "alarms",
     "alarms_analysis",

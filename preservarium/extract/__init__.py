@@ -7,6 +7,7 @@
 | mongo.py | MongoDB: change streams |
 | ledger.py | what was sent: positions and the version of each row, in our PostgreSQL |
 | service.py | one worker at a time reads, sends and records |
+| status.py | how it stands, a look at the source, and having everything sent again: for the command |
 
 docs/EXTRACT.md says how to use it, and what it does about each of a watermark's traps.
 """

@@ -21,6 +21,9 @@ GONE: Final[Version] = (-1, 0)
 #: A row that is gone is remembered for so long, so that its events, if it comes again, are newer than its deletion.
 GONE_KEPT_S: Final = 7 * 86_400
 
+#: Every row of a table is written: some minutes for ten million.
+AGAIN_S: Final = 3_600.0
+
 
 @dataclass(frozen=True, slots=True)
 class Sent:
@@ -110,6 +113,22 @@ class Ledger:
             " ON CONFLICT (source) DO UPDATE SET reconciled_at = now()",
             table,
         )
+
+    async def again(self, table: Table) -> int:
+        """Have every row sent again, and all keys compared; returns the rows.
+
+        Their events stay known: what is sent again is newer, and what has gone meanwhile is told.
+        """
+        async with self._connection.transaction():
+            # No row of a source has such a version.
+            done = await self._connection.execute(
+                "UPDATE extract_rows SET place = -1 WHERE source = $1 AND changed_us >= 0", table, timeout=AGAIN_S
+            )
+            await self._connection.execute(
+                "UPDATE extract_positions SET position = '{\"again\": true}', reconciled_at = NULL WHERE source = $1",
+                table,
+            )
+        return int(done.rpartition(" ")[2])
 
     async def pages(self, table: Table) -> AsyncIterator[list[str]]:
         """Ids of all rows that were sent, a page at a time; pages may be forgotten while they are read."""

@@ -83,6 +83,8 @@ class MongoSource:
             make = AsyncMongoClient
         s = self._settings().extract
         self._streams, self._waiting, self._compare = {}, {}, False
+        from pymongo.errors import ConfigurationError
+
         self._client = make(
             s.url.get_secret_value(),
             tz_aware=True,
@@ -90,7 +92,11 @@ class MongoSource:
             connectTimeoutMS=CONNECT_MS,
             appname="preservarium-extract",
         )
-        self._database = self._client.get_default_database()
+        try:
+            self._database = self._client.get_default_database()
+        except ConfigurationError as e:
+            message = "the URL names no database: mongodb://host/database"
+            raise SourceError(message) from e
         hello = await self._client.admin.command("hello")
         if "setName" not in hello and hello.get("msg") != "isdbgrid":
             message = "change streams need a replica set; a single server becomes one with --replSet and rs.initiate()"

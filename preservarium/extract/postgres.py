@@ -15,8 +15,8 @@ than it and hidden from us, an `updated_at` that is not set) the comparison of a
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from typing import Any, Final
 
 import asyncpg
@@ -188,18 +188,23 @@ class PostgresSource:
             self._tables[table] = _Table(table, name, columns, {r[0]: r[1] for r in types}, kind in ("r", "p"))
 
     async def _connect(self) -> Any:
-        return await asyncpg.connect(
-            self._settings().extract.url.get_secret_value(),
-            timeout=CONNECT_S,
-            command_timeout=STATEMENT_S,
-            server_settings={
-                "application_name": "preservarium-extract",
-                "timezone": self._settings().extract.time_zone,
-                "default_transaction_read_only": "on",
-                # What a compiled plan saves on a small query is less than compiling costs.
-                "jit": "off",
-            },
-        )
+        try:
+            return await asyncpg.connect(
+                self._settings().extract.url.get_secret_value(),
+                timeout=CONNECT_S,
+                command_timeout=STATEMENT_S,
+                server_settings={
+                    "application_name": "preservarium-extract",
+                    "timezone": self._settings().extract.time_zone,
+                    "default_transaction_read_only": "on",
+                    # What a compiled plan saves on a small query is less than compiling costs.
+                    "jit": "off",
+                },
+            )
+        except ValueError as e:
+            # Not its text: it may hold the password.
+            message = "PRESERVARIUM_EXTRACT__URL cannot be read as postgresql://user:password@host:port/database"
+            raise SourceError(message) from e
 
     async def close(self) -> None:
         """See `Source`."""
@@ -266,9 +271,10 @@ class PostgresSource:
             arguments.append(position["at"])
             where += f" AND {t.at} >= $2::text::{t.at_type}"
         query = f"{t.select.replace('SELECT ', f'SELECT {t.at}::text, ', 1)} WHERE {where} ORDER BY {t.at}, {t.id}"
-        async for rows in self._cursor(query, *arguments):
-            position = {"walk": [rows[-1][0], rows[-1][1]]}
-            yield Step([t.change(r[1:]) for r in rows], position=position, observed_us=now_us)
+        async with aclosing(self._cursor(query, *arguments)) as pages:
+            async for rows in pages:
+                position = {"walk": [rows[-1][0], rows[-1][1]]}
+                yield Step([t.change(r[1:]) for r in rows], position=position, observed_us=now_us)
         if position is None or "walk" in position:
             yield Step(position={"at": horizon})
 
@@ -281,11 +287,15 @@ class PostgresSource:
             # Not `< + 1 second`: infinity is not less than itself.
             at = f"$1::text::{t.at_type}"
             where, arguments = f"{t.at} BETWEEN {at} AND {at} + INTERVAL '999999 microseconds'", [name]
-        async for rows in self._cursor(f"{t.select} WHERE {where}", *arguments):
-            yield rows
+        async with aclosing(self._cursor(f"{t.select} WHERE {where}", *arguments)) as pages:
+            async for rows in pages:
+                yield rows
 
-    async def _cursor(self, query: str, *arguments: Any) -> AsyncIterator[list[Any]]:
-        """Rows of one picture of the table, `STEP_ROWS` at a time, through a cursor on the server."""
+    async def _cursor(self, query: str, *arguments: Any) -> AsyncGenerator[list[Any], None]:
+        """Rows of one picture of the table, `STEP_ROWS` at a time, through a cursor on the server.
+
+        To be closed by who leaves it early: its transaction is open until then.
+        """
         async with self._connection.transaction(isolation="repeatable_read", readonly=True):
             cursor = await self._connection.cursor(query, *arguments, timeout=STATEMENT_S)
             while rows := await cursor.fetch(STEP_ROWS):
@@ -293,8 +303,9 @@ class PostgresSource:
 
     async def versions(self, table: Table) -> AsyncIterator[list[tuple[str, Version | None]]]:
         """See `Source`."""
-        async for rows in self._cursor(self._tables[table].versions):
-            yield [(r[0], (r[1] or 0, r[2])) for r in rows]
+        async with aclosing(self._cursor(self._tables[table].versions)) as pages:
+            async for rows in pages:
+                yield [(r[0], (r[1] or 0, r[2])) for r in rows]
 
     async def rows(self, table: Table, ids: Sequence[str]) -> list[Change]:
         """See `Source`."""

@@ -18,8 +18,10 @@ from sink_support import in_thread, live
 
 from preservarium import topics
 from preservarium.domain.errors import Retry
+from preservarium.domain.tasks import event_order
 from preservarium.extract.service import Extractor, ExtractService
 from preservarium.extract.source import SourceError
+from preservarium.extract.status import again
 from preservarium.stage import Send
 from preservarium.stores.migrate import MIGRATIONS, migrate_postgres
 
@@ -216,6 +218,26 @@ async def test_what_was_deleted_is_told_and_may_come_again(world: World) -> None
     await world.db.execute("INSERT INTO tasks (id, file_id, stage, status) VALUES (7, 'f7', 's', 'again')")
     assert await extractor.turn() == 1
     assert await world.state() == await table(world)
+
+
+async def test_everything_is_sent_again_newer_than_before_and_what_is_gone_is_told(world: World) -> None:
+    await fill(world, 700)
+    await (await world.extractor()).turn()
+    before = {line["task_id"]: event_order(line["event_id"]) for _, line in await world.events()}
+    await world.db.execute("DELETE FROM tasks WHERE id <= 10")
+    assert await again(world.settings(), ["tasks"]) == 700
+    extractor = await world.extractor()
+    assert await extractor.turn() == 690
+    # As the service does: it is due.
+    assert await extractor.due("tasks", 86_400) == 0
+    assert await extractor.reconcile("tasks") == 10
+    assert await world.state() == await table(world)
+    newest = {
+        line["task_id"]: event_order(line["event_id"])
+        for _, line in sorted(await world.events(), key=lambda e: event_order(e[1]["event_id"]))
+    }
+    assert all(newest[id] > before[id] for id in before)
+    assert await extractor.turn() == 0
 
 
 async def test_a_task_that_goes_to_another_file_leaves_the_first(world: World) -> None:
