@@ -164,6 +164,7 @@ class Site:
     async def known(self, devices: list[str]) -> None:
         """Wait until the worker knows these devices: without a database, only the topic tells it of them."""
         missing = set(devices)
+        sent = 0
 
         async def found() -> bool:
             probes = {
@@ -175,11 +176,16 @@ class Site:
                 states.update({e["command_id"]: e["state"] for e in await self.events() if e["state"] in OVER})
                 return probes.keys() <= states.keys()
 
+            nonlocal sent
             await until(over, 30, lambda: self.workers.log(-1)[-3000:])
-            missing.difference_update(device for probe, device in probes.items() if states[probe] == "successful")
+            reached = [device for probe, device in probes.items() if states[probe] == "successful"]
+            missing.difference_update(reached)
+            sent += len(reached)
             return not missing
 
         await until(found, 60, lambda: f"unknown: {missing}")
+        # The broker acknowledges a message to its sender before it hands it on: a probe may come after it is successful.
+        await until(lambda: len(self.devices.got) >= sent, 30, lambda: f"{self.devices.got} of {sent}")
         self.devices.got.clear()
 
     async def events(self) -> list[dict[str, Any]]:
