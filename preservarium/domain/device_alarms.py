@@ -524,6 +524,10 @@ class DeviceAlarms:
         outcome: Outcome,
     ) -> None:
         """Samples in order. What one instant says is taken in as a whole, masters of groups first."""
+        known: dict[str, dict[str, list[Any]]] = {}
+        if rule_set.several and samples:
+            known = kept.setdefault("i", {}).setdefault(str(rule_set.lateness_us), {})
+        points = self._live.setdefault(generation, {})
         start = 0
         while start < len(samples):
             end = start
@@ -536,7 +540,7 @@ class DeviceAlarms:
                 received_at = self._received(first, rule_set.lateness_us)
                 if received_at is not None:
                     self._notice(kept, generation, rule_set.silences, overdue, received_at, received_at, rules, outcome)
-            inputs = self._take_inputs(kept, together, rule_set, outcome) if rule_set.several else {}
+            inputs = self._take_inputs(known, together, rule_set, outcome) if rule_set.several else {}
             late: set[int] = set()
             for masters in (True, False) if rule_set.masters else (False,):
                 for number, sample in enumerate(together):
@@ -547,10 +551,9 @@ class DeviceAlarms:
                             and self._single(kept, generation, rule, sample, rules, outcome)
                         ):
                             late.add(number)
-                for (name, pin), sample in inputs.items():
-                    rule = rules.by_name[name]
+                for (_, pin), (rule, sample) in inputs.items():
                     if rule.group_master is masters:
-                        self._several(kept, generation, rule, pin, sample, rules, outcome)
+                        self._several(kept, known, points, generation, rule, pin, sample, rules, outcome)
             outcome.late += len(late)
             start = end
 
@@ -604,11 +607,14 @@ class DeviceAlarms:
         return self._told(generation, live, rule, sample.pin_position, verdicts, sample, rules, outcome)
 
     def _take_inputs(
-        self, kept: dict[str, Any], samples: Sequence[_Sample], rule_set: RuleSet, outcome: Outcome
-    ) -> dict[tuple[str, str], _Sample]:
+        self,
+        known: dict[str, dict[str, list[Any]]],
+        samples: Sequence[_Sample],
+        rule_set: RuleSet,
+        outcome: Outcome,
+    ) -> dict[tuple[str, str], tuple[Rule, _Sample]]:
         """Remember what rules of several series take in; (rule, pin) that it concerns -> the newest of the samples."""
-        known: dict[str, dict[str, list[Any]]] = kept.setdefault("i", {}).setdefault(str(rule_set.lateness_us), {})
-        concerned: dict[tuple[str, str], _Sample] = {}
+        concerned: dict[tuple[str, str], tuple[Rule, _Sample]] = {}
         for sample in samples:
             watching = rule_set.several.get(sample.component_type)
             if watching is None:
@@ -622,10 +628,15 @@ class DeviceAlarms:
             elif sample.at <= held[0]:
                 outcome.late += 1
                 continue
-            pins[sample.pin_position] = [sample.at, sample.value]
+            pin = sample.pin_position
+            pins[pin] = [sample.at, sample.value]
             for rule in watching:
-                for pin in self._pins(rule, sample, known):
-                    concerned[rule.name, pin] = sample
+                if rule.everywhere:
+                    # Where its own series is not there yet, nothing comes of it.
+                    concerned[rule.name, pin] = rule, sample
+                else:
+                    for one in self._pins(rule, sample, known):
+                        concerned[rule.name, one] = rule, sample
         return concerned
 
     def _pins(self, rule: Rule, sample: _Sample, known: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -642,6 +653,8 @@ class DeviceAlarms:
     def _several(
         self,
         kept: dict[str, Any],
+        known: Mapping[str, Mapping[str, Any]],
+        points: dict[tuple[str, str], _Live],
         generation: int,
         rule: Rule,
         pin: str,
@@ -650,27 +663,38 @@ class DeviceAlarms:
         outcome: Outcome,
     ) -> None:
         """Evaluate a rule of several series, at the instant of the newest of them."""
-        known = kept["i"][str(rule.lateness_us)]
-        own = known.get(rule.component_type, {}).get(pin)
+        series = known.get(rule.component_type)
+        own = series.get(pin) if series else None
         if own is None:
             return  # its own series is not there yet: no alarm to keep a state for
-        points = self._live.setdefault(generation, {})
         live = points.get((rule.name, pin)) or self._point(generation, kept, points, rule.name, pin, outcome)
         if live is None:
             return
         at = oldest = own[0]
         values = [own[1]]
         for component_type, fixed in rule.inputs:
-            found = known.get(component_type, {}).get(pin if fixed is None else fixed)
+            series = known.get(component_type)
+            found = series.get(pin if fixed is None else fixed) if series else None
             if found is None:
                 oldest = TIMESTAMP_MIN_US - rule.inputs_max_age_us  # missing is older than anything
                 continue
-            at, oldest = max(at, found[0]), min(oldest, found[0])
+            if found[0] > at:
+                at = found[0]
+            elif found[0] < oldest:
+                oldest = found[0]
             values.append(found[1])
         value = _computed(rule, values) if at - oldest <= rule.inputs_max_age_us else None
-        verdicts = take(rule, live.watch, value, at)
-        if verdicts:
-            self._told(generation, live, rule, pin, verdicts, sample._replace(value=own[1]), rules, outcome)
+        verdicts: Sequence[Verdict]
+        if value is not None and rule.plain and at > live.watch.at:
+            verdict = evaluate(rule, live.watch, value, at)
+            if verdict is None or verdict.evaluation is Evaluation.PENDING:
+                return
+            verdicts = (verdict if rule.threshold is None else verdict._replace(value=value),)
+        else:
+            verdicts = take(rule, live.watch, value, at)
+            if not verdicts:
+                return
+        self._told(generation, live, rule, pin, verdicts, sample._replace(value=own[1]), rules, outcome)
 
     def _told(
         self,
@@ -1059,12 +1083,14 @@ def _coordinates(message: Mapping[str, Any]) -> tuple[int, int, int]:
 def _samples(message: Mapping[str, Any], rule_set: RuleSet) -> Iterator[_Sample]:
     """The readings that a set of rules takes."""
     by_type, several = rule_set.by_type, rule_set.several
+    message_at, received_at = message["timestamp"], message["received_at"]
+    partition, offset, index = _coordinates(message)
     for reading in message["readings"]:
         component_type = reading["component_type"]
         if (component_type in by_type or component_type in several) and _usable(reading):
-            at = _instant(reading, message["timestamp"])
-            found = (component_type, reading["pin_position"], reading["value"], message["received_at"])
-            yield _Sample(at, *found, *_coordinates(message))
+            pin, value = reading["pin_position"], reading["value"]
+            at = _instant(reading, message_at)
+            yield _Sample(at, component_type, pin, value, received_at, partition, offset, index)
 
 
 def _quiet(rule_set: RuleSet, rules: DeviceRules) -> list[Rule]:

@@ -135,7 +135,7 @@ class Rule:
     notified: tuple[str, ...]  #: the recipients and those of the escalation
     latching: bool  #: stays until an operator resets it, though the process has returned to normal
     acknowledge: bool  #: an operator must acknowledge it; otherwise the return to normal ends it
-    plain: bool = True  #: `evaluate` is enough
+    plain: bool = True  #: `evaluate` is enough; of several series, for what their function says at a later instant
     levels: tuple[Level, ...] = ()  #: the graver ones, in order
     repeat: int = 1  #: readings within `repeat_us` that must meet the condition
     repeat_us: int = 0
@@ -145,6 +145,7 @@ class Rule:
     per_us: int = 0  #: of a rate: its unit of time
     function: Callable[..., Any] | None = None  #: of several series: of the own value and those of `inputs`
     inputs: tuple[Input, ...] = ()
+    everywhere: bool = False  #: of several series: neither it nor an input names a pin
     inputs_max_age_us: int = 0
     no_data_us: int = 0
     calendar: Calendar | None = None  #: when it watches; None: always
@@ -332,7 +333,8 @@ def compile_rule(doc: RuleDoc, datatype: DatatypeDoc | None, outages: Any = None
     }
     if kind == "no_data" and rule["calendar"] is not None and not _can_be_silent(doc, own["no_data_us"]):
         _refuse("no_data_s: its schedule has no span so long")
-    plain = kind in THRESHOLDS and not rule["levels"] and rule["repeat"] == 1 and rule["calendar"] is None
+    compares = kind in THRESHOLDS or "function" in own
+    plain = compares and not rule["levels"] and rule["repeat"] == 1 and rule["calendar"] is None
     return Rule(
         name=doc["name"],
         rev=doc["rev"],
@@ -357,6 +359,7 @@ def compile_rule(doc: RuleDoc, datatype: DatatypeDoc | None, outages: Any = None
                 ]
             )
         ),
+        everywhere=doc.get("pin_position") is None and all(i.pin_position is None for i in own.get("inputs", ())),
         latching=bool(parameters.get("latching", False)),
         acknowledge=acknowledge == "operator",
         plain=plain,
@@ -579,7 +582,7 @@ def evaluate(rule: Rule, watch: Watch, value: float, at: int) -> Verdict | None:
     Args:
         rule: the rule.
         watch: its watch for the reading's pin.
-        value: in the datatype's canonical unit.
+        value: in the datatype's canonical unit; of several series, what their function says.
         at: the reading's own time, µs.
     """
     before = watch.at

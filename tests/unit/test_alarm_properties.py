@@ -1,7 +1,7 @@
 """One story of alarms: live, on replay, after a crash at any record, however late or often the data came."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -12,7 +12,7 @@ from quality_support import World, batch, catalogue, live, offer, record
 from preservarium import topics
 from preservarium.alarming import Alarming
 from preservarium.domain.device_alarms import DeviceAlarms, parse_action
-from preservarium.domain.rules import DeviceRules, compile_rules
+from preservarium.domain.rules import DeviceRules, _rule_set, compile_rules
 from preservarium.publish import partition_of
 from preservarium.stage import Effects, Tick
 
@@ -242,6 +242,19 @@ def test_shuffles_within_the_lateness_have_the_history_of_the_sorted_data(
         [message(i, s, at) for i, (s, at) in enumerate(zip(shuffled, received, strict=True))], watched, end_s
     )
     assert stories(out_of_order, event_time_only=True) == stories(in_order, event_time_only=True)
+
+
+@given(STEPS, st.randoms(use_true_random=False))
+@settings(max_examples=60, deadline=None)
+def test_the_short_way_of_plain_rules_ends_where_the_long_one_does(steps: list[tuple[Any, ...]], rng: Any) -> None:
+    assert {rule.name for rule in NOW.by_name.values() if rule.plain} == {"hot", "both", "apart", "dry"}
+    slow = {name: replace(rule, plain=False, everywhere=False) for name, rule in NOW.by_name.items()}
+    rule_set = _rule_set(0, list(slow.values()))
+    long_way = replace(NOW, by_name=slow, by_type=rule_set.by_type, sets=(rule_set,))
+    sent = week(steps)
+    arriving = sorted(sent, key=lambda s: s.at_s + rng.choice([0, 0, 0, 700, 9_000]))
+    messages = [message(i, s, s.at_s + 1) for i, s in enumerate(arriving)]
+    assert run(messages, NOW) == run(messages, long_way)
 
 
 # --- durations
