@@ -270,6 +270,7 @@ class GroupFeed:
         self._consumer = consumer
         try:
             await consumer.start()
+            kafka_clients.keep_as_parsed(consumer, lambda topic: topic == self.kafka_topic)
             consumer.subscribe([self.kafka_topic], listener=_Listener(self))
             self.trouble = ""
             await self._poll(consumer)

@@ -19,7 +19,7 @@ from preservarium.topics import Topic
 
 
 class Record(Protocol):
-    """A Kafka record as the feeds hand it over (aiokafka's ConsumerRecord has this shape)."""
+    """A Kafka record as the feeds hand it over (aiokafka's parsed record and its ConsumerRecord have this shape)."""
 
     @property
     def offset(self) -> int: ...  # noqa: D102

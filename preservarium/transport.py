@@ -31,7 +31,7 @@ from faust.transport.drivers import TRANSPORTS
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 
-from preservarium import metrics, state
+from preservarium import kafka_clients, metrics, state
 from preservarium.domain.errors import Fatal
 from preservarium.runner import Progress, Runner
 from preservarium.settings import LiveSettings
@@ -415,6 +415,11 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         consumer = super()._create_worker_consumer(transport)
         consumer._fetch_max_wait_ms = FETCH_WAIT_MS
         return consumer
+
+    async def on_start(self) -> None:
+        """Start the consumer; records of topics that stages read stay as they were parsed."""
+        await super().on_start()
+        kafka_clients.keep_as_parsed(self._consumer, lambda topic: bool(self.consumer.app.stages.of(topic)))
 
     async def give_back(self, spans: Mapping[TP, tuple[int, int]]) -> None:
         """Read (first, next) spans again: a rebalance came between their fetch and their delivery.

@@ -12,11 +12,13 @@ import aiokafka
 import faust
 import pytest
 from aiokafka.consumer.consumer import AIOKafkaConsumer
-from aiokafka.consumer.fetcher import Fetcher
+from aiokafka.consumer.fetcher import Fetcher, FetchResult, PartitionRecords
 from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.consumer.subscription_state import Assignment, SubscriptionState, TopicPartitionState
 from aiokafka.producer.message_accumulator import BatchBuilder, MessageAccumulator
 from aiokafka.producer.sender import Sender
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
+from aiokafka.record.memory_records import MemoryRecords
 from faust.app.base import App
 from faust.stores import memory, rocksdb
 from faust.tables.manager import TableManager
@@ -28,6 +30,8 @@ from faust.transport.consumer import Fetcher as FaustFetcher
 from faust.transport.drivers import TRANSPORTS
 from faust.transport.drivers import aiokafka as driver
 from mode.threads import QueueServiceThread
+
+from preservarium import kafka_clients
 
 
 def source(thing: Any) -> str:
@@ -251,3 +255,28 @@ def test_our_scheme_is_registered() -> None:
 
     assert TRANSPORTS.by_url("batch://localhost") is preservarium.transport.Transport
     assert preservarium.transport.Transport.Consumer is preservarium.transport.BatchConsumer
+
+
+def test_records_are_parsed_when_they_are_taken_and_may_stay_so() -> None:
+    # kafka_clients.keep_as_parsed puts an instance's _consumer_record in the way.
+    assert "self._records = collections.OrderedDict()" in source(Fetcher.__init__)
+    assert "self._records[tp] = FetchResult(" in source(Fetcher._proc_fetch_request)
+    assert "consumer_record = self._consumer_record(tp, record)" in source(PartitionRecords._unpack_records)
+    builder = DefaultRecordBatchBuilder(2, 0, False, -1, -1, -1, 10_000)
+    builder.append(0, 1_700_000_000_123, b"key", b"value", [("name", b"text")])
+    builder.append(1, 1_700_000_000_124, None, None, [])
+    data = bytes(builder.build())
+
+    def fetched(topic: str) -> list[Any]:
+        results = kafka_clients._Fetched(lambda name: name == "ours")
+        tp = aiokafka.TopicPartition(topic, 3)
+        records = PartitionRecords(tp, MemoryRecords(data), [], 0, None, None, True, 0)
+        results[tp] = FetchResult(tp, assignment=None, partition_records=records, backoff=0)
+        return list(results[tp]._partition_records)
+
+    ours, theirs = fetched("ours"), fetched("theirs")
+    assert [type(r) for r in theirs] == [aiokafka.ConsumerRecord] * 2
+    assert all(type(r) is not aiokafka.ConsumerRecord for r in ours)
+    for names in ("offset", "timestamp", "key", "value"):
+        assert [getattr(r, names) for r in ours] == [getattr(r, names) for r in theirs]
+    assert [tuple(r.headers) for r in ours] == [r.headers for r in theirs] == [(("name", b"text"),), ()]
