@@ -9,8 +9,10 @@ one: what is held in memory is a piece's alarms and a few kilobytes of readings.
 """
 
 import asyncio
+import gc
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -38,6 +40,8 @@ LISTED_MAX: Final = 1_000
 #: Transitions that are kept to say which notices they would have made, some 100 bytes each. Whoever gets more needs no
 #: count of notices but a better rule.
 HEARD_MAX: Final = 50_000
+#: Component types that an error names.
+STORED_SHOWN_MAX: Final = 20
 #: More processes than that wait for PostgreSQL.
 PROCESSES_MAX: Final = 4
 #: Readings of one device that go to `DeviceAlarms` together: what a call costs is then less than a hundredth of what its
@@ -65,6 +69,8 @@ class Test:
     to_us: int
     against_live: bool = False
     devices: tuple[str, ...] | None = None  #: None: all
+    companions: bool = True  #: the live rules of their suppression groups take part, too
+    problems: tuple[str, ...] = ()  #: what was seen in the preparation, for people
 
 
 @dataclass(slots=True)
@@ -84,6 +90,7 @@ class Result:
     transitions: int = 0  #: how many they were
     #: recipient -> kind -> notices that would have gone out; None: too many transitions to say
     notices: dict[str, dict[str, int]] | None = None
+    companions: dict[str, int] = field(default_factory=dict)  #: live rule of a suppression group -> devices with it
     problems: list[str] = field(default_factory=list)
 
     def add(self, other: "Result") -> None:
@@ -97,8 +104,9 @@ class Result:
                 _sum(mine.setdefault(rule, Tally()), tally)
         for rule, difference in other.difference.items():
             self.difference.setdefault(rule, Difference()).add(difference)
-        for recipient, count in other.told.items():
-            self.told[recipient] = self.told.get(recipient, 0) + count
+        for counts, more in ((self.told, other.told), (self.companions, other.companions)):
+            for name, count in more.items():
+                counts[name] = counts.get(name, 0) + count
         self.transitions += other.transitions
         self.heard = [*self.heard, *other.heard] if self.transitions <= HEARD_MAX else []
         self.alarms = nlargest(LISTED_MAX, [*self.alarms, *other.alarms], key=lambda one: (one[1].raised, one[0]))
@@ -117,10 +125,11 @@ class Result:
             "live": {rule: _sums(tally) for rule, tally in sorted(self.live.items())} if test.against_live else None,
             "against_live": against,
             "alarms_differing": self.differing if test.against_live else None,
+            "companions": dict(sorted(self.companions.items())) if test.companions else None,
             "notices": self.notices,
             "transitions_told": dict(sorted(self.told.items())),
             "alarms": [{**key._asdict(), **tally.document()} for key, tally in self.alarms],
-            "problems": self.problems,
+            "problems": [*test.problems, *self.problems],
         }
 
 
@@ -131,6 +140,8 @@ def _sum(into: Tally, other: Tally) -> None:
     into.longest_us = max(into.longest_us, other.longest_us)
     into.standing += other.standing
     into.chatter += other.chatter
+    into.suppressed += other.suppressed
+    into.first_out += other.first_out
     into.severity = other.severity
     firsts = [at for at in (into.first_at, other.first_at) if at is not None]
     lasts = [at for at in (into.last_at, other.last_at) if at is not None]
@@ -216,14 +227,16 @@ async def prepare(
     to_us: int,
     against_live: bool = False,
     devices: Sequence[str] | None = None,
+    companions: bool = True,
 ) -> Test:
     """Look up what a back-test needs of the registry.
 
     A rule watches the devices that the registry gives a rule of its name, under their overrides; one that no device type
-    and no device has watches every device with such a series.
+    and no device has watches every device with such a series. The live rules of its suppression groups, as the device has
+    them, take part unless `companions` is false.
 
     Raises:
-        BacktestError: a rule cannot be used.
+        BacktestError: a rule cannot be used, a device is not known, or nothing is stored that a rule could watch.
     """
     if to_us <= from_us:
         message = "the time to look at is empty: --to is not after --from"
@@ -231,9 +244,17 @@ async def prepare(
     documents = await Documents.load(connection)
     named = {name for one in documents.documents["type"].values() for name in one.get("rules") or ()}
     rows = await connection.fetch(
-        "SELECT DISTINCT key FROM devices, json_object_keys(doc -> 'rules') AS key WHERE json_typeof(doc -> 'rules') = 'object'"
+        "SELECT DISTINCT rule.key, rule.value ->> 'group' AS group FROM devices, json_each(doc -> 'rules') AS rule"
+        " WHERE json_typeof(doc -> 'rules') = 'object'"
     )
     named.update(row["key"] for row in rows)
+    if devices is not None:
+        known = await connection.fetch("SELECT device_id FROM devices WHERE device_id = ANY($1)", list(devices))
+        if missing := sorted(set(devices) - {row["device_id"] for row in known}):
+            message = f"not in the registry: {', '.join(missing)}"
+            raise BacktestError(message)
+    grouped = {(row["key"], row["group"]) for row in rows if row["group"]}
+    grouped |= {(name, _group(doc)) for name, doc in documents.documents["rule"].items() if _group(doc)}
     needed: set[str] = set()
     for look_up in (rules.get, documents.rule) if against_live else (rules.get,):
         present: dict[str, dict[str, Any]] = {name: {} for name in rules if look_up(name) is not None}
@@ -242,6 +263,16 @@ async def prepare(
         if compiled.problems:
             raise BacktestError("; ".join(compiled.problems))
         needed |= needs(compiled)
+        groups = {_group(look_up(name)) for name in present} | {group for name, group in grouped if name in rules}
+        for name in {name for name, group in grouped if group in groups and name not in rules} if companions else ():
+            alone = cast(DeviceDoc, {**probe, "rules": {name: {}}})
+            needed |= needs(compile_rules(alone, None, documents.rule, documents.datatype))
+    rows = await connection.fetch("SELECT DISTINCT component_type FROM series ORDER BY component_type LIMIT 1000")
+    stored = [row["component_type"] for row in rows]
+    unknown = [f"no series of component type {one} is stored" for one in sorted(needed - set(stored))]
+    if len(unknown) == len(needed):
+        message = f"{'; '.join(unknown)}; there are: {', '.join(stored[:STORED_SHOWN_MAX]) or 'none'}"
+        raise BacktestError(message)
     return Test(
         dsn=settings.postgres.dsn,
         rules=dict(rules),
@@ -251,19 +282,36 @@ async def prepare(
         to_us=to_us,
         against_live=against_live,
         devices=None if devices is None else tuple(devices),
+        companions=companions,
+        problems=tuple(unknown),
     )
+
+
+def _group(doc: Mapping[str, Any] | None, override: Mapping[str, Any] | None = None) -> str:
+    """The suppression group of a rule; "" where it has none."""
+    group: str = {**(doc or {}), **(override or {})}.get("group") or ""
+    return group
 
 
 def _restricted(
     device: DeviceDoc, test: Test, documents: Documents, rule: Callable[[str], RuleDoc | None]
 ) -> DeviceRules:
-    """The device's rules of those under test."""
+    """The device's rules of those under test, with the live ones of their suppression groups."""
     overrides = device.get("rules") or {}
     device_type = documents.type(device["type"])
     inherited = (device_type.get("rules") or []) if device_type else []
     names = [name for name in test.rules if name in inherited or name in overrides or name in test.everywhere]
     chosen = {name: overrides.get(name, {}) for name in names if rule(name) is not None}
-    return compile_rules(cast(DeviceDoc, {**device, "rules": chosen}), None, rule, documents.datatype)
+    groups = {_group(rule(name), one) for name, one in chosen.items() if one is not None} - {""}
+    for name in dict.fromkeys([*inherited, *overrides]) if test.companions and groups else ():
+        override = overrides.get(name, {})
+        if name not in test.rules and override is not None and _group(documents.rule(name), override) in groups:
+            chosen[name] = override
+
+    def look_up(name: str) -> RuleDoc | None:
+        return rule(name) if name in test.rules else documents.rule(name)
+
+    return compile_rules(cast(DeviceDoc, {**device, "rules": chosen}), None, look_up, documents.datatype)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -406,14 +454,19 @@ class _Piece:
         live = (
             _restricted(device, self._test, self._documents, self._documents.rule) if self._test.against_live else None
         )
-        if not rules.by_name and not (live and live.by_name):
+        tested = frozenset(self._test.rules)
+        if tested.isdisjoint(rules.by_name) and (live is None or tested.isdisjoint(live.by_name)):
             return
-        self._new = Playback(device_id, rules, heard=self._hear)
-        self._live = Playback(device_id, live) if live is not None else None
+        self._new = Playback(device_id, rules, tested, heard=self._hear)
+        self._live = Playback(device_id, live, tested) if live is not None else None
         self.result.devices += 1
+        for name in (rules.by_name.keys() | (live.by_name.keys() if live is not None else ())) - tested:
+            self.result.companions[name] = self.result.companions.get(name, 0) + 1
 
     def _hear(self, transitions: Sequence[Mapping[str, Any]]) -> None:
         for one in transitions:
+            if one["rule"] not in self._test.rules:
+                continue
             self.result.transitions += 1
             if self._heard.count >= HEARD_MAX:
                 continue
@@ -470,19 +523,31 @@ async def _evaluate(test: Test, piece: history.Piece, told: Callable[[int], None
 
 
 _counter: Any = None
+_stopped: Any = None
 
 
-def _begin(counter: Any) -> None:
-    global _counter
-    _counter = counter
+class _StoppedError(Exception):
+    """The others have ended."""
+
+
+def _begin(counter: Any, stopped: Any) -> None:
+    global _counter, _stopped
+    _counter, _stopped = counter, stopped
+    # Ctrl-C goes to all processes; the first one tells the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _in_process(test: Test, piece: history.Piece) -> Result:
     def told(count: int) -> None:
+        if _stopped.is_set():
+            raise _StoppedError
         with _counter.get_lock():
             _counter.value += count
 
-    return asyncio.run(_evaluate(test, piece, told))
+    result = asyncio.run(_evaluate(test, piece, told))
+    # Connection and piece are cycles, and the collector would wait for many of them.
+    gc.collect()
+    return result
 
 
 def default_processes() -> int:
@@ -520,10 +585,11 @@ async def run(
 
         for piece in pieces:
             result.add(await _evaluate(test, piece, told))
+            gc.collect()
         return result
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(counter,)) as pool:
+    counter, stopped = context.Value("q", 0), context.Event()
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(counter, stopped)) as pool:
         waiting = {pool.submit(_in_process, test, piece) for piece in pieces}
         try:
             while waiting:
@@ -532,6 +598,7 @@ async def run(
                     result.add(one.result())
                 progress(counter.value, max(counter.value, total))
         except BaseException:
+            stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return result

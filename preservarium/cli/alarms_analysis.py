@@ -49,6 +49,7 @@ def _table(*names: str) -> Any:
 @_to
 @click.option("--against", type=click.Choice(["live"]), help="Compare with the rule of the same name in the registry.")
 @click.option("--device", "devices", multiple=True, metavar="ADDRESS", help="Only this device; may be repeated.")
+@click.option("--alone", is_flag=True, help="Leave out the other rules of a rule's suppression group.")
 @click.option("--processes", type=click.IntRange(1, 64), help="How many work at once.  [default: the cores, at most 4]")
 @_json
 def backtest(
@@ -58,13 +59,15 @@ def backtest(
     to: str | None,
     against: str | None,
     devices: tuple[str, ...],
+    alone: bool,
     processes: int | None,
     as_json: bool,
 ) -> None:
     """Evaluate rules over stored readings, by the code that runs live, and change nothing.
 
     A rule watches the devices to which the registry gives a rule of its name; a new one, every device that has such a
-    series. Nobody acknowledges in a back-test, and what came late is in its place.
+    series. The live rules of its suppression group take part, so that its master suppresses it. Nobody acknowledges in a
+    back-test, and what came late is in its place.
     """
     import asyncpg
     from rich.console import Console
@@ -89,8 +92,10 @@ def backtest(
                 to_us=to_us,
                 against_live=against == "live",
                 devices=devices or None,
+                companions=not alone,
             )
-            with Progress(*columns, console=Console(stderr=True), transient=True, disable=as_json) as bar:
+            errors = Console(stderr=True)
+            with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
                 task = bar.add_task("", total=None)
                 result = await work.run(
                     connection,
@@ -122,14 +127,30 @@ def _print_backtest(test: "Test", result: "Result") -> None:
         f" {shown(test.from_us)} to {shown(test.to_us)}"
         + (f"; {result.unknown_devices:,} devices are not in the registry" if result.unknown_devices else "")
     )
-    names = ("rule", "raised", "transitions", "chatter", "standing", "mean", "longest", "in all")
+    if not result.readings:
+        out.print(f"Nothing is stored of {', '.join(map(escape, test.component_types))} in that time.")
+    if result.companions:
+        named = ", ".join(f"{escape(rule)} ({count:,} devices)" for rule, count in sorted(result.companions.items()))
+        out.print(f"Live rules of its suppression groups that took part: {named}")
+    names = (
+        "rule",
+        "raised",
+        "transitions",
+        "chatter",
+        "standing",
+        "first out",
+        "suppressed",
+        "mean",
+        "longest",
+        "in all",
+    )
     table = _table(*names)
     shown_rules = [(rule, tally, "") for rule, tally in sorted(result.rules.items())]
     shown_rules += [(rule, tally, " (live)") for rule, tally in sorted(result.live.items())]
     for rule, tally, word in sorted(shown_rules, key=lambda one: one[0]):
         mean_s = tally.active_us / tally.raised / 1e6 if tally.raised else None
         table.add_row(escape(rule) + word, f"{tally.raised:,}", f"{tally.transitions:,}", f"{tally.chatter:,}", f"{tally.standing:,}",
-                      shown_span(mean_s), shown_span(tally.longest_us / 1e6), shown_span(tally.active_us / 1e6))  # fmt: skip
+                      f"{tally.first_out:,}", f"{tally.suppressed:,}", shown_span(mean_s), shown_span(tally.longest_us / 1e6), shown_span(tally.active_us / 1e6))  # fmt: skip
     out.print(table if table.row_count else "No alarm.")
     if test.against_live and result.difference:
         table = _table(
@@ -144,7 +165,8 @@ def _print_backtest(test: "Test", result: "Result") -> None:
         table = _table("alarm", "raised", "chatter", "mean", "longest", "first")
         for key, tally in result.alarms[:ALARMS_SHOWN_MAX]:
             table.add_row(escape(f"{key.device_id} {key.rule} {key.pin_position}"), f"{tally.raised:,}", f"{tally.chatter:,}",
-                          shown_span(tally.active_us / tally.raised / 1e6), shown_span(tally.longest_us / 1e6), shown(tally.first_at))  # fmt: skip
+                          shown_span(tally.active_us / max(1, tally.raised) / 1e6), shown_span(tally.longest_us / 1e6),
+                      shown(tally.first_at))  # fmt: skip
         out.print(table)
     if result.notices is None and result.told:
         out.print("Too many transitions to say which notices they would have made:")
@@ -155,7 +177,7 @@ def _print_backtest(test: "Test", result: "Result") -> None:
             f"{escape(recipient)}: {count:,} transitions"
             + (f" make {sum(kinds.values()):,} notices ({notices})" if kinds else "")
         )
-    for problem in result.problems[:ALARMS_SHOWN_MAX]:
+    for problem in [*test.problems, *result.problems][:ALARMS_SHOWN_MAX]:
         out.print(f"[yellow]{escape(problem)}[/]")
 
 

@@ -35,6 +35,10 @@ class Tally:
     longest_us: int = 0
     standing: int = 0  #: 1 where it stands at the end
     chatter: int = 0  #: times that it was raised as the third or later within a minute
+    suppressed: int = (
+        0  #: times that a master of its group suppressed it while it stood; what was never raised counts nowhere
+    )
+    first_out: int = 0  #: times that it was raised first of its group
     severity: str = ""  #: of the last time that it was raised
     first_at: int | None = None
     last_at: int | None = None
@@ -55,6 +59,8 @@ class Tally:
             "mean_s": self.active_us / self.raised / 1e6 if self.raised else None,
             "standing": self.standing,
             "chatter": self.chatter,
+            "suppressed": self.suppressed,
+            "first_out": self.first_out,
             "first_at": self.first_at,
             "last_at": self.last_at,
         }
@@ -78,26 +84,32 @@ class History:
         self._recent: dict[AlarmKey, list[int]] = {}
 
     def take(self, transitions: Iterable[Mapping[str, Any]]) -> None:
-        """Take transitions; others than those of the process itself change nothing."""
+        """Take transitions; others than those of the process and of its group change nothing."""
         for one in transitions:
             word = one["transition"]
-            if word not in ("raised", "cleared") or (self._rules is not None and one["rule"] not in self._rules):
+            if word not in ("raised", "cleared", "suppressed") or (
+                self._rules is not None and one["rule"] not in self._rules
+            ):
                 continue
             key = AlarmKey(self._device_id, one["rule"], one["pin_position"])
+            if word == "suppressed":
+                self.tallies.setdefault(key, Tally()).suppressed += 1
+                continue
             for recipient in one["recipients"]:
                 self.told[recipient] = self.told.get(recipient, 0) + 1
             if word == "raised":
-                self._raised(key, one["occurred_at"], one["severity"])
+                self._raised(key, one["occurred_at"], one["severity"], bool(one.get("first_out")))
             else:
                 self._cleared(key, one["cleared_at"])
 
-    def _raised(self, key: AlarmKey, at: int, severity: str) -> None:
+    def _raised(self, key: AlarmKey, at: int, severity: str, first_out: bool) -> None:
         tally = self.tallies.setdefault(key, Tally())
         spans = self.spans.setdefault(key, array("q"))
         if tally.standing:  # the same occurrence once more, e.g. after it was suppressed
             return
         tally.standing = 1
         tally.raised += 1
+        tally.first_out += first_out
         tally.severity = severity
         tally.first_at = at if tally.first_at is None else tally.first_at
         tally.last_at = at

@@ -31,6 +31,8 @@ RULE = {
     "recipients": ["ops"],
 }
 DATATYPE = {"name": "temperature", "kind": "number", "unit": "°C"}
+#: Live, in a group in which a tested rule may be.
+MASTER = {**RULE, "name": "cold", "kind": "low", "threshold": 24.0, "group": "pump", "group_master": True}
 NEW = {**RULE, "rev": 0, "deadband": 1.0, "on_delay_s": 120.0}
 
 
@@ -75,7 +77,10 @@ def stored(postgres):
             f"INSERT INTO alarm_rules VALUES ('hot', 'temperature', 'major', true, {insert}", text(RULE)
         )
         await connection.execute(
-            f"INSERT INTO device_types VALUES ('t', 'm', 'p', {insert}", text({"name": "t", "rules": ["hot"]})
+            f"INSERT INTO alarm_rules VALUES ('cold', 'temperature', 'major', true, {insert}", text(MASTER)
+        )
+        await connection.execute(
+            f"INSERT INTO device_types VALUES ('t', 'm', 'p', {insert}", text({"name": "t", "rules": ["hot", "cold"]})
         )
         ops = text({"name": "ops", "channel": "mail", "address": "ops@example.com"})
         await connection.execute(f"INSERT INTO recipients VALUES ('ops', 'mail', 'ops@example.com', {insert}", ops)
@@ -99,13 +104,14 @@ def text(document: dict) -> str:
     return orjson.dumps(document).decode()
 
 
-def expected(rule: dict, overrides: dict | None = None) -> dict[str, list[dict]]:
+def expected(rule: dict, **companions: dict) -> dict[str, list[dict]]:
     """Transitions by device, by `DeviceAlarms` itself over the messages in the order of their times."""
     found = {}
     for device in DEVICES[:-1]:
         override = {DEVICES[1]: {"threshold": 26.0}, DEVICES[2]: None}.get(device, {})
         doc = {"device_id": device, "rev": 1, "type": "t", "enabled": True, "rules": {"hot": override}}
-        rules = compile_rules(doc, None, {"hot": rule}.get, lambda _: {**DATATYPE, "rev": 1})
+        doc["rules"].update({name: {} for name in companions})
+        rules = compile_rules(doc, None, {"hot": rule, **companions}.get, lambda _: {**DATATYPE, "rev": 1})
         alarms = DeviceAlarms(device)
         transitions = found[device] = []
         mine = sorted((m for m in fleet() if m["device_id"] == device), key=lambda m: m["timestamp"])
@@ -114,7 +120,9 @@ def expected(rule: dict, overrides: dict | None = None) -> dict[str, list[dict]]
     return found
 
 
-async def evaluate(dsn: str, *, processes: int = 1, devices=None, rules=None, sorted_max=None, monkeypatch=None):
+async def evaluate(
+    dsn: str, *, processes: int = 1, devices=None, rules=None, sorted_max=None, monkeypatch=None, **options
+):
     settings = load(postgres={"url": dsn})
     connection = await asyncpg.connect(dsn)
     try:
@@ -126,6 +134,7 @@ async def evaluate(dsn: str, *, processes: int = 1, devices=None, rules=None, so
             to_us=T + STEPS * 60 * S,
             against_live=True,
             devices=devices,
+            **options,
         )
         if sorted_max is not None:
             pieces = history.pieces
@@ -192,6 +201,37 @@ async def test_a_rule_that_nobody_has_watches_every_device_with_such_a_series(st
     assert document["against_live"]["warm"]["only_live"] == 0
 
 
+async def test_the_live_rules_of_its_group_act_on_a_rule_as_they_do_live(stored):
+    grouped = {**NEW, "on_delay_s": 0.0, "group": "pump"}
+    document, _ = await evaluate(stored, rules={"hot": grouped})
+    transitions = [
+        t for one in expected(grouped, cold={**MASTER, "rev": 2}).values() for t in one if t["rule"] == "hot"
+    ]
+    hot = document["rules"]["hot"]
+    assert hot["suppressed"] == sum(t["transition"] == "suppressed" for t in transitions) > 0
+    assert hot["first_out"] == len({t["alarm_id"] for t in transitions if t["first_out"]}) > 0
+    assert hot["first_out"] < hot["raised"]
+    assert set(document["rules"]) == {"hot"}, "companions are not under test"
+    assert {a["rule"] for a in document["alarms"]} == {"hot"}
+    assert document["companions"] == {"cold": len(DEVICES) - 2}
+    alone, _ = await evaluate(stored, rules={"hot": grouped}, companions=False)
+    assert alone["companions"] is None
+    assert alone["rules"]["hot"]["suppressed"] == 0
+    assert alone["rules"]["hot"]["raised"] > hot["raised"]
+    # The live rule is in no group.
+    assert document["live"] == alone["live"]
+    assert document["live"]["hot"]["suppressed"] == 0
+
+
+async def test_what_cannot_be_tested_is_refused_with_its_reason(stored):
+    for rules, options, said in (
+        ({"x": {**NEW, "name": "x", "component_type": "humidity"}}, {}, "humidity is stored; there are: temperature"),
+        ({"hot": NEW}, {"devices": ["dev-0", "nobody"]}, "not in the registry: nobody"),
+    ):
+        with pytest.raises(backtest.BacktestError, match=said):
+            await evaluate(stored, rules=rules, **options)
+
+
 def test_the_command_prints_the_same_for_people_and_for_programs(stored, tmp_path, monkeypatch):
     monkeypatch.setenv("PRESERVARIUM_POSTGRES__URL", stored)
     file = tmp_path / "rules.yaml"
@@ -219,8 +259,11 @@ def test_the_command_prints_the_same_for_people_and_for_programs(stored, tmp_pat
     assert "only live" in printed.stdout
     one = CliRunner().invoke(cli, [*arguments, "--device", DEVICES[0], "--json"])
     assert orjson.loads(one.stdout)["devices"] == 1
-    wrong = CliRunner().invoke(cli, [*arguments, "--name", "cold"])
+    wrong = CliRunner().invoke(cli, [*arguments, "--name", "warm"])
     assert wrong.exit_code == 1
+    nothing = CliRunner().invoke(cli, [*arguments[:5], str(T - 9 * S), "--to", str(T - S)])
+    assert nothing.exit_code == 0, nothing.output
+    assert "Nothing is stored of temperature in that time." in nothing.stdout
 
 
 async def test_a_suggestion_is_what_the_back_test_of_it_says(stored):
