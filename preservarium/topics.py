@@ -54,6 +54,14 @@ ALARM_ANSWERS = Topic("alarm_answers", "device address", "what became of an oper
 ALARM_STANDING = Topic(
     "alarm_standing", "[device address, rule, pin]", "alarm that is not normal, as it stands", None, compacted=True
 )
+#: Its segments are closed every hour, or Kafka would keep what is older for a week.
+WORKER_STATUS = Topic(
+    "worker_status",
+    "worker",
+    "how a worker is: breakers, fuses, health",
+    HOUR_MS,
+    config=(("segment.ms", str(HOUR_MS)),),
+)
 TASK_EVENTS = Topic("task_events", "file id", "task event", 7 * DAY_MS)
 EMPLOYEES = Topic("employees", "employee code", "employee", None, compacted=True)
 #: Input of the sink service that this replaces; its name is a setting, its partitions are whatever its owner made.
@@ -63,7 +71,7 @@ TOPICS: Final[tuple[Topic, ...]] = (
     RAW, STANDARDIZED, VALIDATED, ERRORS, REDRIVEN, ALERTS, ANOMALIES, AGGREGATES, COMMANDS,
     COMMAND_EVENTS, DOWNLINKS,
     NOTICE_EVENTS, NOTICES, NOTICE_RECEIPTS,
-    DEVICE_REGISTRY, TYPE_REGISTRY, ALARM_ACTIONS, ALARM_ANSWERS, ALARM_STANDING, TASK_EVENTS, EMPLOYEES, DECODED,
+    DEVICE_REGISTRY, TYPE_REGISTRY, ALARM_ACTIONS, ALARM_ANSWERS, ALARM_STANDING, WORKER_STATUS, TASK_EVENTS, EMPLOYEES, DECODED,
 )  # fmt: skip
 
 BY_NAME: Final = {t.name: t for t in TOPICS}

@@ -9,6 +9,7 @@ from preservarium.console.follower import BoardFollower
 from preservarium.console.operators import Operators
 from preservarium.console.tables import TableReader
 from preservarium.console.views import Console
+from preservarium.console.workers import Workers, WorkersFollower
 from preservarium.operating import Board, Desk
 from preservarium.publish import partition_of
 from preservarium.stores.views import Views
@@ -24,8 +25,11 @@ def install(app: Any) -> Console:
     """
     reads = app.resource(Views(lambda: app.live().postgres))
     tables = TableReader(lambda: app.state_tables, lambda key: partition_of(key, app.live().kafka.partitions))
-    console = Console(app, reads, tables)
+    workers = Workers()
+    console = Console(app, reads, tables, workers)
     console.mount(app.web.web_app)
+    follower = app.add_dependency(WorkersFollower(workers, console.state, app.publisher.publish, app.live, app.clock))
+    app.on_before_shutdown.connect(follower.goodbye)
     board = Board()
     app.add_dependency(BoardFollower(board, app.live, app.clock))
     DashboardViews(app).mount(app.web.web_app)

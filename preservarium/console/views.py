@@ -33,6 +33,7 @@ from preservarium.console.replies import (
     wrapped,
 )
 from preservarium.console.tables import TableReader, TableUnknown
+from preservarium.console.workers import REASONS_MAX, Workers
 from preservarium.domain.errors import Retry
 from preservarium.settings import LiveSettings
 
@@ -85,8 +86,10 @@ class Host(Protocol):
 class Console:
     """The views of one worker."""
 
-    def __init__(self, host: Host, reads: Reads, tables: TableReader) -> None:
+    def __init__(self, host: Host, reads: Reads, tables: TableReader, workers: Workers | None = None) -> None:
         self._host = host
+        self._workers = workers or Workers()
+        self._started_us = host.clock.now_us()
         self._reads = reads
         self._tables = tables
         self._history = samples.History()
@@ -136,6 +139,20 @@ class Console:
         sample = samples.read(self._host.clock.monotonic_s())
         self._history.add(sample)
         return sample
+
+    def state(self) -> dict[str, Any]:
+        """How this worker is, for the other ones."""
+        h = self._health()
+        return {
+            "worker": self._worker,
+            "version": __version__,
+            "started_at": self._started_us,
+            "console": f"{self._host.live().web.host}:{self._host.live().web.port}",
+            "alive": h.alive,
+            "ready": h.ready,
+            "reasons": h.reasons[:REASONS_MAX],
+            "guards": self._host.guards(),
+        }
 
     # --- page, health, metrics ---
 
@@ -218,6 +235,8 @@ class Console:
                 "stores": self._history.stores(),
                 "dependencies": _needs(h),
                 "guards": self._host.guards(),
+                "workers": [w for w in self._workers.all(self._host.clock.now_us()) if w["worker"] != self._worker],
+                "workers_note": self._workers.trouble or None,
                 "health": {"alive": h.alive, "ready": h.ready, "reasons": h.reasons},
                 "errors": self._history.errors()[:LIMIT_DEFAULT],
                 "errors_span_s": round(self._history.span_s, 1),

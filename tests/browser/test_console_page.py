@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import orjson
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -15,6 +16,7 @@ from preservarium.clock import SystemClock
 from preservarium.console.operators import Operators
 from preservarium.console.tables import TableReader
 from preservarium.console.views import Console
+from preservarium.console.workers import Workers
 from preservarium.domain.errors import Retry
 from preservarium.operating import Board, Desk
 from preservarium.settings import Web
@@ -135,7 +137,8 @@ async def site():
     async def publish(sends):
         sent.extend(sends)
 
-    console = Console(host, reads, TableReader(dict, lambda key: 0))
+    workers = Workers()
+    console = Console(host, reads, TableReader(dict, lambda key: 0), workers)
     application = web.Application()
     console.mount(application)
     desk = Desk(board, publish, host.clock)
@@ -155,6 +158,7 @@ async def site():
             reads=reads,
             report=report,
             board=board,
+            workers=workers,
             desk=desk,
             sent=sent,
             resets=resets,
@@ -304,4 +308,54 @@ async def test_breakers_and_fuses_show_and_a_blown_fuse_can_be_closed(page, site
     await page.js("document.querySelector('#guards button').click()")
     await page.until("document.getElementById('guards-note').innerText === 'sink: the fuse is closed again.'")
     assert site.resets == ["sink"]
+    assert page.logged == []
+
+
+async def test_the_other_workers_show_with_their_age_and_one_that_is_gone_is_marked(page, site):
+    def says(worker, heard_s_ago, breaker="closed", blown=False):
+        guards = {
+            "breakers": {"postgres": {"state": breaker, "failures": 3, "reason": EVIL if breaker != "closed" else "", "tried_again_in_s": 4.0}},
+            "fuses": {"sink": {"blown": blown, "reason": "store_rejected", "records": 1000, "refused": 600 * blown, "refused_max": 500},
+                      "alarm": {"blown": False, "reason": "", "records": 10, "refused": 0, "refused_max": 500}},
+        }  # fmt: skip
+        line = {"worker": worker, "console": "10.0.0.7:6066", "alive": not blown, "ready": not blown, "guards": guards,
+                "reasons": ["sink: fuse blown"] if blown else []}  # fmt: skip
+        site.workers.hear(orjson.dumps(line), time.time_ns() // 1000 - round(heard_s_ago * 1e6))
+
+    await page.size(1400, 1000)
+    await page.scheme("light")
+    await page.go(site.url)
+    await page.until("document.getElementById('workers-note').innerText.includes('not heard now: not read yet')")
+    site.workers.trouble = ""
+    await page.until("document.getElementById('workers-note').innerText === 'There are none.'")
+    says("one:11", 1)
+    says("two:22", 2, "open", blown=True)
+    says("three:33", 600)
+    await page.until("document.querySelectorAll('#workers article').length === 3")
+    cards = await page.js("[...document.querySelectorAll('#workers article')].map(a => a.innerText)")
+    assert ["gone" in card for card in cards] == [False, True, False]
+    assert "said nothing for 10 min" in cards[1]
+    assert "well" in cards[0]
+    assert "console at 10.0.0.7:6066" in cards[0]
+    for words in (
+        "not healthy",
+        "postgres breaker",
+        "open",
+        EVIL,
+        "sink fuse",
+        "blown",
+        "600 of the last 1,000",
+        "sink: fuse blown",
+    ):
+        assert words in cards[2]
+    assert await page.js("document.querySelectorAll('#workers img, #workers script, #workers button').length") == 0
+    await page.js("document.querySelector('#workers summary').focus()")
+    await page.js("document.querySelector('#workers details').open = true")
+    says("four:44", 0)
+    await page.until("document.querySelectorAll('#workers article').length === 4")
+    await page.until(
+        "[...document.querySelectorAll('#workers article')].some(a => a.innerText.includes('one:11') && a.querySelector('details').open)"
+    )
+    await page.js("document.getElementById('workers').scrollIntoView()")
+    await shot(page, "workers.png")
     assert page.logged == []

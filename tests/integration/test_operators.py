@@ -241,3 +241,38 @@ async def test_nothing_that_operators_do_waits_for_the_database(plant: Plant, ht
     plant.processes[0].wait(20)
     await plant.start()
     assert [e.type for e in await chain(pg_dsn, "dev-1", 2)] == ["action_done", "action_refused"]
+
+
+async def test_every_worker_shows_the_others_and_which_is_gone(plant: Plant, http: Any) -> None:
+    first, second = await plant.start(), await plant.start()
+
+    async def others(url: str) -> list[dict[str, Any]]:
+        async with http.get(f"{url}/api/status") as response:
+            said = await response.json()
+        assert said["worker"]["id"] not in {w["worker"] for w in said["workers"]}
+        return said["workers"]
+
+    async def heard(url: str, gone: bool) -> bool:
+        return [w["gone"] for w in await others(url)] == [gone]
+
+    await until(lambda: heard(first, False), 60, lambda: plant.log(0)[-2_000:])
+    await until(lambda: heard(second, False), 60, lambda: plant.log(1)[-2_000:])
+    (seen,) = await others(first)
+    assert seen["worker"].endswith(f":{plant.processes[1].pid}")
+    assert seen["console"] == second.removeprefix("http://")
+    assert seen["guards"]["fuses"]["alarm"]["blown"] is False
+    assert seen["age_s"] < 20
+    # Killed: it is marked, and a worker that has just started knows of it too.
+    plant.processes[1].kill()
+    plant.processes[1].wait(20)
+    await until(lambda: heard(first, True), 60, lambda: plant.log(0)[-2_000:])
+    third = await plant.start()
+
+    async def both() -> bool:
+        return sorted(w["gone"] for w in await others(third)) == [False, True]
+
+    await until(both, 60, lambda: plant.log(2)[-2_000:])
+    # One that leaves says so.
+    plant.processes[2].terminate()
+    plant.processes[2].wait(60)
+    await until(lambda: heard(first, True), 15, lambda: plant.log(2)[-3_000:])

@@ -136,6 +136,7 @@ function drawStatus(s) {
     el("span", { class: `pill ${d.state === "up" ? "good" : d.state === "down" ? "bad" : d.state === "trying" ? "warn" : ""}`, text: d.detail ? `${d.state}: ${d.detail}` : d.state }))));
 
   drawGuards(s.guards);
+  drawWorkers(s.workers || [], s.workers_note);
   $("errors-span").textContent = s.errors.length ? `of late: ${span(Math.round(s.errors_span_s))}` : "";
   $("error-rows").replaceChildren(...(s.errors.length ? s.errors.slice(0, 12).map((e) => el("tr", {},
     el("td", { text: e.code }), el("td", { text: e.stage }),
@@ -262,21 +263,56 @@ function guard(name, what, cls, text, detail, blown) {
     el("span", { class: `pill ${cls}`, text }), detail ? el("span", { class: "why", text: detail }) : null, again);
 }
 
-function drawGuards(guards) {
+function guardItems(guards, mine) {
   const breakers = Object.entries(guards.breakers).map(([name, b]) => {
     const [cls, text] = BREAKERS[b.state] || ["", b.state];
-    const again = b.tried_again_in_s ? `tried again in ${Math.ceil(b.tried_again_in_s)} s` : "";
+    // When it is tried again is a thing of now, which another worker's word is not.
+    const again = mine && b.tried_again_in_s ? `tried again in ${Math.ceil(b.tried_again_in_s)} s` : "";
     const failed = b.state === "closed" && b.failures ? `${b.failures} failures in a row` : "";
-    return guard(name, "breaker", cls, text, [again, failed, b.reason].filter(Boolean).join(" · "));
+    return [b.state !== "closed", guard(name, "breaker", cls, text, [again, failed, b.reason].filter(Boolean).join(" · "))];
   });
-  const fuses = Object.entries(guards.fuses).map(([name, f]) => guard(name, "fuse", f.blown ? "bad" : f.refused ? "warn" : "good",
+  const fuses = Object.entries(guards.fuses).map(([name, f]) => [f.blown, guard(name, "fuse", f.blown ? "bad" : f.refused ? "warn" : "good",
     f.blown ? "blown" : "whole",
-    [f.blown ? f.reason : "", f.refused ? `${count(f.refused)} of the last ${count(f.records)} records refused, blows above ${count(f.refused_max)}` : ""].filter(Boolean).join(" · "), f.blown));
+    [f.blown ? f.reason : "", f.refused ? `${count(f.refused)} of the last ${count(f.records)} records refused, blows above ${count(f.refused_max)}` : ""].filter(Boolean).join(" · "), mine && f.blown)]);
+  return [...breakers, ...fuses];
+}
+
+function drawGuards(guards) {
   // Redrawn only when something changed, so that a button keeps its focus.
   const text = JSON.stringify(guards);
   if ($("guards").dataset.shown === text) return;
   $("guards").dataset.shown = text;
-  $("guards").replaceChildren(...breakers, ...fuses);
+  $("guards").replaceChildren(...guardItems(guards, true).map(([, item]) => item));
+}
+
+// The other workers, as they said last. What is well is counted and can be opened, what is not is shown.
+const openWorkers = new Set();
+function drawWorkers(workers, note) {
+  $("workers-note").textContent = note ? `What the others say is not heard now: ${note}.` : workers.length ? "" : "There are none.";
+  // Redrawn only when something changed, so that focus stays; what grows with time is written into what is there.
+  const text = JSON.stringify(workers, (name, value) => (["at", "age_s", "tried_again_in_s"].includes(name) ? undefined : value));
+  if ($("workers").dataset.shown !== text) {
+    $("workers").dataset.shown = text;
+    $("workers").replaceChildren(...workers.map(workerCard));
+  }
+  workers.forEach((w, i) => {
+    const ago = span(Math.round(w.age_s));
+    $("workers").children[i].querySelector(".ago").textContent = w.gone ? `said nothing for ${ago}; what it said last:` : `${ago} ago · console at ${w.console}`;
+  });
+}
+
+function workerCard(w) {
+  const items = guardItems(w.guards, false);
+  const [wrong, well] = [true, false].map((bad) => items.filter(([b]) => b === bad).map(([, item]) => item));
+  const [cls, text] = w.gone ? ["bad", "gone"] : !w.alive ? ["bad", "not healthy"] : wrong.length ? ["warn", "trouble"] : !w.ready ? ["warn", "not ready"] : ["good", "well"];
+  const rest = el("details", { open: openWorkers.has(w.worker) }, el("summary", { class: "quiet", text: `${well.length} closed or whole` }), el("ul", { class: "deps guards" }, ...well));
+  rest.addEventListener("toggle", () => { rest.open ? openWorkers.add(w.worker) : openWorkers.delete(w.worker); });
+  return el("article", { class: `worker${w.gone ? " gone" : ""}` },
+    el("div", { class: "line" }, el("b", { text: w.worker }), el("span", { class: `pill ${cls}`, text })),
+    el("div", { class: "quiet ago" }),
+    (w.reasons || []).length ? el("div", { class: "quiet", text: w.reasons.join("; ") }) : null,
+    wrong.length ? el("ul", { class: "deps guards" }, ...wrong) : null,
+    well.length ? rest : null);
 }
 
 // ---- asking --------------------------------------------------------------------------------------------------------
