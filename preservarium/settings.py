@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from dotenv import dotenv_values
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
@@ -29,9 +29,9 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-#: Settings of Kafka that only an encrypted connection, or only one that logs in, has a use for.
-KAFKA_TLS_FIELDS = ("ssl_ca_file", "ssl_cert_file", "ssl_key_file", "ssl_key_password")
-KAFKA_SASL_FIELDS = ("sasl_username", "sasl_password")
+#: Settings that only an encrypted connection, or only one that logs in to Kafka, has a use for.
+TLS_FIELDS = ("ssl_ca_file", "ssl_cert_file", "ssl_key_file", "ssl_key_password")
+SASL_FIELDS = ("sasl_username", "sasl_password")
 
 
 def _given(value: str | SecretStr) -> bool:
@@ -89,15 +89,15 @@ class Kafka(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         # A setting that would have no effect is refused: whoever gave it believes in a protection that is not there.
-        given = {name for name in KAFKA_TLS_FIELDS + KAFKA_SASL_FIELDS if _given(getattr(self, name))}
+        given = {name for name in TLS_FIELDS + SASL_FIELDS if _given(getattr(self, name))}
         wrong = ""
-        if not self.tls and (useless := [name for name in KAFKA_TLS_FIELDS if name in given]):
+        if not self.tls and (useless := [name for name in TLS_FIELDS if name in given]):
             wrong = f"{useless[0]} is given, but security_protocol {self.security_protocol} is not encrypted: SSL and SASL_SSL are"
-        elif not self.sasl and (useless := [name for name in KAFKA_SASL_FIELDS if name in given]):
+        elif not self.sasl and (useless := [name for name in SASL_FIELDS if name in given]):
             wrong = (
                 f"{useless[0]} is given, but security_protocol {self.security_protocol} does not log in: SASL_SSL does"
             )
-        elif self.sasl and (missing := [name for name in KAFKA_SASL_FIELDS if name not in given]):
+        elif self.sasl and (missing := [name for name in SASL_FIELDS if name not in given]):
             wrong = f"{missing[0]} is missing: security_protocol {self.security_protocol} needs it"
         elif "ssl_cert_file" not in given and (useless := sorted(given & {"ssl_key_file", "ssl_key_password"})):
             wrong = f"{useless[0]} is given, but no ssl_cert_file"
@@ -114,7 +114,16 @@ class Postgres(_Section):
     database: str = Field("timeseries", description="Database name.")
     user: str = Field("preservarium", description="Role.")
     password: SecretStr = Field(SecretStr(""), description="Password; better in PRESERVARIUM_POSTGRES__PASSWORD_FILE.")
-    url: SecretStr = Field(SecretStr(""), description="A postgresql:// URL; wins over the fields above.")
+    ssl_mode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] = Field(
+        "prefer",
+        description="libpq's sslmode. Only verify-full keeps an attacker out: prefer takes what the server offers, whoever it is.",
+    )
+    ssl_ca_file: str = Field(
+        "", description="PEM of the authority that the server's certificate is of; for verify-ca and verify-full."
+    )
+    url: SecretStr = Field(
+        SecretStr(""), description="A postgresql:// URL, with ?sslmode=… where need be; wins over the fields above."
+    )
     pool_max: int = Field(6, ge=1, le=100, description="Connections a worker may hold.")
     command_timeout_s: float = Field(30.0, gt=0, description="A statement that takes longer is cancelled.")
     connect_timeout_s: float = Field(5.0, gt=0, description="A connection must stand within this time.")
@@ -129,7 +138,19 @@ class Postgres(_Section):
             auth += ":" + quote(password, safe="")
         if self.host.startswith("/"):
             return f"postgresql://{auth}@/{quote(self.database, safe='')}?host={quote(self.host, safe='/')}&port={self.port}"
-        return f"postgresql://{auth}@{self.host}:{self.port}/{quote(self.database, safe='')}"
+        ssl = {"sslmode": "" if self.ssl_mode == "prefer" else self.ssl_mode, "sslrootcert": self.ssl_ca_file}
+        query = urlencode({name: value for name, value in ssl.items() if value}, quote_via=quote, safe="/")
+        return f"postgresql://{auth}@{self.host}:{self.port}/{quote(self.database, safe='')}{query and '?'}{query}"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if _given(self.url) and (self.ssl_mode != "prefer" or self.ssl_ca_file):
+            message = "ssl_mode and ssl_ca_file have no effect beside url: write ?sslmode=…&sslrootcert=… into it"
+            raise ValueError(message)
+        if self.ssl_ca_file and self.ssl_mode not in ("require", "verify-ca", "verify-full"):
+            message = f"ssl_ca_file is given, but ssl_mode {self.ssl_mode} checks no certificate: verify-full does"
+            raise ValueError(message)
+        return self
 
 
 class ClickHouse(_Section):
@@ -137,6 +158,7 @@ class ClickHouse(_Section):
 
     enabled: bool = Field(True, description="Off where there is no ClickHouse: sync does not run.")
     url: SecretStr = Field(SecretStr("http://localhost:8123"), description="http(s)://[user[:password]@]host:port.")
+    ssl_ca_file: str = Field("", description="PEM of an authority that is trusted besides the system's, for https.")
     database: str = Field("preservarium", description="Database; migrations make it.")
     cluster: str = Field("", description="Cluster name for ON CLUSTER and replicated engines; empty for one server.")
     timeout_s: float = Field(30.0, gt=0, description="A request that takes longer fails and is retried.")
@@ -155,6 +177,13 @@ class ClickHouse(_Section):
             unquote(u.password or ""),
             secure,
         )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.ssl_ca_file and not self.parts[-1]:
+            message = "ssl_ca_file is given, but url is not of https://"
+            raise ValueError(message)
+        return self
 
 
 class Normalize(_Section):
@@ -411,6 +440,9 @@ class Mail(_Section):
     user: str = Field("", description="SMTP user; empty: no authentication.")
     password: SecretStr = Field(SecretStr(""), description="SMTP password; better in PRESERVARIUM_MAIL__PASSWORD_FILE.")
     security: Literal["none", "starttls", "tls"] = Field("none", description="Transport security.")
+    ssl_ca_file: str = Field(
+        "", description="PEM of the authority that the server's certificate is of; empty: the system's."
+    )
     sender: str = Field("preservarium@localhost", description="From address.")
     recipients: str = Field("", description="Default To addresses, separated by commas, where the registry names none.")
     timeout_s: float = Field(20.0, gt=0, description="A mail server must be ready for a mail within this time.")
@@ -420,6 +452,13 @@ class Mail(_Section):
         json_schema_extra=RELOAD,
         description="A recipient whom the server refuses for now is tried for so long; other mail of the partition waits.",
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.ssl_ca_file and self.security == "none":
+            message = "ssl_ca_file is given, but security is none: starttls and tls are encrypted"
+            raise ValueError(message)
+        return self
 
 
 class Commands(_Section):
@@ -504,6 +543,12 @@ class Mqtt(_Section):
 
     enabled: bool = Field(False, description="Run the connector inside the worker.")
     url: SecretStr = Field(SecretStr("mqtt://localhost:1883"), description="mqtt(s)://[user[:password]@]host[:port].")
+    ssl_ca_file: str = Field(
+        "", description="PEM of the authority that the broker's certificate is of; empty: the system's."
+    )
+    ssl_cert_file: str = Field("", description="PEM of our certificate, where the broker asks for one.")
+    ssl_key_file: str = Field("", description="PEM of its key; empty: it stands in ssl_cert_file.")
+    ssl_key_password: SecretStr = Field(SecretStr(""), description="Password of that key.")
     client_id: str = Field(
         "preservarium",
         description="Stable, so that the broker keeps the session and redelivers; two connectors must not share one.",
@@ -515,6 +560,17 @@ class Mqtt(_Section):
     mode: str = Field("MQTT", description="Connector mode where the pattern names none.")
     inflight_max: int = Field(1_000, ge=1, le=65_535, description="Messages taken and not yet acknowledged.")
     keepalive_s: int = Field(60, ge=5, le=65_535, description="A silent connection is tested after this time.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        given = [name for name in TLS_FIELDS if _given(getattr(self, name))]
+        if given and urlsplit(self.url.get_secret_value()).scheme != "mqtts":
+            message = f"{given[0]} is given, but url is not of mqtts://"
+            raise ValueError(message)
+        if "ssl_cert_file" not in given and (useless := [name for name in given if "key" in name]):
+            message = f"{useless[0]} is given, but no ssl_cert_file"
+            raise ValueError(message)
+        return self
 
 
 class Http(_Section):

@@ -243,7 +243,8 @@ async def check_postgres(settings: Settings) -> list[Finding]:
         now_s = float(await connection.fetchval("SELECT extract(epoch FROM clock_timestamp())"))
         ours_s = (before + time.time()) / 2
         version = await connection.fetchval("SHOW server_version")
-        found = [Finding("postgres", State.GREEN, f"PostgreSQL {version} at {place}")]
+        tls = await connection.fetchval("SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid() AND ssl")
+        found = [Finding("postgres", State.GREEN, f"PostgreSQL {version} at {place}, {tls or 'not encrypted'}")]
         row = await connection.fetchrow(
             "SELECT default_version, installed_version FROM pg_available_extensions WHERE name = 'timescaledb'"
         )
@@ -284,7 +285,13 @@ async def check_clickhouse(settings: Settings) -> list[Finding]:
     try:
         client = await asyncio.wait_for(
             clickhouse_connect.get_async_client(
-                host=host, port=port, username=user, password=password, secure=secure, connect_timeout=int(PROBE_S)
+                host=host,
+                port=port,
+                username=user,
+                password=password,
+                secure=secure,
+                connect_timeout=int(PROBE_S),
+                ca_cert=settings.clickhouse.ssl_ca_file or None,
             ),
             PROBE_S * 2,
         )
@@ -301,10 +308,13 @@ async def check_mqtt(settings: Settings) -> list[Finding]:
     """The MQTT broker, where the connector is on."""
     if not settings.mqtt.enabled:
         return []
+    from preservarium.connectors.mqtt import tls_context
+
     u = urlsplit(settings.mqtt.url.get_secret_value())
     place = f"{u.hostname}:{u.port or (8883 if u.scheme == 'mqtts' else 1883)}"
     try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(*place.rsplit(":", 1)), PROBE_S)
+        secure = tls_context(settings.mqtt) if u.scheme == "mqtts" else None
+        _, writer = await asyncio.wait_for(asyncio.open_connection(*place.rsplit(":", 1), ssl=secure), PROBE_S)
     except Exception as e:
         return [Finding("mqtt", State.RED, f"{place} does not answer ({_cause(e)})", f"Set {PREFIX}MQTT__URL.")]
     writer.close()

@@ -7,7 +7,6 @@ clean, because Kafka and not the broker keeps what is not acknowledged.
 
 import asyncio
 import contextlib
-import ssl
 import uuid
 from collections.abc import Sequence
 from typing import Any, Final
@@ -17,7 +16,7 @@ import aiomqtt
 import structlog
 
 from preservarium.clock import Clock
-from preservarium.connectors.mqtt import DEFAULT_PORT
+from preservarium.connectors.mqtt import DEFAULT_PORT, tls_context
 from preservarium.domain.errors import Retry
 from preservarium.settings import LiveSettings, Settings, SettingsError
 from preservarium.stores.breaker import Breaker
@@ -147,7 +146,7 @@ def _client(settings: Settings) -> aiomqtt.Client:
         # Never the connector's own id, which would take its session over; nor another worker's.
         identifier=f"{settings.mqtt.client_id}-down-{uuid.uuid4().hex[:12]}",
         clean_session=True,
-        tls_context=ssl.create_default_context() if url.scheme == "mqtts" else None,
+        tls_context=tls_context(settings.mqtt) if url.scheme == "mqtts" else None,
         keepalive=settings.mqtt.keepalive_s,
         timeout=settings.commands.puback_timeout_s,
     )

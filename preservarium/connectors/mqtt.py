@@ -26,7 +26,7 @@ import aiomqtt
 import orjson
 import structlog
 
-from preservarium import metrics, topics
+from preservarium import metrics, tls, topics
 from preservarium.clock import Clock
 from preservarium.connectors.base import (
     Backoff,
@@ -42,7 +42,7 @@ from preservarium.connectors.envelopes import uplink_of
 from preservarium.domain.downlinks import server_report
 from preservarium.domain.errors import ReasonCode, Reject, Retry
 from preservarium.records import is_envelope, payload_of
-from preservarium.settings import LiveSettings, Settings, SettingsError
+from preservarium.settings import LiveSettings, Mqtt, Settings, SettingsError
 from preservarium.stage import Send
 
 log = structlog.get_logger(__name__)
@@ -181,6 +181,21 @@ def _port(text: str | None) -> int | None:
     return int(text)
 
 
+def tls_context(mqtt: Mqtt) -> ssl.SSLContext:
+    """Of every client of the broker.
+
+    Raises:
+        SettingsError: a file of the settings cannot be used.
+    """
+    return tls.client_context(
+        "mqtt",
+        ca_file=mqtt.ssl_ca_file,
+        cert_file=mqtt.ssl_cert_file,
+        key_file=mqtt.ssl_key_file,
+        key_password=mqtt.ssl_key_password.get_secret_value(),
+    )
+
+
 class _Inbox(asyncio.Queue[aiomqtt.Message]):
     """Bounded by asking for a pause, never by discarding (what aiomqtt does with a full queue)."""
 
@@ -219,7 +234,7 @@ class _Connection:
             identifier=settings.mqtt.client_id,
             clean_session=False,
             queue_type=cast(Any, lambda maxsize: self.inbox),
-            tls_context=ssl.create_default_context() if url.scheme == "mqtts" else None,
+            tls_context=tls_context(settings.mqtt) if url.scheme == "mqtts" else None,
             keepalive=settings.mqtt.keepalive_s,
             timeout=TIMEOUT_S,
         )

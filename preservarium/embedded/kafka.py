@@ -226,6 +226,8 @@ class Kafka(Service):
     name = "kafka"
     durable = True
     partitions: int | None = None
+    #: Further options of the storage tool, at the first start: what must be there before a client connects.
+    format_options: Sequence[str] = ()
     start_s = 60.0
     stop_s = 20.0
 
@@ -247,10 +249,7 @@ class Kafka(Service):
         self._java = find_java()
         self._jars = resolve_jars(self.version)
         self.port = self.remembered_port()
-        properties = PROPERTIES.format(
-            port=self.port, controller_port=self.remembered_port("controller_port"), directory=self.directory
-        )
-        (self.directory / "server.properties").write_text(properties, encoding="utf-8")
+        (self.directory / "server.properties").write_text(self.properties(), encoding="utf-8")
         (self.directory / "log4j2.properties").write_text(LOG4J.format(directory=self.directory), encoding="utf-8")
         if (self.directory / "data" / "meta.properties").exists():
             return
@@ -263,6 +262,7 @@ class Kafka(Service):
                 f"--cluster-id={cluster}",
                 "--config=server.properties",
                 "--ignore-formatted",
+                *self.format_options,
             ],
             cwd=self.directory,
             capture_output=True,
@@ -273,6 +273,12 @@ class Kafka(Service):
         if done.returncode != 0:
             message = f"Kafka's storage could not be formatted: {(done.stdout + done.stderr).strip()[-500:]}"
             raise ServiceError(message)
+
+    def properties(self) -> str:
+        """Text of server.properties. Of a name that stands twice the last one counts, so a subclass may append."""
+        return PROPERTIES.format(
+            port=self.port, controller_port=self.remembered_port("controller_port"), directory=self.directory
+        )
 
     def command(self) -> Sequence[str]:
         """The broker."""

@@ -58,11 +58,15 @@ class Mosquitto(Service):
             raise ServiceUnavailable(message)
         self._program = program
         self.port = self.remembered_port()
-        text = CONFIG.format(port=self.port, directory=self.directory)
+        text = self.configuration()
         if os.geteuid() == 0:
             # It would change to a user of its own that may not write here.
             text += "user root\n"
         (self.directory / "mosquitto.conf").write_text(text, encoding="utf-8")
+
+    def configuration(self) -> str:
+        """Text of mosquitto.conf; a subclass may append a listener."""
+        return CONFIG.format(port=self.port, directory=self.directory)
 
     def command(self) -> Sequence[str]:
         """The broker in the foreground."""

@@ -11,11 +11,12 @@ from typing import Any, Final
 
 import aiosmtplib
 
+from preservarium import tls
 from preservarium.domain.errors import ReasonCode, Reject, Retry
 from preservarium.domain.lineage import identity
 from preservarium.notices.channel import Notice, RefusedForNow, answer
 from preservarium.notices.words import Link, instant, tell
-from preservarium.settings import Mail
+from preservarium.settings import Mail, SettingsError
 
 #: A connection that nobody has used for so long is closed: servers close them after minutes.
 IDLE_S: Final = 10.0
@@ -144,7 +145,7 @@ class MailChannel:
         except aiosmtplib.SMTPDataError as e:
             said = answer(f"{address}: {e.code} {e.message}")
             raise (Retry(said) if e.code < 500 else Reject(ReasonCode.NOTICE_REFUSED, said)) from e
-        except (aiosmtplib.SMTPException, OSError, ValueError) as e:
+        except (aiosmtplib.SMTPException, OSError, ValueError, SettingsError) as e:
             # Also a wrong password, a refused sender and a server without TLS: whoever mends the settings wants the
             # mail to be there still.
             text = f"the mail server does not take mail: {answer(_described(e))}"
@@ -173,6 +174,9 @@ class MailChannel:
             timeout=settings.timeout_s,
             use_tls=settings.security == "tls",
             start_tls=settings.security == "starttls",
+            tls_context=None
+            if settings.security == "none"
+            else tls.client_context("mail", ca_file=settings.ssl_ca_file),
         )
         await client.connect()
         self._client = settings, client

@@ -156,6 +156,7 @@ class ClickHouseStore:
                         port=port,
                         username=user,
                         password=password,
+                        ca_cert=s.ssl_ca_file or None,
                         database=s.database,
                         compress="lz4",
                         connect_timeout=min(10, s.timeout_s),

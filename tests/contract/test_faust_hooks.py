@@ -11,6 +11,8 @@ from typing import Any
 import aiokafka
 import faust
 import pytest
+from aiokafka.client import AIOKafkaClient
+from aiokafka.conn import AIOKafkaConnection
 from aiokafka.consumer.consumer import AIOKafkaConsumer
 from aiokafka.consumer.fetcher import Fetcher, FetchResult, PartitionRecords
 from aiokafka.consumer.group_coordinator import GroupCoordinator
@@ -149,6 +151,17 @@ async def test_aiokafka_reads_the_fetch_wait_for_every_request() -> None:
     assert "self._fetch_max_wait_ms," in inspect.getsource(Fetcher._get_actions_per_node)
     assert "self._fetcher_timeout" in inspect.getsource(Fetcher._get_actions_per_node)
     assert "self._fetcher = Fetcher(" in inspect.getsource(AIOKafkaConsumer.start)
+
+
+def test_aiokafka_closes_its_connections_last() -> None:
+    assert "self._conns.values()" in inspect.getsource(AIOKafkaClient.close)
+    assert "self._writer, self._protocol = reader, writer, protocol" in inspect.getsource(AIOKafkaConnection.connect)
+    text = inspect.getsource(AIOKafkaConsumer.stop)
+    assert (
+        text.index("self._coordinator.close()")
+        < text.index("self._fetcher.close()")
+        < text.index("self._client.close()")
+    )
 
 
 def test_aiokafka_asks_for_no_part_of_a_node_while_another_waits_to_be_taken() -> None:

@@ -6,6 +6,7 @@ import re
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,3 +151,24 @@ def test_what_is_unsafe_is_said(given: dict[str, Any], words: str) -> None:
     assert bool(said) is bool(words)
     assert words in said
     assert "hush" not in said
+
+
+async def test_a_consumer_cuts_its_connections_when_all_else_is_done() -> None:
+    said: list[str] = []
+    connection = SimpleNamespace(_writer=SimpleNamespace(transport=SimpleNamespace(abort=lambda: said.append("cut"))))
+
+    async def close() -> None:
+        said.append("close")
+
+    client = Client()
+    client._client = SimpleNamespace(_conns={1: connection, 2: SimpleNamespace(_writer=None)}, close=close)  # type: ignore[attr-defined]
+    stop = client.stop
+
+    async def leave_and_close() -> None:
+        said.append("leave")
+        await stop()
+        await client._client.close()  # type: ignore[attr-defined]
+
+    client.stop = leave_and_close  # type: ignore[method-assign]
+    await kafka_clients.stop(client)
+    assert said == ["leave", "cut", "close"]

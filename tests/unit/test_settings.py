@@ -250,3 +250,36 @@ def test_a_secret_under_a_misspelled_name_is_not_repeated(name: str, monkeypatch
     with pytest.raises(SettingsError) as e:
         load()
     assert "hush" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "given", "words"),
+    [
+        ("POSTGRES", {"SSL_CA_FILE": "/ca.pem"}, "ssl_ca_file is given, but ssl_mode prefer checks no certificate"),
+        ("POSTGRES", {"URL": "postgresql://u:hush@h/d", "SSL_MODE": "verify-full"}, "ssl_mode .* no effect beside url"),
+        ("CLICKHOUSE", {"SSL_CA_FILE": "/ca.pem"}, "ssl_ca_file is given, but url is not of https"),
+        (
+            "MQTT",
+            {"SSL_CERT_FILE": "/c.pem", "URL": "mqtt://u:hush@h"},
+            "ssl_cert_file is given, but url is not of mqtts",
+        ),
+        ("MQTT", {"SSL_KEY_FILE": "/k.pem", "URL": "mqtts://u:hush@h"}, "ssl_key_file is given, but no ssl_cert_file"),
+        ("MAIL", {"SSL_CA_FILE": "/ca.pem"}, "ssl_ca_file is given, but security is none"),
+    ],
+)
+def test_tls_settings_without_effect_are_one_line(
+    section: str, given: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(f"{P}{section}__{name}", value)
+    with pytest.raises(SettingsError, match=f"^{P}{section}: {words}") as e:
+        load()
+    assert "\n" not in str(e.value)
+    assert "hush" not in str(e.value)
+
+
+def test_the_dsn_with_tls() -> None:
+    postgres = Postgres(host="h", ssl_mode="verify-full", ssl_ca_file="/etc/my ca.pem")
+    assert (
+        postgres.dsn == "postgresql://preservarium@h:5432/timeseries?sslmode=verify-full&sslrootcert=/etc/my%20ca.pem"
+    )
