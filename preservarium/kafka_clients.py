@@ -138,7 +138,7 @@ async def refusal(kafka: Kafka, within_s: float = 5.0) -> str:
 
     aiokafka's clients say that they were "unable to bootstrap", and the reason only to the log.
     """
-    from aiokafka.conn import collect_hosts, create_conn
+    from aiokafka.conn import AIOKafkaConnection, collect_hosts
 
     arguments = connection(kafka)
     reasons: list[str] = []
@@ -147,13 +147,16 @@ async def refusal(kafka: Kafka, within_s: float = 5.0) -> str:
     log.setLevel(logging.CRITICAL)
     try:
         for host, port, _ in collect_hosts(arguments.pop("bootstrap_servers")):
+            made = AIOKafkaConnection(host, port, **arguments)
             try:
-                made = await asyncio.wait_for(create_conn(host, port, **arguments), within_s)
+                await asyncio.wait_for(made.connect(), within_s)
+                return ""
             except Exception as e:
                 reasons.append(f"{host}:{port}: {_reason(e, kafka)}")
-            else:
-                made.close()
-                return ""
+            finally:
+                closed = made.close()
+                if made._protocol is not None:
+                    await asyncio.wait({closed}, timeout=1.0)
     finally:
         log.setLevel(level)
     return "; ".join(reasons)

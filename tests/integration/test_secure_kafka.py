@@ -16,11 +16,13 @@ from typing import Any
 import aiohttp
 import asyncpg
 import pytest
+from click.testing import CliRunner
 from conftest import missing
 from tls_support import Authority
 from worker_support import ROOT, until
 
 from preservarium import kafka_clients
+from preservarium.__main__ import cli
 from preservarium.cli.doctor import State, check_kafka
 from preservarium.embedded.kafka import Kafka
 from preservarium.embedded.service import ServiceUnavailable, free_port
@@ -176,21 +178,13 @@ class System:
         self.logs: list[Path] = []
 
     async def command(self, *arguments: str) -> tuple[int, Any]:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "preservarium", *arguments),
-            env={**os.environ, **self.environment},
-            cwd=ROOT,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        async with asyncio.timeout(60):
-            out, err = await process.communicate()
-        assert process.returncode is not None
-        self.said(err.decode())
+        # In a thread: commands have an event loop of their own.
+        result = await asyncio.to_thread(CliRunner(env=self.environment).invoke, cli, arguments)
+        self.said(result.output)
         try:
-            return process.returncode, json.loads(out)
+            return result.exit_code, json.loads(result.stdout)
         except ValueError:
-            return process.returncode, (out + err).decode()
+            return result.exit_code, result.output
 
     def said(self, text: str) -> None:
         assert PASSWORD not in text
@@ -285,13 +279,11 @@ async def test_a_worker_with_every_agent_and_the_command_line(
             await until(lambda: stored(1), 30, lambda: scram.logs[0].read_text()[-3000:])
             await until(alarms, 20)
             before = await alarms()
-            (listed, topics, status, doctor, dlq) = await asyncio.gather(
-                scram.command("alarms", "list", "--json"),
-                scram.command("topics", "--json"),
-                scram.command("sync", "status", "--json"),
-                scram.command("doctor", "--json"),
-                scram.command("dlq", "list", "--json"),
-            )
+            listed = await scram.command("alarms", "list", "--json")
+            topics = await scram.command("topics", "--json")
+            status = await scram.command("sync", "status", "--json")
+            doctor = await scram.command("doctor", "--json")
+            dlq = await scram.command("dlq", "list", "--json")
             assert (listed[0], [a["device_id"] for a in listed[1]["alarms"]]) == (0, ["box-1"]), listed
             assert topics[0] == 0, topics
             assert status[0] == 0, status
