@@ -205,7 +205,7 @@ class Extractor:
 
         While Kafka acknowledges a step, the next one is read and prepared. It is sent when the one before it is recorded
         and it is planned itself, which is one transaction. So never more than one step is on its way, and all of it is
-        planned. Handing over from process to process is what a busy machine makes slow: a step waits for two of them.
+        planned. Worth the more, the farther Kafka is (docs/PERFORMANCE.md).
         """
         total = 0
         way: _Prepared | None = None
