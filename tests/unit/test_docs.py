@@ -19,7 +19,7 @@ def test_metrics_and_settings_that_are_named_exist(name):
     for metric in re.findall(r"\bpreservarium_[a-z_]+[a-z]\b", TEXTS[name]):
         assert metric in metrics.CATALOGUE
     for variable in re.findall(r"\bPRESERVARIUM_[A-Z_]+[A-Z]\b", TEXTS[name]):
-        assert variable.removesuffix("_FILE") in known, variable
+        assert {variable, variable.removesuffix("_FILE")} & known, variable
     for section, field in re.findall(r"`([a-z]+)\.([a-z_]+)`", TEXTS[name]):
         if section in sections:
             assert f"PRESERVARIUM_{section.upper()}__{field.upper()}" in known
