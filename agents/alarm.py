@@ -10,15 +10,7 @@ from preservarium.engine import app
 from preservarium.stage import Batch, Effects
 from tables.alarm_states import alarm_states
 
-_alarming = Alarming(
-    alarm_states.get,
-    alarm_states.name,
-    device_lookup.known,
-    catalogue,
-    app.live,
-    app.clock,
-    items=alarm_states.items,
-)
+_alarming = Alarming(alarm_states, device_lookup.known, catalogue, app.live, app.clock)
 device_lookup.on_change(_alarming.rules.forget)
 
 

@@ -9,7 +9,7 @@ from preservarium.stage import Batch, Effects
 if app.live().anomaly.enabled:
     from tables.anomaly_states import anomaly_states
 
-    _detection = Detection(anomaly_states.get, anomaly_states.name, device_lookup.known, catalogue, app.live, app.clock)
+    _detection = Detection(anomaly_states, device_lookup.known, catalogue, app.live, app.clock)
     device_lookup.on_change(_detection.checks.forget)
 
     @app.stage(topics.VALIDATED, name="anomaly")

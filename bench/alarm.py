@@ -113,9 +113,7 @@ async def deadlines(devices: int) -> dict[str, float]:
     table.held = {b"70b3d57b%08x" % i: state for i in range(devices)}
     known = lambda _, d: {"device_id": d, "rev": 1, "type": "t", "enabled": True, "rules": {name: {} for name in names}}  # noqa: E731
     live = LiveSettings(load(alarm={"settle_s": 0}))
-    stage = Alarming(
-        lambda _, key: table.get(PARTITION, key), "t", known, catalogue, live, ManualClock(), items=table.items
-    )
+    stage = Alarming(table, known, catalogue, live, ManualClock())  # type: ignore[arg-type]
 
     async def tick(at_s: int, first: bool = False) -> float:
         start = perf_counter()

@@ -144,9 +144,7 @@ def take_over(directory: Path) -> dict[str, Any]:
     opened = perf_counter()
     catalogue = Catalogue()
     catalogue._ready.set()
-    handler = Alarming(
-        state.get, state.name, lambda _p, _d: None, catalogue, app.live, ManualClock(T), items=state.items
-    )
+    handler = Alarming(state, lambda _p, _d: None, catalogue, app.live, ManualClock(T))
 
     async def deadlines() -> None:
         for partition in partitions:

@@ -159,11 +159,11 @@ def stage(readings: int, which: str, tests: dict[str, Any]) -> tuple[float, floa
     table = state.held
     live = LiveSettings(load())
     known = lambda _, device_id: device_doc(device_id)  # noqa: E731
-    arguments = (lambda _, key: table.get(key), "t", known, catalogue, live, ManualClock())
+    arguments: Any = (state, known, catalogue, live, ManualClock())
     handlers: dict[str, Callable[[], Any]] = {
-        "validate": lambda: Validation(state, *arguments[2:]),
+        "validate": lambda: Validation(*arguments),
         "alarm": lambda: Alarming(*arguments).observe,
-        "aggregate": lambda: Aggregation(state, *arguments[2:]),
+        "aggregate": lambda: Aggregation(*arguments),
         "anomaly": lambda: Detection(*arguments),
     }
     handler = handlers[which]()

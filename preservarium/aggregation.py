@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
-from preservarium.compiled import CompiledDevices, Documents, Known
+from preservarium.compiled import CompiledChecks, Documents, Known
 from preservarium.domain.aggregate import (
     STATE_VERSION,
     CounterLookup,
@@ -21,9 +21,7 @@ from preservarium.domain.aggregate import (
     parse_specs,
     silence,
 )
-from preservarium.domain.device import DeviceDoc
 from preservarium.domain.errors import ReasonCode
-from preservarium.domain.quality import CheckCompiler, DeviceChecks
 from preservarium.domain.reading import ErrorLine
 from preservarium.publish import RECORD_OVERHEAD_BYTES
 from preservarium.records import headers_of, message_error, parse_trusted, refuse, split
@@ -77,19 +75,9 @@ class Aggregation:
         self._live = live
         self._clock = clock
         self._plan = plan_of(live)
-        self._compiler = CheckCompiler(documents.datatype)
-        self._compiler_rev = documents.rev
-        self.checks: CompiledDevices[DeviceChecks] = CompiledDevices(
-            "counters", self._compile, known, documents, live, clock
-        )
+        self.checks = CompiledChecks("counters", known, documents, live, clock)
         #: partition -> device -> (worker's time of its last message, when its next open window ends), µs
         self._open: dict[int, dict[str, tuple[int, int]]] = {}
-
-    def _compile(self, device: DeviceDoc | None) -> DeviceChecks:
-        if self._documents.rev != self._compiler_rev:
-            self._compiler = CheckCompiler(self._documents.datatype)
-            self._compiler_rev = self._documents.rev
-        return self._compiler.device(device, self._documents.type(device["type"]) if device else None)
 
     def _counters(self, partition: int, device_id: str) -> CounterLookup:
         # Asked for a new pane and a closing window only: most messages need no configuration.

@@ -3,7 +3,6 @@
 Both topics change the same state, so the app gives each partition to one of them at a time.
 """
 
-from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
 from re import compile as pattern
 from typing import Any, Final
@@ -38,7 +37,7 @@ from preservarium.publish import partition_of
 from preservarium.records import headers_of, message_error, parse_trusted, refuse
 from preservarium.settings import LiveSettings
 from preservarium.stage import RECORDS_A_TURN, Batch, Effects, Record, Send, Tick, in_turns
-from preservarium.state import StateOf, load_state
+from preservarium.state import Table, load_state
 
 log = structlog.get_logger(__name__)
 
@@ -75,27 +74,15 @@ class Alarming:
     """The handlers of the stage: `observe` for validated messages, `act` for operators' actions.
 
     Args:
-        state_of: (partition, key) -> state document as bytes.
-        table: name of the state table.
+        table: the state table.
         known: the device's document.
         documents: the catalogue.
         live: settings.
         clock: for error lines and caches.
-        items: partition -> every key and state document, to find the deadlines of a partition that is taken over.
     """
 
-    def __init__(
-        self,
-        state_of: StateOf,
-        table: str,
-        known: Known,
-        documents: Documents,
-        live: LiveSettings,
-        clock: Clock,
-        *,
-        items: Callable[[int], Iterator[tuple[bytes, bytes]]] = lambda _: iter(()),
-    ) -> None:
-        self._items = items
+    def __init__(self, table: Table, known: Known, documents: Documents, live: LiveSettings, clock: Clock) -> None:
+        self._table = table
         self._deadlines: dict[int, _Deadlines] = {}
         #: when a tick found more due than it sees to, s on the monotonic clock
         self._crowded_s = -TICK_S
@@ -103,8 +90,6 @@ class Alarming:
         self._taken_over: dict[int, int] = {}
         #: partition -> (when messages were observed last, when the newest of them was received), µs
         self._heard: dict[int, tuple[int, int]] = {}
-        self._state_of = state_of
-        self._table = table
         self._documents = documents
         self._live = live
         self._clock = clock
@@ -194,7 +179,7 @@ class Alarming:
         """Look through the table: what was known may be from before the partition went to another worker and back."""
         self._taken_over[tick.partition] = tick.now_us
         found = self._deadlines[tick.partition] = _Deadlines()
-        async for key, value in in_turns(self._items(tick.partition)):
+        async for key, value in in_turns(self._table.items(tick.partition)):
             due = _DUE.search(value)
             if due is not None:
                 found.put(key.decode(), int(due[1]))
@@ -289,7 +274,7 @@ class _Work:
             return self._alarms[device_id]
         partition = self._batch.partition
         rules = self._rules[device_id] = self._stage.rules.get(partition, device_id).rules
-        document = load_state(self._stage._state_of(partition, device_id.encode()), STATE_VERSION)
+        document = load_state(self._stage._table.get(partition, device_id.encode()), STATE_VERSION)
         unwatched = document is None and (rules is None or not rules.by_name)
         alarms = self._alarms[device_id] = None if unwatched else DeviceAlarms(device_id, document)
         return alarms
@@ -429,7 +414,7 @@ class _Work:
             assert alarms is not None
             document = alarms.document()
             self._due[device_id] = document.get("due") if self._rules[device_id] is not None else None
-            effects.put(self._stage._table, device_id.encode(), orjson.dumps(document))
+            effects.put(self._stage._table.name, device_id.encode(), orjson.dumps(document))
         partition = self._batch.partition
         for point, standing in self._standing.items():
             value = None if standing is None else orjson.dumps(standing)

@@ -6,9 +6,9 @@ to one of the two at a time; transitions of alarms become lines of `device_comma
 What a crash repeats has the same ids: the sink drops an event that it has, the downlink stage a downlink that it sent.
 """
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import orjson
 import structlog
@@ -37,7 +37,7 @@ from preservarium.publish import partition_of
 from preservarium.records import error_line, parse_trusted, refuse
 from preservarium.settings import LiveSettings
 from preservarium.stage import Batch, Effects, Record, Send, Tick, in_turns
-from preservarium.state import load_state
+from preservarium.state import Table, load_state
 
 log = structlog.get_logger(__name__)
 
@@ -60,23 +60,6 @@ PATIENCE_US: Final = 10_000_000
 NEVER_US: Final = 1 << 62
 
 _MS_US: Final = 1_000
-
-
-class Table(Protocol):
-    """What the stages need of the state table."""
-
-    @property
-    def name(self) -> str:
-        """The table's name."""
-        ...
-
-    def get(self, partition: int, key: bytes) -> bytes | None:
-        """The value of a key."""
-        ...
-
-    def items(self, partition: int) -> Iterator[tuple[bytes, bytes]]:
-        """Everything in a partition."""
-        ...
 
 
 #: (partition, devices): asks the database for those that the worker does not know; never raises Retry.

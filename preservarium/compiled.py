@@ -8,6 +8,7 @@ from cachetools import TTLCache
 from preservarium import metrics
 from preservarium.clock import Clock
 from preservarium.domain.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc, RuleDoc
+from preservarium.domain.quality import CheckCompiler, DeviceChecks
 from preservarium.settings import LiveSettings
 
 T = TypeVar("T")
@@ -96,3 +97,22 @@ class CompiledDevices(Generic[T]):
     def forget(self, device_id: str) -> None:
         """Look a device up anew the next time."""
         self._cache.pop(device_id, None)
+
+
+class CompiledChecks(CompiledDevices[DeviceChecks]):
+    """How the readings of each device are judged (domain/quality.py); what datatypes say is compiled once for all of them."""
+
+    def __init__(self, name: str, known: Known, documents: Documents, live: LiveSettings, clock: Clock) -> None:
+        super().__init__(name, self._checks, known, documents, live, clock)
+        self._compiler = CheckCompiler(documents.datatype)
+        self._compiler_rev = documents.rev
+
+    def _checks(self, device: DeviceDoc | None) -> DeviceChecks:
+        if self._documents.rev != self._compiler_rev:
+            self._compiler = CheckCompiler(self._documents.datatype)
+            self._compiler_rev = self._documents.rev
+        return self._compiler.device(device, self._documents.type(device["type"]) if device else None)
+
+    def take_problems(self) -> list[str]:
+        """What of the datatypes cannot be used, and was not taken yet; for people."""
+        return self._compiler.take_problems()

@@ -12,18 +12,17 @@ import structlog
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
-from preservarium.compiled import CompiledDevices, Documents, Known
+from preservarium.compiled import CompiledChecks, Documents, Known
 from preservarium.domain.anomaly import MODEL, Detector, Judgement, judge, new_series
-from preservarium.domain.device import DeviceDoc
 from preservarium.domain.errors import ReasonCode
 from preservarium.domain.lineage import applied, generation_state, identity, is_applied, position_of
-from preservarium.domain.quality import FAIL, CheckCompiler, DeviceChecks
+from preservarium.domain.quality import FAIL, DeviceChecks
 from preservarium.domain.reading import ErrorLine
 from preservarium.records import headers_of, message_error, pack, parse_trusted, refuse
 from preservarium.river_models import MODELS_PER_DEVICE_MAX, RiverModel
 from preservarium.settings import LiveSettings
 from preservarium.stage import Batch, Effects, Record, Send, in_turns
-from preservarium.state import StateOf, load_state
+from preservarium.state import Table, load_state
 
 log = structlog.get_logger(__name__)
 
@@ -44,34 +43,20 @@ class Detection:
     """The stage's handler.
 
     Args:
-        state_of: (partition, key) -> state document as bytes.
-        table: name of the state table.
+        table: the state table.
         known: the device's document.
         documents: the catalogue.
         live: settings.
         clock: for error lines and caches.
     """
 
-    def __init__(
-        self, state_of: StateOf, table: str, known: Known, documents: Documents, live: LiveSettings, clock: Clock
-    ) -> None:
-        self._state_of = state_of
+    def __init__(self, table: Table, known: Known, documents: Documents, live: LiveSettings, clock: Clock) -> None:
         self._table = table
         self._documents = documents
         self._live = live
         self._clock = clock
         self._warned: set[str] = set()
-        self._compiler = CheckCompiler(documents.datatype)
-        self._compiler_rev = documents.rev
-        self.checks: CompiledDevices[DeviceChecks] = CompiledDevices(
-            "detectors", self._compile, known, documents, live, clock
-        )
-
-    def _compile(self, device: DeviceDoc | None) -> DeviceChecks:
-        if self._documents.rev != self._compiler_rev:
-            self._compiler = CheckCompiler(self._documents.datatype)
-            self._compiler_rev = self._documents.rev
-        return self._compiler.device(device, self._documents.type(device["type"]) if device else None)
+        self.checks = CompiledChecks("detectors", known, documents, live, clock)
 
     def warn(self, problem: str) -> None:
         """Log what of a model cannot be used, once."""
@@ -137,7 +122,7 @@ class _Work:
         device_id = message["device_id"]
         state = self._states.get(device_id)
         if state is None:
-            value = self._stage._state_of(self._batch.partition, device_id.encode())
+            value = self._stage._table.get(self._batch.partition, device_id.encode())
             state = self._states[device_id] = load_state(value, STATE_VERSION) or {"v": STATE_VERSION, "g": {}}
         generation = generation_state(state["g"], message["generation"], _new_generation)
         position = position_of(message)
@@ -220,7 +205,7 @@ class _Work:
                 self._stage.warn(f"{named}: {e}")
                 del series[MODEL:]  # it begins anew: better than a record that Kafka refuses
         for device_id, state in self._states.items():
-            effects.put(self._stage._table, device_id.encode(), orjson.dumps(state))
+            effects.put(self._stage._table.name, device_id.encode(), orjson.dumps(state))
         for line in self._errors:
             refuse(effects, line)
         effects.after.append(self._count)

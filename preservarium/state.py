@@ -5,7 +5,7 @@ owner. `put_many` sends the changelog, waits for its acknowledgement, and then w
 offset, in one RocksDB batch: at every instant the changelog holds at least what the local store holds.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import orjson
@@ -34,9 +34,6 @@ class Appending(Protocol):
     async def append(self, topic: str, partition: int, items: Sequence[tuple[bytes, bytes | None]]) -> int | None:
         """Produce to one partition; the offset of the last record when all are acknowledged."""
         ...
-
-
-StateOf = Callable[[int, bytes], bytes | None]
 
 
 class Table(Protocol):

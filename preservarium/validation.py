@@ -14,13 +14,11 @@ import structlog
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
-from preservarium.compiled import CompiledDevices, Documents, Known
+from preservarium.compiled import CompiledChecks, Documents, Known
 from preservarium.domain.arrival import Order, held_below
-from preservarium.domain.device import DeviceDoc
 from preservarium.domain.errors import ReasonCode, Reject
 from preservarium.domain.quality import (
     STATE_VERSION,
-    CheckCompiler,
     DeviceChecks,
     Limits,
     State,
@@ -60,19 +58,9 @@ class Validation:
         self._documents = documents
         self._live = live
         self._clock = clock
-        self._compiler = CheckCompiler(documents.datatype)
-        self._compiler_rev = documents.rev
-        self.checks: CompiledDevices[DeviceChecks] = CompiledDevices(
-            "checks", self._compile, known, documents, live, clock
-        )
+        self.checks = CompiledChecks("checks", known, documents, live, clock)
         #: partition -> device that messages are held of -> (worker's time of the last, its record's offset)
         self._held: dict[int, dict[str, tuple[int, int]]] = {}
-
-    def _compile(self, device: DeviceDoc | None) -> DeviceChecks:
-        if self._documents.rev != self._compiler_rev:
-            self._compiler = CheckCompiler(self._documents.datatype)
-            self._compiler_rev = self._documents.rev
-        return self._compiler.device(device, self._documents.type(device["type"]) if device else None)
 
     async def __call__(self, batch: Batch) -> Effects:
         """Validate a batch.
@@ -100,7 +88,7 @@ class Validation:
         async for record, lines in in_turns(zip(batch.records, parsed, strict=True)):
             work.record(record, lines)
         work.finish()
-        for problem in self._compiler.take_problems():
+        for problem in self.checks.take_problems():
             log.warning("datatype_unusable_in_part", problem=problem)
         return effects
 

@@ -59,9 +59,6 @@ class World:
     def known(self, partition: int, device_id: str) -> Any:
         return self.devices.get(device_id)
 
-    def state_of(self, table: str) -> Any:
-        return lambda partition, key: self.tables.get((table, partition, key))
-
     def carry_out(self, effects: Effects, partition: int) -> list[Any]:
         """Write the state, run what comes after; the sends."""
         for table, items in effects.puts.items():

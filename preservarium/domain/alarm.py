@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
+from preservarium.domain import state_pictures
 from preservarium.domain.lineage import Coordinates, alarm_id, transition_id
 
 
@@ -438,52 +439,23 @@ def _change_severity(alarm: Alarm, target: State, event: Event, now: Occasion) -
 
 def diagram() -> str:
     """The transition table as a Mermaid state diagram."""
-    lines = ["stateDiagram-v2", "    [*] --> normal"]
-    for state, row in TRANSITIONS.items():
-        targets: dict[State, list[Event]] = {}
-        for event, target in row.items():
-            # The withdrawal leads to normal from everywhere, and what changes nothing would only hide the rest.
-            if isinstance(target, State) and event is not Event.WITHDRAW and (target is not state):
-                targets.setdefault(target, []).append(event)
-        lines += [f"    {state} --> {target}: {', '.join(events)}" for target, events in targets.items()]
-    return "\n".join(lines) + "\n"
+    # The withdrawal leads to normal from everywhere, and what changes nothing would only hide the rest.
+    return state_pictures.diagram(
+        TRANSITIONS,
+        State.NORMAL,
+        drawn=lambda state, event, target: event is not Event.WITHDRAW and target is not state,
+    )
 
 
 def documentation() -> str:
     """docs/alarm_states.md."""
-    events = list(Event)
-    cells = {
-        state: [str(t) if isinstance(t, State) else f"– {t.name.lower()}" for t in (row[e] for e in events)]
-        for state, row in TRANSITIONS.items()
-    }
-    table = ["| event | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
-    table += [f"| `{e}` | " + " | ".join(cells[s][i] for s in cells) + " |" for i, e in enumerate(events)]
-    refusals = [f"- {r.name.lower()}: {r}" for r in Refusal]
-    return "\n".join(
-        [
-            "# Alarm states",
-            "",
-            "Generated from `preservarium/domain/alarm.py` by `python -m preservarium.domain.alarm`; a test keeps both equal.",
-            "The states are those of ISA-18.2 / IEC 62682. `withdraw` (the rule is gone) leads to normal from every state,",
-            "and events that leave the state as it is are not drawn. When shelving, suppression or out of service ends and the",
-            "condition is true, the alarm is raised at once: the step goes through normal to unacknowledged.",
-            "",
-            "```mermaid",
-            diagram().rstrip(),
-            "```",
-            "",
-            "## Every state, every event",
-            "",
-            "A dash: refused, with the reason.",
-            "",
-            *table,
-            "",
-            "## Reasons",
-            "",
-            *refusals,
-            "",
-        ]
-    )
+    introduction = [
+        "Generated from `preservarium/domain/alarm.py` by `python -m preservarium.domain.alarm`; a test keeps both equal.",
+        "The states are those of ISA-18.2 / IEC 62682. `withdraw` (the rule is gone) leads to normal from every state,",
+        "and events that leave the state as it is are not drawn. When shelving, suppression or out of service ends and the",
+        "condition is true, the alarm is raised at once: the step goes through normal to unacknowledged.",
+    ]
+    return state_pictures.page("Alarm states", introduction, diagram(), TRANSITIONS, Refusal)
 
 
 if __name__ == "__main__":

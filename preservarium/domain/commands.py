@@ -21,6 +21,7 @@ from functools import lru_cache
 from math import isfinite
 from typing import Any, Final, NoReturn, NotRequired, TypedDict
 
+from preservarium.domain import state_pictures
 from preservarium.domain.device import DeviceDoc, DeviceTypeDoc
 from preservarium.domain.errors import ReasonCode, Reject
 from preservarium.domain.expressions import ARITHMETIC_ERRORS, FUNCTIONS, ExpressionError, compile_expression
@@ -1090,54 +1091,23 @@ def alarm_requests(transition: Mapping[str, Any], commands: list[Mapping[str, An
 
 def diagram() -> str:
     """The transition table as a Mermaid state diagram."""
-    lines = ["stateDiagram-v2", "    [*] --> queued: request"]
-    for state, row in TRANSITIONS.items():
-        targets: dict[State, list[Event]] = {}
-        for event, target in row.items():
-            if isinstance(target, State):
-                targets.setdefault(target, []).append(event)
-        lines += [f"    {state} --> {target}: {', '.join(events)}" for target, events in targets.items()]
-    lines += [f"    {state} --> [*]" for state in State if state in OVER]
-    return "\n".join(lines) + "\n"
+    over = [state for state in State if state in OVER]
+    return state_pictures.diagram(TRANSITIONS, f"{State.QUEUED}: {REQUESTED}", over=over)
 
 
 def documentation() -> str:
     """docs/command_states.md."""
-    states = list(State)
-    table = ["| event | " + " | ".join(states) + " |", "|---" * (len(states) + 1) + "|"]
-    for event in Event:
-        targets = [TRANSITIONS[state][event] for state in states]
-        cells = [str(t) if isinstance(t, State) else f"– {t.name.lower()}" for t in targets]
-        table.append(f"| `{event}` | " + " | ".join(cells) + " |")
-    return "\n".join(
-        [
-            "# Command states",
-            "",
-            "Generated from `preservarium/domain/commands.py` by `python -m preservarium.domain.commands`; a test keeps both",
-            "equal. Three guards on `queued`: a command that was never handed over knows no "
-            + ", ".join(f"`{e}`" for e in Event if e in _AFTER_SENDING)
-            + " (not_sent);",
-            "one that the downlink stage has takes no "
-            + ", ".join(f"`{e}`" for e in Event if e in _BEFORE_SENDING)
-            + " (handed_over);",
-            "`publish` is of a try that it has (other_try).",
-            "",
-            "```mermaid",
-            diagram().rstrip(),
-            "```",
-            "",
-            "## Every state, every event",
-            "",
-            "A dash: refused, with the reason.",
-            "",
-            *table,
-            "",
-            "## Reasons",
-            "",
-            *[f"- {r.name.lower()}: {r}" for r in Refusal],
-            "",
-        ]
-    )
+    introduction = [
+        "Generated from `preservarium/domain/commands.py` by `python -m preservarium.domain.commands`; a test keeps both",
+        "equal. Three guards on `queued`: a command that was never handed over knows no "
+        + ", ".join(f"`{e}`" for e in Event if e in _AFTER_SENDING)
+        + " (not_sent);",
+        "one that the downlink stage has takes no "
+        + ", ".join(f"`{e}`" for e in Event if e in _BEFORE_SENDING)
+        + " (handed_over);",
+        "`publish` is of a try that it has (other_try).",
+    ]
+    return state_pictures.page("Command states", introduction, diagram(), TRANSITIONS, Refusal)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ never another one. Its number, which grows by one in each partition, shows it to
 """
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any, Final, Protocol
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -20,7 +19,7 @@ from preservarium.notices.routing import RecipientLookup
 from preservarium.records import parse_trusted, refuse
 from preservarium.settings import LiveSettings
 from preservarium.stage import Batch, Effects, Send, Tick, in_turns
-from preservarium.state import load_state
+from preservarium.state import Table, load_state
 
 log = structlog.get_logger(__name__)
 
@@ -34,23 +33,6 @@ NUMBER_KEY: Final = b"\x00number"
 RECIPIENTS_A_TICK_MAX: Final = 50
 #: Records after which other tasks get their turn.
 _RECORDS_A_TURN: Final = 100
-
-
-class Table(Protocol):
-    """What the stage reads of a `StateTable`."""
-
-    @property
-    def name(self) -> str:
-        """Of the table."""
-        ...
-
-    def get(self, partition: int, key: bytes) -> bytes | None:
-        """The value of a key."""
-        ...
-
-    def items(self, partition: int) -> Iterator[tuple[bytes, bytes]]:
-        """Every key and value of a partition."""
-        ...
 
 
 class PolicyDocuments(Protocol):

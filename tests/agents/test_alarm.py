@@ -4,7 +4,21 @@ from typing import Any
 
 import orjson
 import pytest
-from quality_support import S, T, World, batch, catalogue, errors, lines, live, message, offer, reading, record
+from quality_support import (
+    S,
+    StateTable,
+    T,
+    World,
+    batch,
+    catalogue,
+    errors,
+    lines,
+    live,
+    message,
+    offer,
+    reading,
+    record,
+)
 
 from preservarium import metrics, topics
 from preservarium.alarming import ACTION_BYTES_MAX, DUE_A_TICK_MAX, TICK_S, Alarming
@@ -23,7 +37,7 @@ class Stage:
             "device_id": "dev-1", "rev": 1, "type": "box", "enabled": True, "rules": {"hot": {}},
         }  # fmt: skip
         self.alarming = Alarming(
-            self.world.state_of("a"), "a", self.world.known, self.world.documents, live(), self.world.clock
+            StateTable(self.world, "a"), self.world.known, self.world.documents, live(), self.world.clock
         )
 
     async def readings(self, *records: Any, crash: bool = False) -> list[Any]:
@@ -269,13 +283,11 @@ class Silent(Stage):
 
     def restart(self) -> None:
         self.alarming = Alarming(
-            self.world.state_of("a"),
-            "a",
+            StateTable(self.world, "a"),
             self.world.known,
             self.world.documents,
             live(alarm={"settle_s": self.settle_s}),
             self.world.clock,
-            items=lambda partition: iter([(k, v) for (_, p, k), v in self.world.tables.items() if p == partition]),
         )
         self.first = True
 

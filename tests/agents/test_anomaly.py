@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
-from quality_support import S, World, batch, catalogue, errors, lines, live, message, offer, reading, record
+from quality_support import S, StateTable, World, batch, catalogue, errors, lines, live, message, offer, reading, record
 
 from preservarium import topics
 from preservarium.detection import Detection
@@ -27,8 +27,7 @@ class Stage:
     def __init__(self, **settings: Any) -> None:
         self.world = World(catalogue(("datatype", TEMP), ("datatype", OTHER)))
         self.detection = Detection(
-            self.world.state_of("a"),
-            "a",
+            StateTable(self.world, "a"),
             self.world.known,
             self.world.documents,
             live(anomaly=settings),

@@ -83,13 +83,11 @@ if MODE in ("silence", "held"):
     catalogue._ready.set()
     alarm_states = app.state_table("alarm_states", help="Alarms.")
     alarming = Alarming(
-        alarm_states.get,
-        alarm_states.name,
+        alarm_states,
         lambda _, device_id: {"device_id": device_id, "rev": 1, "type": "t", "enabled": True, "rules": {"gone": {}}},
         catalogue,
         app.live,
         app.clock,
-        items=alarm_states.items,
     )
 
     before = (topics.RAW,) if MODE == "held" else ()

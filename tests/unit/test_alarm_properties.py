@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quality_support import World, batch, catalogue, live, offer, record
+from quality_support import StateTable, World, batch, catalogue, live, offer, record
 
 from preservarium import topics
 from preservarium.alarming import Alarming
@@ -304,8 +304,7 @@ class Log:
     def restart(self) -> None:
         world = self.world
         self.stage = Alarming(
-            world.state_of("a"), "a", world.known, world.documents, live(alarm={"settle_s": 0}), world.clock,
-            items=lambda p: iter([(k, v) for (_, of, k), v in world.tables.items() if of == p]),
+            StateTable(world, "a"), world.known, world.documents, live(alarm={"settle_s": 0}), world.clock,
         )  # fmt: skip
         self.first = True
 
