@@ -424,6 +424,8 @@ class App(faust.App):
         self._started_s = self._beat_s = monotonic()
         if danger := kafka_clients.insecurity(self.live().kafka):
             log.warning("kafka_connection_unsafe", reason=danger)
+        if self.live().ingest_open:
+            log.warning("ingest_open", action="anybody who reaches the web port may send readings: set http.token")
         try:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload_settings)
         except (NotImplementedError, RuntimeError, ValueError):

@@ -676,6 +676,12 @@ class Settings(BaseSettings):
     http: Http = Http()
     web: Web = Web()
 
+    @property
+    def ingest_open(self) -> bool:
+        """Whether whoever reaches this machine may send readings: POST /ingest bound beyond loopback, without a token."""
+        loopback = self.web.host == "localhost" or self.web.host.startswith("127.") or self.web.host == "::1"
+        return self.http.enabled and not loopback and not _given(self.http.token)
+
     @classmethod
     def settings_customise_sources(
         cls,

@@ -13,7 +13,13 @@ from typing import Any, Final
 import structlog
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import IncompatibleBrokerVersion, KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.errors import (
+    IncompatibleBrokerVersion,
+    KafkaConnectionError,
+    KafkaError,
+    TopicAlreadyExistsError,
+    for_code,
+)
 
 from preservarium import kafka_clients
 from preservarium import topics as declared_topics
@@ -185,9 +191,11 @@ async def _connect(settings: Settings, wait_s: float) -> Any:
         )
         try:
             await admin.start()
-        except BaseException:
+        except BaseException as e:
             with suppress(KafkaError, OSError):
                 await admin.close()
+            if isinstance(e, KafkaConnectionError) and (reason := await kafka_clients.refusal(settings.kafka)):
+                raise KafkaConnectionError(reason) from None
             raise
         return admin
 

@@ -21,7 +21,7 @@ from conftest import missing
 from tls_support import Authority
 from worker_support import ROOT, until
 
-from preservarium import kafka_clients
+from preservarium import kafka_clients, topics_admin
 from preservarium.__main__ import cli
 from preservarium.cli.doctor import State, check_kafka
 from preservarium.embedded.kafka import Kafka
@@ -167,6 +167,13 @@ async def test_the_doctor_says_why_a_broker_does_not_let_us_in(
     assert "is it the port of a SASL_SSL listener" in said
     (finding,) = await check_kafka(Settings(kafka={"bootstrap_servers": broker.at("SASL_SSL")}))
     assert "is it the port of a PLAINTEXT listener" in finding.found
+
+
+async def test_a_release_step_says_why_it_is_not_let_in(ways_in: dict[str, dict[str, str]]) -> None:
+    wrong = settings(ways_in["scram-512"], sasl_password="wrong/one")
+    with pytest.raises(topics_admin.TopicsError, match="user 'ann' is not let in with SCRAM-SHA-512") as e:
+        await topics_admin.compare(wrong)
+    assert "wrong/one" not in str(e.value)
 
 
 class System:

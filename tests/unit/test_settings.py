@@ -283,3 +283,22 @@ def test_the_dsn_with_tls() -> None:
     assert (
         postgres.dsn == "postgresql://preservarium@h:5432/timeseries?sslmode=verify-full&sslrootcert=/etc/my%20ca.pem"
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "is_open"),
+    [
+        ({}, False),
+        ({"WEB__HOST": "0.0.0.0"}, True),
+        ({"WEB__HOST": "::"}, True),
+        ({"WEB__HOST": "::1"}, False),
+        ({"WEB__HOST": "0.0.0.0", "HTTP__TOKEN": "t0ken"}, False),
+        ({"WEB__HOST": "0.0.0.0", "HTTP__ENABLED": "false"}, False),
+    ],
+)
+def test_a_door_that_is_open_to_the_network_is_known(
+    given: dict[str, str], is_open: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(P + name, value)
+    assert load().ingest_open is is_open
