@@ -1,10 +1,11 @@
 """A back-test over ten million stored readings: how long, how much CPU, how much memory.
 
-    python bench/backtest.py [--readings 10000000] [--devices 2000] [--series 5] [--against-live] [--dsn postgresql://…] [--json]
+    python bench/backtest.py [--readings 10000000]… [--devices 2000] [--series 5] [--against-live] [--dsn postgresql://…] [--json]
 
 Starts a PostgreSQL, loads the readings with binary COPY in the order of arrival (a reading of every series each five
-minutes), writes a registry in which every device has the rule, and runs the back-test as the command does. With
-`--dsn` an empty database is used instead of a server of our own. `cpu` is that of our processes; PostgreSQL's is not in it.
+minutes), writes a registry in which every device has the rule, and runs the command. Several `--readings` look at so
+much of the same stored time. With `--dsn` an empty database is used instead of a server of our own. `cpu_s` is that of the
+command's processes; PostgreSQL's is not in it.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ import random
 import resource
 import shutil
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +36,7 @@ from preservarium.settings import load
 from preservarium.stores.history import EPOCH_US
 from preservarium.stores.migrate import migrate_postgres
 
+ROOT = Path(__file__).resolve().parent.parent
 STEP_S = 300
 COLUMNS = (
     "series_id", "timestamp", "quality", "value", "received_at", "raw_partition", "raw_offset", "raw_index", "generation",
@@ -43,7 +46,7 @@ ROW = struct.Struct(">hiiiqihidiqihiqiiiiii").pack
 LIVE: dict[str, Any] = {
     "name": "hot", "component_type": "temperature", "kind": "high", "severity": "major", "threshold": 28.0, "deadband": 0.5,
 }  # fmt: skip
-NEW: dict[str, Any] = {**LIVE, "rev": 0, "deadband": 1.0, "on_delay_s": 600.0}
+NEW: dict[str, Any] = {**LIVE, "deadband": 1.0, "on_delay_s": 600.0}
 
 
 async def rows(devices: int, series: int, steps: int, start_us: int) -> AsyncIterator[bytes]:
@@ -93,64 +96,76 @@ async def fill(dsn: str, devices: int, series: int, steps: int, start_us: int) -
     return spent
 
 
-def cpu_s() -> float:
-    """CPU seconds of us and our ended children."""
-    return sum(
-        u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    )
-
-
-class Memory:
-    """The most resident memory that one of the back-test's processes had; ru_maxrss would begin with that of its parent."""
-
-    def __init__(self) -> None:
-        self._others = set(psutil.Process().children())
-        self.most_mib = 0.0
-
-    def look(self, *_progress: int) -> None:
-        for child in set(psutil.Process().children()) - self._others:
-            with suppress(psutil.Error):
-                self.most_mib = max(self.most_mib, child.memory_info().rss / 2**20)
-
-
-async def bench(dsn: str, devices: int, series: int, steps: int, against_live: bool, runs: int) -> dict[str, Any]:
-    now_us = time.time_ns() // 1_000
-    start_us = now_us - now_us % 1_000_000 - (steps + 1) * STEP_S * 1_000_000
-    filled_s = await fill(dsn, devices, series, steps, start_us)
-    settings = load(postgres={"url": dsn})
-    connection = await asyncpg.connect(dsn)
-    spent, cpu, memory = [], [], Memory()
-    for _ in range(runs):
-        before = cpu_s()
-        began = time.perf_counter()
-        test = await backtest.prepare(
-            connection, settings, {"hot": NEW}, from_us=start_us, to_us=now_us, against_live=against_live
-        )  # type: ignore[dict-item]
-        result = await backtest.run(connection, test, progress=memory.look)
-        spent.append(time.perf_counter() - began)
-        cpu.append(cpu_s() - before)
-        assert result.readings == devices * series * steps, result.readings
-    document = result.document(test)
-    await connection.close()
+def command(dsn: str, file: Path, from_us: int, to_us: int, against_live: bool) -> dict[str, Any]:
+    """Run the command as a user would: seconds, CPU of its processes, the most resident memory that one of them had."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.perf_counter()
+    arguments = [
+        "--rule",
+        file,
+        "--from",
+        str(from_us),
+        "--to",
+        str(to_us),
+        "--json",
+        *(["--against", "live"] if against_live else []),
+    ]
+    environment = {**os.environ, "PRESERVARIUM_POSTGRES__URL": dsn, "PRESERVARIUM_ENV_FILE": "/dev/null"}
+    most = 0
+    with tempfile.TemporaryFile() as output:
+        with subprocess.Popen(
+            [sys.executable, "-m", "preservarium", "alarms", "backtest", *map(str, arguments)], cwd=ROOT, env=environment, stdout=output
+        ) as running:  # fmt: skip
+            while running.poll() is None:
+                with suppress(psutil.Error):
+                    main = psutil.Process(running.pid)
+                    most = max([most, *(one.memory_info().rss for one in [main, *main.children(recursive=True)])])
+                time.sleep(0.05)
+        assert running.returncode == 0, running.returncode
+        output.seek(0)
+        document = orjson.loads(output.read())
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
-        "readings": result.readings, "devices": devices, "series_a_device": series, "against_live": against_live,
-        "processes": backtest.default_processes(), "load_average": round(os.getloadavg()[0], 1), "filled_s": round(filled_s, 1),
-        "seconds": [round(s, 1) for s in spent], "readings_per_s": round(result.readings / min(spent)),
-        "cpu_s": [round(s, 1) for s in cpu], "rss_mib_a_process": round(memory.most_mib), "raised": document["rules"]["hot"]["raised"],
+        "readings": document["readings"], "seconds": round(time.perf_counter() - began, 1),
+        "cpu_s": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+        "rss_mib_a_process": round(most / 2**20, 1), "raised": document["rules"]["hot"]["raised"],
+        "load_average": round(os.getloadavg()[0], 1),
     }  # fmt: skip
 
 
+async def bench(dsn: str, devices: int, series: int, steps: list[int], against_live: bool, runs: int) -> dict[str, Any]:
+    now_us = time.time_ns() // 1_000
+    to_us = now_us - now_us % 1_000_000
+    start_us = to_us - max(steps) * STEP_S * 1_000_000
+    filled_s = await fill(dsn, devices, series, max(steps), start_us)
+    found = []
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        file.write(orjson.dumps({"rules": [NEW]}))
+        file.flush()
+        for count in steps:
+            for _ in range(runs):
+                from_us = to_us - count * STEP_S * 1_000_000
+                found.append(command(dsn, Path(file.name), from_us, to_us, against_live))
+                assert found[-1]["readings"] == devices * series * count, found[-1]
+    facts = {"devices": devices, "series_a_device": series, "against_live": against_live}
+    return {**facts, "processes": backtest.default_processes(), "filled_s": round(filled_s, 1), "runs": found}
+
+
 @click.command()
-@click.option("--readings", default=10_000_000, show_default=True)
+@click.option(
+    "--readings", default=[10_000_000], multiple=True, show_default=True, help="May be repeated: so many of the newest."
+)
 @click.option("--devices", default=2_000, show_default=True)
 @click.option("--series", default=5, show_default=True, help="Series a device.")
 @click.option("--against-live", is_flag=True, help="Evaluate the live rule, too.")
 @click.option("--runs", default=2, show_default=True)
 @click.option("--dsn", default="", help="An empty database; without it a server is started.")
 @click.option("--json", "as_json", is_flag=True, help="Figures as JSON.")
-def main(readings: int, devices: int, series: int, against_live: bool, runs: int, dsn: str, as_json: bool) -> None:
+def main(
+    readings: tuple[int, ...], devices: int, series: int, against_live: bool, runs: int, dsn: str, as_json: bool
+) -> None:
     """Measure."""
-    arguments = (devices, series, readings // (devices * series), against_live, runs)
+    arguments = (devices, series, [count // (devices * series) for count in readings], against_live, runs)
     if dsn:
         figures = asyncio.run(bench(dsn, *arguments))
     else:
@@ -165,8 +180,11 @@ def main(readings: int, devices: int, series: int, against_live: bool, runs: int
     if as_json:
         click.echo(orjson.dumps(figures, option=orjson.OPT_INDENT_2))
         return
-    for name, value in figures.items():
-        click.echo(f"{name:20}{value}")
+    found = figures.pop("runs")
+    click.echo(", ".join(f"{name} {value}" for name, value in figures.items()))
+    click.echo("".join(f"{name:>19}" for name in found[0]))
+    for one in found:
+        click.echo("".join(f"{value:>19,}" for value in one.values()))
 
 
 if __name__ == "__main__":

@@ -273,6 +273,10 @@ async def prepare(
     if len(unknown) == len(needed):
         message = f"{'; '.join(unknown)}; there are: {', '.join(stored[:STORED_SHOWN_MAX]) or 'none'}"
         raise BacktestError(message)
+    if against_live:
+        unknown += [
+            f"rule {name}: not live, so nothing to compare it with" for name in rules if not documents.rule(name)
+        ]
     return Test(
         dsn=settings.postgres.dsn,
         rules=dict(rules),
@@ -544,6 +548,7 @@ def _in_process(test: Test, piece: history.Piece) -> Result:
         with _counter.get_lock():
             _counter.value += count
 
+    told(0)
     result = asyncio.run(_evaluate(test, piece, told))
     # Connection and piece are cycles, and the collector would wait for many of them.
     gc.collect()

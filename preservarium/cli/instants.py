@@ -29,7 +29,11 @@ def when(text: str, option: str) -> int:
         UsageError: it is neither.
     """
     if span := _SPAN.fullmatch(text.strip()):
-        return now_us() - int(span[1]) * _SECONDS[span[2]] * 1_000_000
+        before = now_us() - int(span[1]) * _SECONDS[span[2]] * 1_000_000
+        if before < 0:
+            message = f"{option}: {text!r} ago is before 1970"
+            raise click.UsageError(message)
+        return before
     at = instant_us(text)
     if at is None:
         message = f"{option}: {text!r} is neither an instant (ISO 8601) nor a time like 30m, 2h, 7d"

@@ -199,6 +199,7 @@ async def test_a_rule_that_nobody_has_watches_every_device_with_such_a_series(st
     document, _ = await evaluate(stored, rules={"warm": {**NEW, "name": "warm"}})
     assert document["devices"] == len(DEVICES) - 1
     assert document["against_live"]["warm"]["only_live"] == 0
+    assert document["problems"] == ["rule warm: not live, so nothing to compare it with"]
 
 
 async def test_the_live_rules_of_its_group_act_on_a_rule_as_they_do_live(stored):
@@ -264,6 +265,9 @@ def test_the_command_prints_the_same_for_people_and_for_programs(stored, tmp_pat
     nothing = CliRunner().invoke(cli, [*arguments[:5], str(T - 9 * S), "--to", str(T - S)])
     assert nothing.exit_code == 0, nothing.output
     assert "Nothing is stored of temperature in that time." in nothing.stdout
+    ancient = CliRunner().invoke(cli, [*arguments[:5], "9999999d"])
+    assert ancient.exit_code == 2
+    assert "before 1970" in ancient.output
 
 
 async def test_a_suggestion_is_what_the_back_test_of_it_says(stored):
