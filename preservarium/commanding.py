@@ -8,6 +8,7 @@ What a crash repeats has the same ids: the sink drops an event that it has, the 
 
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import orjson
@@ -286,10 +287,18 @@ class _Work:
         """Carry a checked line out."""
         device_id = line.device_id
         device = self._device(device_id)
+        if device is None and line.kind == "wake":
+            return  # nothing waits, and nothing is to be remembered of it
         if device is None:
             device = self._devices[device_id] = DeviceCommands(device_id)
         place = (f"c{self._batch.partition}", record.offset, index)
-        act = {"request": device.request, "cancel": device.cancel, "report": device.report}[line.kind]
+        acts: dict[str, Callable[..., Outcome]] = {
+            "request": device.request,
+            "cancel": device.cancel,
+            "report": device.report,
+            "wake": partial(device.wake, awake_us=self._awake_us),
+        }
+        act = acts[line.kind]
         outcome = act(line, self._profile(device_id), self._turn, *place)
         self._outcome(device_id, outcome)
         self._repeated += outcome.repeated is not None

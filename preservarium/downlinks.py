@@ -92,6 +92,7 @@ class Downlinks:
         documents: the catalogue, for parsers.
         sandbox: runs their encoders.
         broker: takes the downlinks.
+        mailbox: takes those for devices that fetch.
         publish: to Kafka, for reports that must not wait for the broker.
         live: settings.
         clock: for expiry.
@@ -102,6 +103,7 @@ class Downlinks:
         documents: Documents,
         sandbox: Sandbox,
         broker: Publishes,
+        mailbox: Publishes,
         publish: Callable[[Sequence[Send]], Awaitable[Any]],
         live: LiveSettings,
         clock: Clock,
@@ -109,6 +111,7 @@ class Downlinks:
         self._documents = documents
         self._sandbox = sandbox
         self._broker = broker
+        self._mailbox = mailbox
         self._publish = publish
         self._live = live
         self._clock = clock
@@ -193,12 +196,17 @@ class Downlinks:
             if line["expires_at"] <= now_us:
                 self._report(line, "expired", "its time was over before it could be sent")
         messages = await self._made(self._open(lines))
-        acknowledged, trouble = await self._broker.publish(
-            [(line["topic"], data, line["qos"]) for line, data in messages]
-        )
-        for (line, _), done in zip(messages, acknowledged, strict=True):
-            if done:
-                self._report(line, "sent", "")
+        trouble = ""
+        # The mailbox first: it is Kafka, which is there, while a broker that is gone takes its time to say so.
+        for broker, fetched in ((self._mailbox, True), (self._broker, False)):
+            mine = [(line, data) for line, data in messages if (line["format"] == "http") is fetched]
+            if not mine:
+                continue
+            acknowledged, why = await broker.publish([(line["topic"], data, line["qos"]) for line, data in mine])
+            for (line, _), done in zip(mine, acknowledged, strict=True):
+                if done:
+                    self._report(line, "sent", "")
+            trouble = trouble or why
         if trouble:
             await self._tell_settled(lines)
             raise Retry(trouble)

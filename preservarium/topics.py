@@ -40,6 +40,8 @@ AGGREGATES = Topic("iot_aggregates", "device address", "closed window of one ser
 COMMANDS = Topic("device_commands", "device address", "request, cancel or report of a command", 7 * DAY_MS)
 COMMAND_EVENTS = Topic("command_events", "device address", "transition of a command", 14 * DAY_MS)
 DOWNLINKS = Topic("device_downlinks", "device address", "try of a command, to be sent", 7 * DAY_MS)
+#: As long as a command can live (commands.EXPIRES_S_MAX).
+MAILBOX = Topic("device_mailbox", "device address", "downlink for a device that fetches, or what it has", 7 * DAY_MS)
 #: As long as what they tell about: iot_alerts.
 NOTICE_EVENTS = Topic("notice_events", "recipient", "transition that a recipient is to hear of", 14 * DAY_MS)
 NOTICES = Topic("notices", "recipient", "notice to one recipient", 14 * DAY_MS)
@@ -69,7 +71,7 @@ DECODED = Topic("decoded_iot_data", "any", "old service's message", 24 * HOUR_MS
 
 TOPICS: Final[tuple[Topic, ...]] = (
     RAW, STANDARDIZED, VALIDATED, ERRORS, REDRIVEN, ALERTS, ANOMALIES, AGGREGATES, COMMANDS,
-    COMMAND_EVENTS, DOWNLINKS,
+    COMMAND_EVENTS, DOWNLINKS, MAILBOX,
     NOTICE_EVENTS, NOTICES, NOTICE_RECEIPTS,
     DEVICE_REGISTRY, TYPE_REGISTRY, ALARM_ACTIONS, ALARM_ANSWERS, ALARM_STANDING, WORKER_STATUS, TASK_EVENTS, EMPLOYEES, DECODED,
 )  # fmt: skip

@@ -50,13 +50,14 @@ def mqtt(as_json: bool) -> None:
 @click.option("--port", type=click.IntRange(0, 65_535), default=HTTP_PORT, show_default=True, help="Port to bind.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON at the end.")
 def http(host: str | None, port: int, as_json: bool) -> None:
-    """Serve POST /ingest until SIGTERM, with /health and /metrics; settings PRESERVARIUM_HTTP__…"""
+    """Serve POST /ingest and GET /ingest/commands until SIGTERM, with /health and /metrics; settings PRESERVARIUM_HTTP__…"""
     from aiohttp import web
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
     from preservarium.cli.process import run
     from preservarium.connectors.base import RawProducer
-    from preservarium.connectors.http import CONNECTOR, Ingest
+    from preservarium.connectors.http import CONNECTOR, Fetch, Ingest
+    from preservarium.connectors.mailbox import Mailbox, MailboxFollower
 
     started = time.monotonic()
 
@@ -70,6 +71,10 @@ def http(host: str | None, port: int, as_json: bool) -> None:
         producer = RawProducer(process.publisher, CONNECTOR)
         app = web.Application()
         app.add_routes(Ingest(producer, process.live, process.clock).routes())
+        mailbox = Mailbox()
+        follower = MailboxFollower(mailbox, process.live)
+        fetch = Fetch(process.publisher, process.live, process.clock, mailbox)
+        app.add_routes([web.get("/ingest/commands", fetch.commands)])
         app.add_routes([web.get("/health", health), web.get("/metrics", metrics)])
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
@@ -82,9 +87,11 @@ def http(host: str | None, port: int, as_json: bool) -> None:
                 raise click.ClickException(message) from None
             name, bound = runner.addresses[0][:2]
             click.echo(f"POST http://{name}:{bound}/ingest", err=True)
+            await follower.start()
             await process.stop.wait()
         finally:
             await runner.cleanup()  # lets requests under way end
+            await follower.stop()
         return {"connector": "http", "taken": producer.sent}
 
     _summary(run(main), started, as_json)

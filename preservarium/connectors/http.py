@@ -6,10 +6,16 @@
 | `POST /ingest?device=X[&port=N][&mode=M]` | JSON | one raw message of X with the whole body as payload |
 | the same, `application/x-ndjson` | one payload a line | one raw message of X each |
 | the same, `application/octet-stream` | bytes | one raw message of X |
+| `GET /ingest/commands?device=X[&has=ID][&wait_s=S]` | | none: the downlinks that wait for X |
 | `POST /ingest/ttn`, `POST /ingest/chirpstack` | the network server's event | one raw message, or a report of a downlink |
 
 An envelope is an object with `device` and one of `payload`, `payload_b64`; optional `port`, `mode`, `topic`, `meta`,
 `experiment_id`. `received_at` is stamped here; one that the sender gives is kept as `meta.time`.
+
+A device that fetches (`downlink: {format: http}`) is given what waits for it: `{"downlinks": [{"id", "command_id", "attempt",
+"port", "payload_b64", "expires_at"}]}`, in order, or 204. It names the last one that it has with `has` at its next question;
+until then it gets the same ones again, with the same ids, so that a lost answer loses nothing. Where nothing waits, asking
+wakes the device's commands, and the answer is waited for, at most `wait_s` (5, at most 25).
 
 202 is sent after Kafka has acknowledged: `{"accepted": n, "refused": [{"index", "code", "message"}], "refused_count": n}`.
 400: no message in it could be taken. 401: no or a wrong token. 408: the body did not come in time. 413: too large.
@@ -18,7 +24,7 @@ An envelope is an object with `device` and one of `payload`, `payload_b64`; opti
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 import orjson
@@ -29,6 +35,8 @@ from preservarium import metrics, topics
 from preservarium.clock import Clock
 from preservarium.connectors.base import Limits, Publishes, RawProducer, envelope_send, message_send
 from preservarium.connectors.envelopes import Uplink, chirpstack, ttn, uplink_of
+from preservarium.connectors.mailbox import Mailbox
+from preservarium.domain.commands import NAME_CHARS_MAX
 from preservarium.domain.downlinks import server_report
 from preservarium.domain.errors import Fatal, ReasonCode, Reject, Retry
 from preservarium.records import is_envelope, loads, payload_of
@@ -54,12 +62,96 @@ RETRY_AFTER_S: Final = 5
 #: An event of a network server that is no uplink: nothing to store, and no fault.
 NOT_UPLINK: Final = "not_uplink"
 
+#: Devices that ask at once: a question that waits costs some kilobytes and no work.
+ASKING_MAX: Final = 1_000
+#: The way through the command stages takes a fraction of a second, while they are not busy.
+WAIT_S_DEFAULT: Final = "5"
+#: Proxies cut off a request after 30 or 60 s.
+WAIT_S_MAX: Final = 25.0
+
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def routes(publisher: Publishes, live: LiveSettings, clock: Clock) -> list[web.RouteDef]:
-    """The connector's routes, to be added to any aiohttp application."""
-    return Ingest(RawProducer(publisher, CONNECTOR), live, clock).routes()
+def routes(
+    publisher: Publishes, live: LiveSettings, clock: Clock, mailbox: Mailbox | None = None
+) -> list[web.RouteDef]:
+    """The connector's routes, to be added to any aiohttp application; those of devices that fetch where a mailbox is kept."""
+    made = Ingest(RawProducer(publisher, CONNECTOR), live, clock).routes()
+    if mailbox is not None:
+        made.append(web.get("/ingest/commands", Fetch(publisher, live, clock, mailbox).commands))
+    return made
+
+
+class Fetch:
+    """Devices that ask what waits for them."""
+
+    def __init__(self, publisher: Publishes, live: LiveSettings, clock: Clock, mailbox: Mailbox) -> None:
+        self._publisher = publisher
+        self._live = live
+        self._clock = clock
+        self._mailbox = mailbox
+        self._asking = 0
+
+    async def commands(self, request: web.Request) -> web.StreamResponse:
+        """What waits for the device that the query names; 204 where nothing does."""
+        token = self._live().http.token.get_secret_value()
+        if token and not _authorized(request, token):
+            return _refuse(401, "unauthorized", "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+        if self._asking >= ASKING_MAX:
+            wait = {"Retry-After": str(RETRY_AFTER_S)}
+            return _refuse(429, "too_many_requests", f"{self._asking} devices are asking", wait)
+        self._asking += 1
+        try:
+            return await self._answer(request.query)
+        finally:
+            self._asking -= 1
+
+    async def _answer(self, query: Mapping[str, str]) -> web.StreamResponse:
+        device, has = query.get("device", ""), query.get("has", "")
+        try:
+            wait_s = float(query.get("wait_s", WAIT_S_DEFAULT))
+        except ValueError:
+            wait_s = -1.0
+        if (
+            not 0 < len(device) <= NAME_CHARS_MAX
+            or len(has) > NAME_CHARS_MAX
+            or "\0" in device
+            or not 0 <= wait_s <= WAIT_S_MAX
+        ):
+            text = f"name the device; wait_s is a number from 0 to {WAIT_S_MAX:g}"
+            return _refuse(400, "envelope_invalid", text)
+        if self._mailbox.trouble:
+            wait = {"Retry-After": str(RETRY_AFTER_S)}
+            return _refuse(503, "unavailable", f"the mailbox is not followed now: {self._mailbox.trouble}", wait)
+        had = self._mailbox.upto(device, has)
+        waiting = self._waiting(device, had)
+        sends = [self._line(device, {"kind": "report", "downlink_id": each, "report": "acknowledged"}) for each in had]
+        if had:
+            sends.append(Send(topics.MAILBOX, device.encode(), orjson.dumps({"has": has})))
+        if not waiting:
+            sends.append(self._line(device, {"kind": "wake"}))
+        if sends:
+            try:
+                async with asyncio.timeout(SEND_TIMEOUT_S):
+                    await self._publisher.publish(sends)
+            except (Retry, TimeoutError, Fatal) as e:
+                log.warning("http fetch refused: Kafka does not acknowledge", error=str(e))
+                return _unavailable()
+        # It may have come while Kafka acknowledged.
+        waiting = waiting or self._waiting(device, had)
+        if not waiting and wait_s:
+            await self._mailbox.wait(device, wait_s)
+            waiting = self._waiting(device, had)
+        if not waiting:
+            return web.Response(status=204)
+        return web.Response(body=orjson.dumps({"downlinks": waiting}), content_type="application/json")
+
+    def _waiting(self, device: str, had: Sequence[str]) -> list[dict[str, Any]]:
+        return [line for line in self._mailbox.waiting(device, self._clock.now_us()) if line["id"] not in had]
+
+    def _line(self, device: str, line: dict[str, Any]) -> Send:
+        whole = {**line, "device_id": device, "actor": "device", "at": self._clock.now_us()}
+        return Send(topics.COMMANDS, device.encode(), orjson.dumps(whole))
 
 
 class Ingest:

@@ -5,6 +5,7 @@ from typing import Any
 from mode import Service
 
 from preservarium.connectors import http, mqtt
+from preservarium.connectors.mailbox import Mailbox, MailboxFollower
 
 
 def install(app: Any) -> list[str]:
@@ -12,7 +13,9 @@ def install(app: Any) -> list[str]:
     settings = app.live()
     installed: list[str] = []
     if settings.http.enabled:
-        app.web.web_app.router.add_routes(http.routes(app.publisher, app.live, app.clock))
+        mailbox = Mailbox()
+        app.add_dependency(MailboxFollower(mailbox, app.live))
+        app.web.web_app.router.add_routes(http.routes(app.publisher, app.live, app.clock, mailbox))
         installed.append(http.CONNECTOR)
     if settings.mqtt.enabled:
         mqtt.patterns_of(settings.mqtt.subscriptions)  # a wrong one must stop the worker now, not in an hour

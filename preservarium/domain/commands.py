@@ -305,6 +305,7 @@ TOPICS: Final[Mapping[str, str]] = {
     "plain": "",
     "chirpstack": "application/{application}/device/{device}/command/down",
     "things_stack": "v3/{application}/devices/{device}/down/push",
+    "http": "{device}",
 }
 #: MQTT quality of service, where it is not 1: The Things Stack's broker knows 0 only (its documentation, "MQTT Server").
 QOS: Final[Mapping[str, int]] = {"things_stack": 0}
@@ -356,13 +357,13 @@ def compile_profile(device: DeviceDoc | None, device_type: DeviceTypeDoc | None,
     commands = {**common.get("commands", {}), **own.get("commands", {})}
     given.pop("commands", None)
     lorawan_class = given.pop("lorawan_class", None)
-    sleeps = bool(given.pop("sleeps", lorawan_class == "A"))
+    sleeps = bool(given.pop("sleeps", lorawan_class == "A" or shape == "http"))
     missing = [name for name in _PLACEHOLDER.findall(template) if not isinstance(known.get(name), str | int)]
     full = _PLACEHOLDER.sub(lambda m: str(known.get(m[1])), template)
     problem = ""
     if missing:
         problem = f"its downlink topic {template!r} wants the variable {missing[0]!r}, which the device has not"
-    elif not full or any(c in full for c in "+#\0"):
+    elif shape != "http" and (not full or any(c in full for c in "+#\0")):
         # A wildcard or NUL cannot be in a topic that is published to (MQTT 3.1.1, 4.7.1).
         problem = f"{full!r:.200} is no topic to publish to"
     qos = given.pop("qos", QOS.get(shape, 1))
@@ -379,7 +380,7 @@ RULE_COMMANDS_MAX: Final = 20
 def check_downlink(value: dict[str, Any]) -> dict[str, Any]:
     """The `downlink` section of a device type or a device: how it takes commands.
 
-    `format` (plain, chirpstack, things_stack), `topic` with placeholders `{device}` and the device's variables, `qos`,
+    `format` (plain, chirpstack, things_stack, http), `topic` with placeholders `{device}` and the device's variables, `qos`,
     `sleeps`, `lorawan_class` (A, which sleeps, B or C), what a command has where it says nothing (`PRESETS`), and
     `commands`: name -> presets and content.
 
@@ -442,7 +443,7 @@ def check_rule_commands(value: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class CommandDoc(TypedDict):
     """A line of `device_commands`, keyed by device. Which fields are needed depends on `kind`."""
 
-    kind: NotRequired[str]  #: request (where absent), cancel, report
+    kind: NotRequired[str]  #: request (where absent), cancel, report, wake (the device asks what waits for it)
     device_id: str
     at: NotRequired[int]  #: µs; absent: when Kafka took the record
     actor: NotRequired[str]  #: who
@@ -559,6 +560,8 @@ def _parse(line: Any, device_id: str | None, taken_at: int, key: str) -> Line:
         return Line(kind, device, at, actor, {
             "downlink_id": _name(line, "downlink_id"), "report": word, "reason": reason,
         })  # fmt: skip
+    if kind == "wake":
+        return Line(kind, device, at, actor, {})
     if kind != "request":
         _refuse(f"there is no kind {kind!r:.100}")
     found: dict[str, Any] = {
@@ -816,6 +819,15 @@ class DeviceCommands:
             return outcome
         self._reported(command, attempt, line, outcome)
         self._advance(profile, turn, outcome, awake=False)
+        return outcome
+
+    def wake(
+        self, line: Line, profile: Profile, turn: Turn, source: str, offset: int, index: int, *, awake_us: int
+    ) -> Outcome:
+        """The device asks what waits for it: it is awake for `awake_us`, as after an uplink. Otherwise as `cancel`."""
+        outcome = self._begin(source, offset, index)
+        if not outcome.duplicate:
+            self._advance(profile, turn, outcome, awake=turn.now_us - line.at <= awake_us)
         return outcome
 
     def _reported(self, command: Command, attempt: int, line: Line, outcome: Outcome) -> None:

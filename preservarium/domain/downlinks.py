@@ -106,6 +106,7 @@ def envelope(downlink: Mapping[str, Any], payload: Payload) -> bytes:
     """The MQTT payload: the bytes themselves, or the network server's JSON.
 
     - `chirpstack`: command `down` of ChirpStack v4's MQTT integration, with our id, so that its events name it.
+    - `http`: what waits in the mailbox until the device fetches it (connectors/mailbox.py).
     - `things_stack`: `down/push` of The Things Stack v3, with our id among the correlation ids.
 
     Raises:
@@ -114,6 +115,17 @@ def envelope(downlink: Mapping[str, Any], payload: Payload) -> bytes:
     shape = downlink["format"]
     if shape == "plain":
         return payload.data
+    if shape == "http":
+        return orjson.dumps(
+            {
+                "id": downlink["downlink_id"],
+                "command_id": downlink["command_id"],
+                "attempt": downlink["attempt"],
+                "port": payload.port,
+                "payload_b64": base64.b64encode(payload.data).decode(),
+                "expires_at": downlink["expires_at"],
+            }
+        )
     if payload.port is None:
         _refuse("neither the command, nor its type, nor the codec names a port")
     data = base64.b64encode(payload.data).decode()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 import aiomqtt
 import orjson
 import pytest
@@ -21,6 +22,7 @@ from preservarium import topics
 from preservarium.clock import SystemClock
 from preservarium.domain.commands import OVER, command_id
 from preservarium.embedded.mosquitto import Mosquitto
+from preservarium.embedded.service import free_port
 from preservarium.publish import Publisher
 from preservarium.settings import LiveSettings, load
 from preservarium.stage import Send
@@ -337,3 +339,69 @@ async def test_workers_that_are_killed_lose_no_command_and_repeat_none(site: Sit
         len(first_seen),
     )
     assert sum(counts.values()) - len(everything) <= 3 * len(asked)
+
+
+async def test_a_device_that_fetches_gets_its_commands_in_order_and_says_that_it_has_them(site: Site) -> None:
+    """No broker is asked: over HTTP alone, from the request to the word of the device."""
+    types = {
+        "name": "fetching",
+        "manufacturer": "m",
+        "parser": "relay",
+        "rev": 20,
+        "downlink": {"format": "http", "confirm": "delivered"},
+    }
+    device = {"device_id": "web-1", "rev": 9, "type": "fetching", "enabled": True}
+    await site.publisher.publish([
+        Send(topics.TYPE_REGISTRY, b"type/fetching", orjson.dumps(types), 0), Send(topics.DEVICE_REGISTRY, b"web-1", orjson.dumps(device)),
+    ])  # fmt: skip
+    port = free_port()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "preservarium", "connect", "http", "--port", str(port),
+        env={**os.environ, **site.environment, "PYTHONPATH": str(ROOT), "PRESERVARIUM_HTTP__TOKEN": "s3cret"},
+        stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        await site.workers.ready(site.workers.start())
+        first = await site.ask("web-1", fields={"relay": 1}, confirm="delivered")
+        second = await site.ask("web-1", payload_b64="AgM=", confirm="delivered")
+        # It sleeps until it asks.
+        await site.until_story(second, lambda story: story == ["request"])
+        assert await site.story(first) == ["request"]
+        async with aiohttp.ClientSession(headers={"Authorization": "Bearer s3cret"}) as http:
+
+            async def fetch(**query: str) -> list[dict[str, Any]]:
+                url = f"http://127.0.0.1:{port}/ingest/commands"
+                async with http.get(url, params={"device": "web-1", "wait_s": "20", **query}) as response:
+                    return (await response.json())["downlinks"] if response.status == 200 else []
+
+            async def answered() -> bool:
+                try:
+                    got[:] = await fetch()
+                except aiohttp.ClientError:
+                    return False
+                return bool(got)
+
+            got: list[dict[str, Any]] = []
+            await until(answered, 120, lambda: site.workers.log(-1)[-3000:])
+            assert [(d["command_id"], d["attempt"], d["port"], d["payload_b64"]) for d in got] == [
+                (first, 1, 2, "AQ==")
+            ]
+            # The answer was lost: the same again, and no further one before the device has it.
+            assert await fetch() == got
+            assert await site.until_story(first, lambda story: "publish" in story) == [
+                "request",
+                "hand_over",
+                "publish",
+            ]
+            (following,) = await fetch(has=got[0]["id"])
+            assert (following["command_id"], following["payload_b64"]) == (second, "AgM=")
+            # The word of a device may overtake the downlink stage's report.
+            await site.until_story(second, lambda story: "publish" in story)
+            assert await fetch(has=following["id"], wait_s="0") == []
+            for command in (first, second):
+                story = await site.until_story(command, lambda story: "confirm" in story)
+                assert story == ["request", "hand_over", "publish", "deliver", "confirm"]
+            assert not [device for device, _ in site.devices.got if device == "web-1"]
+    finally:
+        process.terminate()
+        await process.wait()

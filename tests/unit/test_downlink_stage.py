@@ -51,7 +51,7 @@ class FakeBroker:
 
 class Stage:
     def __init__(self, sandbox: SandboxPool) -> None:
-        self.broker = FakeBroker()
+        self.broker, self.mailbox = FakeBroker(), FakeBroker()
         self.clock = ManualClock()
         self.told: list[Send] = []
         parser = {"version": 1, "status": "active", "hash": "h"}
@@ -67,7 +67,7 @@ class Stage:
         async def publish(sends: Sequence[Send]) -> None:
             self.told += sends
 
-        self.stage = Downlinks(self.documents, self.sandbox, self.broker, publish, live(), self.clock)
+        self.stage = Downlinks(self.documents, self.sandbox, self.broker, self.mailbox, publish, live(), self.clock)
 
     async def send(self, *records: Rec, crash: bool = False) -> list[dict[str, Any]]:
         self.effects = await self.stage([batch(topics.DOWNLINKS, *records)])
@@ -183,3 +183,19 @@ async def test_lines_that_are_none_are_told(stage: Stage) -> None:
     )  # fmt: skip
     assert [code for code, _ in errors(stage.effects.sends)] == ["envelope_not_json", *["command_invalid"] * 3]
     assert stage.effects.refused == {"envelope_not_json": 1, "command_invalid": 3}
+
+
+async def test_what_is_fetched_goes_to_the_mailbox_also_while_the_broker_is_down(stage: Stage) -> None:
+    """In the same batch: the one for the mailbox is settled and told, the other is tried again."""
+    fetched = stage.downlink(1, format="http", topic="dev-1", content={"fields": {"on": 1}})
+    stage.broker.room = 0
+    with pytest.raises(Retry):
+        await stage.send(record(0, fetched, stage.downlink(2)))
+    assert [r["report"] for r in lines(stage.told, topics.COMMANDS)] == ["sent"]
+    ((device, line),) = stage.mailbox.taken
+    assert (device, orjson.loads(line)) == ("dev-1", {
+        "id": fetched["downlink_id"], "command_id": "c", "attempt": 1, "port": 7, "payload_b64": "AQ==", "expires_at": fetched["expires_at"],
+    })  # fmt: skip
+    stage.broker.room = 9
+    await stage.send(record(0, fetched, stage.downlink(2)))
+    assert (len(stage.mailbox.taken), len(stage.broker.taken)) == (1, 1)
