@@ -82,7 +82,24 @@ LATEST_VALUES: Final = Newest(
 MEASUREMENT_DAYS: Final = Counts()
 
 #: Source -> the tables that its views fill.
-DERIVED: Final[Mapping[str, tuple[Newest | Counts, ...]]] = {"measurements": (LATEST_VALUES, MEASUREMENT_DAYS)}
+#: A deletion is a row, and a file may come back with an earlier one: there is no range that such a key lies in, only a first day.
+PIPELINE_STATE: Final = Newest(
+    "pipeline_state", "task_events", "file_id", ("file_id",), "assigned_at",
+    _same("file_id", "event_id", "assigned_at", "version", "stage", "status", "employee_code", "employee_name", "started_at",
+          "completed_at", "changed_at", "task_id", "experiment_id", "deleted"),
+    gone="s.deleted = 1", ends=False,
+)  # fmt: skip
+STAGE_COMPLETIONS: Final = Newest(
+    "stage_completions", "task_events", "file_id", ("day", "stage", "file_id"), "assigned_at",
+    {"day": "toDate(s.completed_at)"} | _same("stage", "file_id", "version", "employee_code", "assigned_at")
+    | {"completed_at": "assumeNotNull(s.completed_at)"},
+    where="s.completed_at IS NOT NULL AND NOT s.deleted", ends=False,
+)  # fmt: skip
+
+DERIVED: Final[Mapping[str, tuple[Newest | Counts, ...]]] = {
+    "measurements": (LATEST_VALUES, MEASUREMENT_DAYS),
+    "task_events": (PIPELINE_STATE, STAGE_COMPLETIONS),
+}
 
 
 async def drifts(

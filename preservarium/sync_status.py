@@ -13,11 +13,12 @@ from typing import Any, Final
 import aiohttp
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaError
+from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError
 
 from preservarium import kafka_clients, topics
 from preservarium.domain.errors import PreservariumError
 from preservarium.feeds import MEMORY, PLAN
+from preservarium.replaying import Replayed
 from preservarium.settings import Settings
 from preservarium.sync import EMPLOYEES, EVENTS, MEASUREMENTS, TASK_EVENTS
 from preservarium.topics import Topic
@@ -105,7 +106,7 @@ async def group_positions(settings: Settings, stages: Sequence[tuple[str, Topic]
                     continue
                 tps = [TopicPartition(full, p) for p in sorted(p["partition"] for p in there[full])]
                 ends = await consumer.end_offsets(tps)
-                committed = await admin.list_consumer_group_offsets(f"{kafka.group}-{suffix}", partitions=tps)
+                committed = await _committed(admin, f"{kafka.group}-{suffix}", tps)
                 found[suffix] = {tp.partition: _position(committed.get(tp), ends[tp]) for tp in tps}
     except (KafkaError, OSError, TimeoutError) as e:
         message = f"Kafka cannot be asked at {kafka.bootstrap_servers}: {e!r}"
@@ -116,6 +117,17 @@ async def group_positions(settings: Settings, stages: Sequence[tuple[str, Topic]
     return found
 
 
+async def _committed(admin: Any, group: str, tps: list[TopicPartition]) -> Mapping[TopicPartition, Any]:
+    while True:
+        try:
+            found: Mapping[TopicPartition, Any] = await admin.list_consumer_group_offsets(group, partitions=tps)
+        except GroupCoordinatorNotAvailableError:
+            # A cluster that has had no group yet makes the topic for their offsets now.
+            await asyncio.sleep(0.5)
+        else:
+            return found
+
+
 def _position(committed: Any, end: int) -> Partition:
     if committed is None or committed.offset < 0:
         return Partition(None, None, end)
@@ -123,6 +135,16 @@ def _position(committed: Any, end: int) -> Partition:
     number = plan.removeprefix(PLAN)
     planned = int(number) if number != plan and number.isdigit() and int(number) > committed.offset else None
     return Partition(committed.offset, planned, end)
+
+
+async def written(settings: Settings, replayed: Replayed) -> dict[int, int]:
+    """Up to where sync has written a topic, by partition; a batch that is under way may be beyond it.
+
+    Raises:
+        StatusError: Kafka cannot be asked.
+    """
+    positions = await group_positions(settings, [(replayed.table.stage, replayed.table.topic)])
+    return {p: at.committed for p, at in positions[replayed.table.stage].items() if at.committed is not None}
 
 
 async def status(settings: Settings) -> Status:

@@ -41,7 +41,7 @@ from typing import Any, Final, Literal
 import orjson
 import structlog
 
-from preservarium import derived, sync
+from preservarium import derived, replaying, sync
 from preservarium.settings import Settings
 from preservarium.stores.maintenance import STATEMENT_S, Maintenance, VerificationError, literal, new_token
 
@@ -97,6 +97,8 @@ class Compared:
     types: Mapping[str, str]  #: ClickHouse's columns
     select: str  #: PostgreSQL's columns of a whole row
     columns: Callable[[Any], list[Any]]  #: of a PostgreSQL row: values in the order of `types`
+    #: days that PostgreSQL keeps: what is older there is no surplus in ClickHouse
+    kept_days: Callable[[Settings], int] = lambda settings: settings.sink.retention_days
 
     def postgres(self, name: str) -> str:
         """PostgreSQL's expression of a column."""
@@ -165,10 +167,6 @@ def _selected(fields: Sequence[Field]) -> str:
     return ", ".join(f"{_us(f.postgres) if f.kind == 'instant' else f.postgres} AS {f.name}" for f in fields)
 
 
-def _measurement_columns(row: Any) -> list[Any]:
-    return [row[name] for name in sync.MEASUREMENTS.types]
-
-
 def _alarm_columns(row: Any) -> list[Any]:
     # The columns win over the document: jsonb's numbers know no -0.
     line = orjson.loads(row["detail"]) | {f.name: row[f.name] for f in _ALARM_FIELDS}
@@ -198,7 +196,7 @@ MEASUREMENTS: Final = Compared(
     "%Y%m%d",
     sync.MEASUREMENTS.types,
     _selected(_MEASUREMENT_FIELDS),
-    _measurement_columns,
+    lambda row: [row[name] for name in sync.MEASUREMENTS.types],
 )
 
 ALARM_EVENTS: Final = Compared(
@@ -218,7 +216,73 @@ ALARM_EVENTS: Final = Compared(
     _alarm_columns,
 )
 
-TABLES: Final = {t.name: t for t in (MEASUREMENTS, ALARM_EVENTS)}
+
+def _event_fields(table: sync.Table, alias: str) -> tuple[Field, ...]:
+    """Fields of a table whose columns have the same names and values in PostgreSQL."""
+    found = []
+    for name, kind in table.types.items():
+        if "DateTime" in kind:
+            found.append(Field(name, "instant", f"{alias}.{name}"))
+        elif "Float" in kind:
+            found.append(Field(name, "number", f"{alias}.{name}"))
+        elif kind.endswith(("String", "String)")):
+            found.append(Field(name, "text", f"{alias}.{name}"))
+        else:
+            # What no message brought has no coordinates.
+            raw = name.startswith("raw_")
+            found.append(Field(name, "integer", f"coalesce({alias}.{name}, 0)" if raw else f"{alias}.{name}"))
+    return tuple(found)
+
+
+def _columns(types: Mapping[str, str]) -> Callable[[Any], list[Any]]:
+    return lambda row: [row[name] for name in types]
+
+
+_ANOMALY_FIELDS: Final = _event_fields(sync.ANOMALIES, "a")
+
+ANOMALIES: Final = Compared(
+    "anomalies",
+    "sink-anomalies",
+    "sync-anomalies",
+    sync.ANOMALIES.topic.name,
+    "anomalies a",
+    "anomalies",
+    _ANOMALY_FIELDS,
+    ("component_type", "pin_position", "anomaly_id"),
+    "timestamp",
+    "timestamp",
+    "%Y%m",
+    sync.ANOMALIES.types,
+    _selected(_ANOMALY_FIELDS),
+    _columns(sync.ANOMALIES.types),
+    lambda settings: settings.sink.events_retention_days,
+)
+
+_WINDOW: Final = "device_id, component_type, pin_position, connector_mode, unit, size_s, hop_s, window_start"
+_AGGREGATE_FIELDS: Final = _event_fields(sync.AGGREGATES, "a")
+
+AGGREGATES: Final = Compared(
+    "aggregates",
+    "sink-aggregates",
+    "sync-aggregates",
+    sync.AGGREGATES.topic.name,
+    # PostgreSQL keeps a window of each generation, ClickHouse that of the newest.
+    f"(SELECT DISTINCT ON ({_WINDOW}) * FROM aggregates ORDER BY {_WINDOW}, generation DESC, revision DESC) a",
+    "aggregates",
+    _AGGREGATE_FIELDS,
+    ("component_type", "pin_position", "connector_mode", "unit", "size_s", "hop_s"),
+    "window_start",
+    "window_end",
+    "%Y%m",
+    sync.AGGREGATES.types,
+    _selected(_AGGREGATE_FIELDS),
+    _columns(sync.AGGREGATES.types),
+    lambda settings: settings.sink.aggregates_retention_days,
+)
+
+#: Tables of which PostgreSQL tells the truth; of the others Kafka does (preservarium/replaying.py).
+TABLES: Final = {t.name: t for t in (MEASUREMENTS, ALARM_EVENTS, ANOMALIES, AGGREGATES)}
+ALL_TABLES: Final[Mapping[str, Compared | replaying.Replayed]] = {**TABLES, **replaying.TABLES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +298,7 @@ class Difference:
     """A device's day that is not the same in both, and what was done about it."""
 
     table: str
-    device_id: str
+    device_id: str  #: of task tables the file, or the employee
     day: date  #: UTC
     expected: Sums  #: what PostgreSQL holds; of a table that a view fills, what its source makes of it
     found: Sums
@@ -373,9 +437,65 @@ class Verifier:
     # --- comparing
 
     def default_range(self) -> tuple[date, date]:
-        """First and last day that PostgreSQL keeps whole: [first, last]."""
+        """First and last day that PostgreSQL keeps whole of any table: [first, last]."""
         today = datetime.now(UTC).date()
-        return today - timedelta(days=self._settings.sink.retention_days - 1), today + timedelta(days=1)
+        return min(self._first(table) for table in TABLES.values()), today + timedelta(days=1)
+
+    def _first(self, table: Compared) -> date:
+        """The first day that PostgreSQL keeps whole."""
+        return datetime.now(UTC).date() - timedelta(days=table.kept_days(self._settings) - 1)
+
+    async def verify_topic(
+        self,
+        replayed: replaying.Replayed,
+        ends: Mapping[int, int],
+        verdict: Verdict,
+        *,
+        repair: bool = False,
+        progress: Progress = lambda *_: None,
+    ) -> None:
+        """Compare a table with its topic, up to the offsets `ends` (by partition) that sync has written, and then what views have
+        made of the table with all of it.
+
+        Raises:
+            VerificationError: Kafka or ClickHouse cannot be asked.
+        """
+        oldest_us = self._oldest_us(replayed)
+        async for rows in replaying.rows_of(self._settings, replayed, ends, progress):
+            kept = [row for row in rows if row[replayed.at] >= oldest_us]
+            verdict.rows += len(kept)
+            if kept:
+                for drift in await replaying.compare(self._clickhouse, replayed, kept, repair=repair):
+                    verdict.add(_difference(replayed.name, drift))
+        for view in derived.DERIVED.get(replayed.name, ()):
+            progress(0, 1, view.name)
+            async for difference in self._view(view, [oldest_us], repair=repair):
+                verdict.add(difference)
+        progress(1, 1, "")
+
+    async def replay(
+        self, replayed: replaying.Replayed, ends: Mapping[int, int], *, progress: Progress = lambda *_: None
+    ) -> int:
+        """Insert again all that a topic holds, and make anew what views have made of the table; rows. Raises as `verify_topic`.
+
+        Rows that Kafka holds no more stay as they are.
+        """
+        oldest_us, rows = self._oldest_us(replayed), 0
+        async for part in replaying.rows_of(self._settings, replayed, ends, progress):
+            await replaying.insert(self._clickhouse, replayed, part)
+            rows += len(part)
+        for view in derived.DERIVED.get(replayed.name, ()):
+            progress(0, 1, view.name)
+            async for _ in self._view(view, [oldest_us], repair=True):
+                pass
+        return rows
+
+    def _oldest_us(self, replayed: replaying.Replayed) -> int:
+        """Where ClickHouse keeps rows from; a day later, because it drops them at times of its own."""
+        if not replayed.expires:
+            return 0
+        today = datetime.now(UTC).date()
+        return max(0, _day_us(today - timedelta(days=self._settings.sync.retention_days - 1)))
 
     async def verify(
         self,
@@ -397,33 +517,50 @@ class Verifier:
         total = sum(verdict.days + len(derived.DERIVED.get(table.name, ())) for table in tables)
         done = 0
         for table in tables:
+            present = await self._present(table)
             for number in range(verdict.days):
                 day = first + timedelta(days=number)
                 progress(done, total, f"{table.name} {day}")
+                if not present[0] <= days_us[number] < present[1]:
+                    done += 1
+                    continue
                 async for difference in self._day(table, day, cutoff_us, verdict, repair=repair):
                     verdict.add(difference)
                 done += 1
             # After the table that they are made of: a repair of it passes its views by.
-            for view in derived.DERIVED.get(table.name, ()):
+            kept_us = [us for us in days_us if us >= _day_us(self._first(table))]
+            for view in derived.DERIVED.get(table.name, ()) if kept_us else ():
                 progress(done, total, view.name)
-                async for difference in self._view(view, days_us, repair=repair):
+                async for difference in self._view(view, kept_us, repair=repair):
                     verdict.add(difference)
                 done += 1
         progress(done, total, "")
         return verdict
 
+    async def _present(self, table: Compared) -> tuple[int, int]:
+        """[from, to) in µs, whole days, outside of which neither engine has rows that are to be compared."""
+        first, last = _day_us(self._first(table)), _day_us(date(2100, 1, 1))
+        if table.devices == "series":
+            # Every day has readings, and looking for the first takes longer than counting a day.
+            return first, last
+        at = f"toUnixTimestamp64Micro({table.at})"
+        ours, theirs = await asyncio.gather(
+            self._fetch(f"SELECT min({_us(table.at)}), max({_us(table.at)}) FROM {table.devices}"),
+            self._clickhouse.query(f"SELECT min({at}), max({at}) FROM {table.name} HAVING count() > 0"),
+        )
+        found = [row for row in (*ours, *theirs) if row[0] is not None]
+        if not found:
+            return first, first
+        return (
+            max(first, min(row[0] for row in found) // DAY_US * DAY_US),
+            (max(row[1] for row in found) // DAY_US + 1) * DAY_US,
+        )
+
     async def _view(
         self, view: derived.Newest | derived.Counts, days_us: Sequence[int], *, repair: bool
     ) -> AsyncIterator[Difference]:
         async for drift in derived.drifts(self._clickhouse, view, days_us, repair=repair, settle_s=VIEWS_SETTLE_S):
-            yield Difference(
-                view.name,
-                drift.owner,
-                _datetime(drift.at_us).date(),
-                Sums(drift.expected),
-                Sums(drift.found),
-                repaired=drift.repaired,
-            )
+            yield _difference(view.name, drift)
 
     async def _day(
         self, table: Compared, day: date, cutoff_us: int, verdict: Verdict, *, repair: bool
@@ -605,7 +742,7 @@ class Verifier:
     ) -> dict[tuple[Any, ...], tuple[int, Any]]:
         """Key -> (hash, row)."""
         where, arguments = self._postgres_where(table, span, cutoff_us, device)
-        key = ", ".join(f"{table.postgres(name)} AS key_{n}" for n, name in enumerate(table.key))
+        key = ", ".join(f"({table.postgres(name)})::text AS key_{n}" for n, name in enumerate(table.key))
         rows = await self._fetch(
             f"SELECT {key}, {_us(table.postgres(table.at))} AS key_at, {postgres_hash(table)} AS hashed, {table.select}"
             f" FROM {table.source} WHERE {where}",
@@ -628,7 +765,7 @@ class Verifier:
             VerificationError: a store refuses a statement.
         """
         shadow = f"{table.name}_rebuild"
-        partitions = _partitions(table, first, last)
+        partitions = _partitions(table, max(first, self._first(table)), last)
         made: dict[str, int] = {}
         await self._clickhouse.command(f"DROP TABLE IF EXISTS {shadow} SYNC")
         engine = (
@@ -727,6 +864,11 @@ class Verifier:
             message = f"PostgreSQL: {type(e).__name__}: {e}"
             raise VerificationError(message) from e
         return rows
+
+
+def _difference(table: str, drift: derived.Drift) -> Difference:
+    day = _datetime(drift.at_us).date()
+    return Difference(table, drift.owner, day, Sums(drift.expected), Sums(drift.found), repaired=drift.repaired)
 
 
 def _partitions(table: Compared, first: date, last: date) -> list[tuple[str, int, int]]:

@@ -16,6 +16,8 @@ from preservarium.settings import Settings, load
 
 #: Differences that are printed; all of them are in the JSON.
 PRINTED_MAX: Final = 50
+#: Of preservarium/verification.py, which is not imported before it is needed.
+TABLE_NAMES: Final = ("measurements", "alarm_events", "anomalies", "aggregates", "task_events", "employees")
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -25,8 +27,8 @@ def _range(function: Any) -> Any:
     for option in (
         click.option("--to", "last", type=day, help="Last day, UTC.  [default: tomorrow, for devices that are ahead]"),
         click.option("--from", "first", type=day, help="First day, UTC.  [default: the first that PostgreSQL keeps]"),
-        click.option("--table", "names", multiple=True, type=click.Choice(["measurements", "alarm_events"]),
-                     help="Only this table; may be repeated.  [default: both]"),
+        click.option("--table", "names", multiple=True, type=click.Choice(TABLE_NAMES),
+                     help="Only this table; may be repeated.  [default: all]"),
     ):  # fmt: skip
         function = option(function)
     return function
@@ -98,7 +100,10 @@ def status(as_json: bool) -> None:
 def verify(
     names: tuple[str, ...], first: datetime | None, last: datetime | None, repair: bool, settle_s: float, as_json: bool
 ) -> None:
-    """Compare ClickHouse with PostgreSQL, by device and day; exit 1 where they differ (after the repair)."""
+    """Compare ClickHouse with PostgreSQL, by device and day, and tasks and employees with what Kafka still holds of them.
+
+    Exit code 1 where they differ (after the repair).
+    """
     settings = _enabled()
     verdict = asyncio.run(_verify(settings, names, first, last, repair, settle_s, as_json))
     _print_verdict(verdict, as_json)
@@ -115,14 +120,24 @@ async def _verify(
     settle_s: float,
     quiet: bool,
 ) -> Any:
-    from preservarium.sync_status import settled
-    from preservarium.verification import TABLES, Verifier
+    from preservarium import replaying
+    from preservarium.sync_status import settled, written
+    from preservarium.verification import ALL_TABLES, TABLES, Verdict, Verifier
 
+    title = "repair" if repair else "verify"
     async with Verifier(settings, settled=partial(settled, settings), settle_s=settle_s) as verifier:
-        begin, end = _days(verifier.default_range(), first, last)
-        with _bar("repair" if repair else "verify", quiet) as progress:
-            tables = [TABLES[n] for n in names or TABLES]
-            return await verifier.verify(tables, begin, end, repair=repair, progress=progress)
+        verdict = Verdict()
+        if tables := [TABLES[n] for n in names or TABLES if n in TABLES]:
+            begin, end = _days(verifier.default_range(), first, last)
+            with _bar(title, quiet) as progress:
+                verdict = await verifier.verify(tables, begin, end, repair=repair, progress=progress)
+        for name in names or ALL_TABLES:
+            if name in replaying.TABLES:
+                replayed = replaying.TABLES[name]
+                with _bar(f"{title} {name}", quiet) as progress:
+                    ends = await written(settings, replayed)
+                    await verifier.verify_topic(replayed, ends, verdict, repair=repair, progress=progress)
+        return verdict
 
 
 @sync.command()
@@ -132,22 +147,31 @@ async def _verify(
 def rebuild(names: tuple[str, ...], first: datetime | None, last: datetime | None, yes: bool, as_json: bool) -> None:
     """Make the tables anew from PostgreSQL, a partition at a time, each put in its place in one step; then compare.
 
+    Into tables of tasks and employees, all that Kafka holds is inserted again, whatever the days; what it holds no more stays.
     Where it was interrupted, start it again --from the day that it was at: what came before is done.
     """
-    from preservarium.sync_status import settled
-    from preservarium.verification import SETTLE_S, TABLES, Verifier
+    from preservarium import replaying
+    from preservarium.sync_status import settled, written
+    from preservarium.verification import ALL_TABLES, SETTLE_S, TABLES, Verifier
 
     settings = _enabled()
     if not yes and not as_json:
-        click.confirm("Replace these partitions in ClickHouse with what PostgreSQL holds?", abort=True, err=True)
+        click.confirm(
+            "Replace these partitions in ClickHouse with what PostgreSQL or Kafka holds?", abort=True, err=True
+        )
 
     async def run() -> tuple[dict[str, dict[str, int]], Any]:
         made: dict[str, dict[str, int]] = {}
         async with Verifier(settings, settled=partial(settled, settings)) as verifier:
             begin, end = _days(verifier.default_range(), first, last)
-            for name in names or TABLES:
+            for name in names or ALL_TABLES:
                 with _bar(f"rebuild {name}", as_json) as progress:
-                    made[name] = await verifier.rebuild(TABLES[name], begin, end, progress=progress)
+                    if name in TABLES:
+                        made[name] = await verifier.rebuild(TABLES[name], begin, end, progress=progress)
+                        continue
+                    replayed = replaying.TABLES[name]
+                    ends = await written(settings, replayed)
+                    made[name] = {"all": await verifier.replay(replayed, ends, progress=progress)}
             if end >= datetime.now(UTC).date():
                 # What the worker inserted while a partition was being replaced is compared once it has settled.
                 await asyncio.sleep(SETTLE_S)
@@ -222,7 +246,7 @@ def _print_verdict(verdict: Any, as_json: bool) -> None:
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False)
-        for name in ("table", "device", "day", "expected", "found", "what", "done"):
+        for name in ("table", "device, file", "day", "expected", "found", "what", "done"):
             table.add_column(name, justify="right" if name in {"expected", "found"} else "left", overflow="fold")
         for d in verdict.differences[:PRINTED_MAX]:
             done = (

@@ -16,9 +16,13 @@ from preservarium.stores.clickhouse import ClickHouseStore
 from preservarium.stores.event_tables import EventStore
 from preservarium.stores.maintenance import Maintenance
 from preservarium.stores.migrate import migrate_clickhouse
+from preservarium.stores.tables import AGGREGATES as AGGREGATES_IN_POSTGRES
 from preservarium.stores.tables import ALARM_EVENTS as ALARMS_IN_POSTGRES
+from preservarium.stores.tables import ANOMALIES as ANOMALIES_IN_POSTGRES
 from preservarium.stores.timescale import TimescaleStore
+from preservarium.sync import AGGREGATES as AGGREGATES_IN_CLICKHOUSE
 from preservarium.sync import ALARM_EVENTS as ALARMS_IN_CLICKHOUSE
+from preservarium.sync import ANOMALIES as ANOMALIES_IN_CLICKHOUSE
 from preservarium.sync import EventSync, ReadingSync
 from preservarium.verification import ALARM_EVENTS, MEASUREMENTS, TABLES, Verifier, unreplicated
 
@@ -523,3 +527,77 @@ async def test_ranges_of_devices_are_cut_for_views(stores, verifier, monkeypatch
     assert {d.device_id for d in found.differences if d.table == "latest_values"} == {"d1-é", "ghost"}
     assert len([d for d in found.differences if d.table == "measurement_days"]) > 12
     assert await stores.views_follow()
+
+
+SERIES = {
+    "device_id": "d", "connector_mode": "LoRaWAN", "component_type": "t", "pin_position": "-1", "unit": "°C", "generation": 0,
+}  # fmt: skip
+
+
+def anomaly(number: int, **fields: Any) -> dict[str, Any]:
+    return SERIES | {
+        "device_id": f"d{number % 4}", "anomaly_id": f"a{number}", "state": "begins", "timestamp": NOON_US + number, "value": -0.0,
+        "expected": 0.1 + 0.2, "score": 3.1, "threshold": 2.5, "raw_partition": 1 if number % 3 else None, "raw_offset": number, "raw_index": 0,
+    } | fields  # fmt: skip
+
+
+def window(number: int, **fields: Any) -> dict[str, Any]:
+    start = NOON_US + number // 4 * 60_000_000
+    return SERIES | {
+        "device_id": f"d{number % 4}", "window_id": f"w{number}", "revision": 0, "window_start": start, "window_end": start + 60_000_000,
+        "size_s": 60, "hop_s": 60, "count": 3, "min": 1.0, "max": 1 / 3, "mean": 2.0, "sum": 6.0, "last": 3.0, "last_at": start + 5,
+        "closed_by": "watermark", "consumption": 7.5 if number % 2 else None,
+    } | fields  # fmt: skip
+
+
+@pytest.mark.parametrize("table", ["anomalies", "aggregates"])
+async def test_other_events_are_compared_repaired_and_rebuilt(stores, settings, verifier, table):
+    """What came twice, corrected, and in a replay besides."""
+    declared, in_clickhouse = {
+        "anomalies": (ANOMALIES_IN_POSTGRES, ANOMALIES_IN_CLICKHOUSE),
+        "aggregates": (AGGREGATES_IN_POSTGRES, AGGREGATES_IN_CLICKHOUSE),
+    }[table]
+    if table == "anomalies":
+        lines = [anomaly(i) for i in range(40)]
+    else:
+        lines = [window(i) for i in range(40)] + [window(i, revision=1, count=4) for i in range(0, 40, 3)]
+        lines += [window(i, window_id=f"replayed{i}", generation=1, count=9) for i in range(0, 40, 7)]
+    events = EventStore(declared, settings, sink=f"sink-{table}")
+    assert not (await events.write([*lines, *lines[:5]], {})).rejected
+    await events.close()
+    await EventSync(in_clickhouse, stores.clickhouse, settings)(
+        [batch(declared.topic.name, 0, [record(i, line) for i, line in enumerate([*lines, *lines[:5]])])]
+    )
+    compared = TABLES[table]
+    assert (compared.topic, compared.group) == (in_clickhouse.topic.name, in_clickhouse.stage)
+    assert {f.name for f in compared.fields} == compared.types.keys()
+    before = await stores.rows(table)
+    verdict = await verify(verifier, compared)
+    assert (verdict.differences, verdict.rows) == ([], 40)
+    await stores.command(f"DELETE FROM {table} WHERE device_id = 'd1'")
+    await stores.command(
+        f"ALTER TABLE {table} UPDATE {'score' if table == 'anomalies' else 'mean'} = 4 WHERE device_id = 'd2' SETTINGS mutations_sync = 2"
+    )
+    ghost = f"{'anomaly_id' if table == 'anomalies' else 'component_type'}"
+    await stores.command(
+        f"INSERT INTO {table} SELECT * REPLACE ('ghost' AS {ghost}) FROM {table} WHERE device_id = 'd3' LIMIT 1"
+    )
+    found = {d.device_id: d.what for d in (await verify(verifier, compared)).differences}
+    assert found == {"d1": "missing", "d2": "altered", "d3": "surplus"}
+    assert (await verify(verifier, compared, repair=True)).same
+    assert await stores.rows(table) == before
+    await stores.command(f"TRUNCATE TABLE {table}")
+    month = DAY.replace(day=1)
+    assert await verifier.rebuild(compared, month, date.fromordinal(month.toordinal() + 40)) == {f"{month:%Y%m}": 40}
+    assert await stores.rows(table) == before
+
+
+async def test_days_that_postgres_does_not_keep_are_left_alone(stores, settings):
+    """Anomalies are kept for other days than readings: older ones in ClickHouse are no surplus."""
+    short = live(**settings().model_dump(include={"postgres", "clickhouse"}) | {"sink": {"events_retention_days": 1}})
+    await EventSync(ANOMALIES_IN_CLICKHOUSE, stores.clickhouse, settings)(
+        [batch("anomaly_alerts", 0, [record(0, anomaly(1))])]
+    )
+    async with Verifier(short(), settled=always) as verifier:
+        assert (await verify(verifier, TABLES["anomalies"], repair=True)).same
+    assert len(await stores.rows("anomalies")) == 1
