@@ -11,7 +11,15 @@ from preservarium.engine import app
 from preservarium.stage import Batch, Effects
 from tables.command_states import command_states
 
-_commanding = Commanding(command_states, device_lookup.known, device_lookup.lookup_many, catalogue, app.live, app.clock)
+_commanding = Commanding(
+    command_states,
+    device_lookup.known,
+    device_lookup.lookup_many,
+    catalogue,
+    app.live,
+    app.clock,
+    past_backlog=lambda partition: app.stages.past_backlog("commands", partition),
+)
 device_lookup.on_change(_commanding.profiles.forget)
 
 

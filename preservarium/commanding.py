@@ -32,7 +32,7 @@ from preservarium.domain.commands import (
     parse_line,
 )
 from preservarium.domain.device import DeviceDoc
-from preservarium.domain.errors import ReasonCode, Reject
+from preservarium.domain.errors import ReasonCode, Reject, Retry
 from preservarium.domain.reading import ErrorLine
 from preservarium.publish import partition_of
 from preservarium.records import error_line, parse_trusted, refuse
@@ -77,11 +77,21 @@ class Commanding:
         documents: the catalogue.
         live: settings.
         clock: for waits, error lines and caches.
+        past_backlog: partition -> whether the lines that were there when it was taken over have been handled.
     """
 
     def __init__(
-        self, table: Table, known: Known, lookup: LookupMany, documents: Documents, live: LiveSettings, clock: Clock
+        self,
+        table: Table,
+        known: Known,
+        lookup: LookupMany,
+        documents: Documents,
+        live: LiveSettings,
+        clock: Clock,
+        *,
+        past_backlog: Callable[[int], bool] = lambda _: True,
     ) -> None:
+        self._past_backlog = past_backlog
         self._table = table
         self._known = known
         self._lookup = lookup
@@ -123,11 +133,17 @@ class Commanding:
     async def uplinks(self, batch: Batch) -> Effects:
         """Let validated messages confirm commands and wake devices.
 
+        A worker that died may have sent a command and not written that down; its answer must not pass by before the
+        request was read again.
+
         Raises:
-            Retry: the catalogue has not been read yet.
+            Retry: the catalogue, or lines of `device_commands` from before the partition was taken over, are to be read first.
             Fatal: the state is of another release.
         """
         await self._documents.ready()
+        if not self._past_backlog(batch.partition):
+            text = "requests that a worker before may have handed over are read first"
+            raise Retry(text)
         concerned = self._concerned(batch)
         parsed, errors = parse_trusted(replace(batch, records=concerned), stage=STAGE) if concerned else ([], [])
         work = _Work(self, batch, errors)
@@ -255,9 +271,10 @@ class _Work:
         device = self._devices[device_id] = DeviceCommands(device_id, document) if document else None
         return device
 
-    @property
-    def _turn(self) -> Turn:
-        return Turn(self._now_us, self._downlinks < DOWNLINKS_A_TURN_MAX, self._may_time_out)
+    def _turn(self, record_us: int = 0) -> Turn:
+        """What may be done; `record_us`: when what causes it was in Kafka or received, 0: at any time."""
+        since_us = None if self._may_time_out else record_us
+        return Turn(self._now_us, self._downlinks < DOWNLINKS_A_TURN_MAX, self._may_time_out, since_us)
 
     def _profile(self, device_id: str) -> Profile:
         return self._stage.profiles.get(self._batch.partition, device_id)
@@ -299,7 +316,7 @@ class _Work:
             "wake": partial(device.wake, awake_us=self._awake_us),
         }
         act = acts[line.kind]
-        outcome = act(line, self._profile(device_id), self._turn, *place)
+        outcome = act(line, self._profile(device_id), self._turn(record.timestamp * _MS_US), *place)
         self._outcome(device_id, outcome)
         self._repeated += outcome.repeated is not None
         if outcome.refusal is not None and line.kind == "cancel":
@@ -314,13 +331,14 @@ class _Work:
         device = self._device(device_id)
         if device is not None and device.open:
             profile = self._profile(device_id)
-            self._outcome(device_id, device.uplink(message, profile, self._turn, awake_us=self._awake_us))
+            turn = self._turn(message["received_at"])
+            self._outcome(device_id, device.uplink(message, profile, turn, awake_us=self._awake_us))
 
     def tick(self, device_id: str) -> None:
         """Time passes for one device."""
         device = self._device(device_id)
         if device is not None:
-            self._outcome(device_id, device.tick(self._profile(device_id), self._turn))
+            self._outcome(device_id, device.tick(self._profile(device_id), self._turn()))
         # Also where nothing changed: when it is due next may have.
         self._devices.setdefault(device_id, None)
 

@@ -61,6 +61,7 @@ class Fetched(NamedTuple):
     at_ms: int  #: when it came, by this machine's clock
     position: int  #: offset of the next record that the consumer will hand over
     end: int  #: the partition's high watermark
+    start: int | None = None  #: where the assignment began; None: nothing was ever committed
 
 
 def skipped(stage: str, topic: str, partition: int, expected: int, got: int) -> None:
@@ -91,6 +92,7 @@ class Lane:
         "_ticked",
         "_wake",
         "advanced_s",
+        "backlog_end",
         "committed",
         "committed_s",
         "expected",
@@ -112,6 +114,8 @@ class Lane:
         self.partition = partition
         #: offset of the first record that is not acknowledged; None before the first acknowledgement
         self.position: int | None = None
+        #: end of the partition when somebody first asked for it (`Stages.past_backlog`)
+        self.backlog_end: int | None = None
         #: offset that the next record should have, to drop what is delivered twice
         self.expected: int | None = None
         self.committed: int | None = None
@@ -138,11 +142,11 @@ class Lane:
         """Whether records wait, are processed, or are not committed."""
         return bool(self._batches) or self.progress.since_s is not None or self.uncommitted
 
-    def handled_all(self, position: int) -> bool:
-        """Whether every record below `position` came here and was acknowledged."""
+    def handled_all(self, fetched: Fetched) -> bool:
+        """Whether every record that the consumer has handed over came here and was acknowledged."""
         if self.expected is None:  # nothing has come since the partition was assigned
-            return True
-        return self.expected == position and self.position == position
+            return fetched.start in (None, fetched.position)
+        return self.expected == fetched.position and self.position == fetched.position
 
     def push(self, records: list[Record]) -> None:
         """Add what a fetch brought, in offset order; what is known already is dropped."""
@@ -331,6 +335,7 @@ class Stages:
 
     def __init__(self) -> None:
         self._by_topic: dict[str, list[Stage]] = {}
+        self._fetched: Callable[[TP], Fetched | None] = lambda _: None
 
     def add(self, topic: str, stage: Stage) -> None:
         """Register a stage under the full name of its topic."""
@@ -338,9 +343,25 @@ class Stages:
 
     def watch(self, fetched: Callable[[TP], Fetched | None]) -> None:
         """Let ticks know how far the consumer is; None: the partition is not assigned to this worker."""
+        self._fetched = fetched
         for stage in self:
             if stage.after:
                 stage.handled_us = partial(self.handled_us, stage, fetched)
+
+    def past_backlog(self, name: str, partition: int) -> bool:
+        """Whether a stage has handled what its partition held when the worker had just taken it over."""
+        stage = next(stage for stage in self if stage.name == name)
+        tp = TP(stage.topic_full, partition)
+        found = self._fetched(tp)
+        if found is None:  # another worker's
+            return True
+        if found.end < 0:
+            return False
+        lane = stage.lane(partition)
+        if lane.backlog_end is None:
+            lane.backlog_end = found.end
+        reached = lane.position is not None and lane.position >= lane.backlog_end
+        return reached or (found.position >= lane.backlog_end and lane.handled_all(found))
 
     def handled_us(self, stage: Stage, fetched: Callable[[TP], Fetched | None], partition: int) -> int | None:
         """Up to when a stage and those before it have worked off a partition: what Kafka held then went through all.
@@ -360,7 +381,8 @@ class Stages:
                 continue
             last = topic == stage.topic_full
             lanes = [lane for lane in self.lanes(tp) if not last or lane is stage.lanes.get(partition)]
-            if found.position != found.end or not all(lane.handled_all(found.position) for lane in lanes):
+            handled = all(lane.handled_all(found) for lane in lanes) if lanes else found.start in (None, found.position)
+            if found.position != found.end or not handled:
                 return None
             # What the stage before wrote last must have been there when this topic was asked for.
             if time() - found.at_ms / 1e3 >= idle_s:
@@ -609,7 +631,7 @@ class BatchConsumer(driver.Consumer):
         at_ms = found.timestamp
         if at_ms is None or not found.has_valid_position:
             return Fetched(0, 0, -1)  # not fetched yet
-        return Fetched(at_ms, found.position, found.highwater)
+        return Fetched(at_ms, found.position, found.highwater, self._read_offset[tp])
 
     # --- acknowledgement and commit -----------------------------------------------------------------------------
 

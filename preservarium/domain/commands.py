@@ -697,6 +697,8 @@ class Turn:
     now_us: int
     may_send: bool = True  #: commands may be handed over; else it is due at the next tick
     may_time_out: bool = True  #: False while confirmations may wait unread in Kafka
+    #: When what is done now may have been done before, by a worker that died before it wrote that down; None: now
+    since_us: int | None = None
 
 
 @dataclass(slots=True)
@@ -900,7 +902,7 @@ class DeviceCommands:
             if profile.problem:
                 self._apply(following, Event.FAIL, now_us, outcome, reason=profile.problem)
             else:
-                self._hand_over(following, profile, now_us, outcome)
+                self._hand_over(following, profile, turn, outcome)
         self._forget(now_us, outcome)
 
     def _time_out(self, now_us: int, outcome: Outcome) -> None:
@@ -914,9 +916,12 @@ class DeviceCommands:
             again = command.attempt < command.tries and now_us < command.expires_at
             self._apply(command, Event.RETRY if again else Event.TIME_OUT, now_us, outcome)
 
-    def _hand_over(self, command: Command, profile: Profile, now_us: int, outcome: Outcome) -> None:
+    def _hand_over(self, command: Command, profile: Profile, turn: Turn, outcome: Outcome) -> None:
+        now_us = turn.now_us
         command.attempt += 1
-        command.first_at = command.first_at or now_us
+        # Of a hand-over that is repeated, the answer may have come already.
+        since_us = now_us if turn.since_us is None else max(turn.since_us, command.requested_at)
+        command.first_at = command.first_at or min(now_us, since_us)
         self._apply(command, Event.HAND_OVER, now_us, outcome)
         outcome.downlinks.append(
             {

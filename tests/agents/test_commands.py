@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import pytest
 from quality_support import S, T, World, batch, catalogue, errors, lines, live, message, offer, reading, record
 
 from preservarium import topics
 from preservarium.commanding import DOWNLINKS_A_TURN_MAX, PATIENCE_US, Commanding
 from preservarium.domain.commands import LINE_BYTES_MAX, MEMORY_S, downlink_id
+from preservarium.domain.errors import Retry
 from preservarium.publish import partition_of
 from preservarium.stage import Tick
 
@@ -120,6 +122,36 @@ async def test_an_uplink_confirms():
     up = message(7, reading(1, "relay"), received_at=now)
     assert told(await stage.uplinks(record(9, up))) == [("confirm", "successful")]
     assert await stage.uplinks(record(9, up)) == []
+
+
+async def test_an_answer_confirms_also_where_the_hand_over_is_done_again_by_another_worker():
+    stage = Stage()
+    await stage.tick(first=True)
+    asked = record(1, request(confirm={"component_type": "relay", "equals": 1}))
+    stage.world.clock.advance(1)
+    before = message(6, reading(1, "relay"), received_at=stage.world.clock.now_us() - S)
+    first = await stage.lines(asked, crash=True)
+    answer = message(7, reading(1, "relay"), received_at=stage.world.clock.now_us() + S // 10)
+    # The one who takes over reads the request again, some seconds after the device has answered.
+    stage.restart()
+    asked = stage._at(asked)
+    stage.world.clock.advance(5)
+    stage._at = lambda rec: rec  # as they are in Kafka
+    again = await stage.lines(asked)
+    assert [s.value for s in again if s.topic is topics.DOWNLINKS] == [
+        s.value for s in first if s.topic is topics.DOWNLINKS
+    ]
+    assert await stage.uplinks(record(8, before)) == []
+    assert told(await stage.uplinks(record(9, answer))) == [("confirm", "successful")]
+
+
+async def test_answers_wait_for_the_requests_that_a_worker_before_may_have_sent():
+    stage = Stage()
+    past = [False, True]
+    stage.stage._past_backlog = lambda partition: past.pop(0)
+    with pytest.raises(Retry):
+        await stage.uplinks(record(1, message(1, reading(1))))
+    assert await stage.uplinks(record(1, message(1, reading(1)))) == []
 
 
 async def test_devices_without_commands_cost_no_state():

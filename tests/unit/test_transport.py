@@ -310,6 +310,9 @@ async def test_a_tick_knows_what_waits_in_kafka_here_and_before() -> None:
     assert handled(None, Fetched(80_000, 7, 7)) == 80_000_000  # another worker has the one before
     assert handled(Fetched(soon_ms, 5, 6), Fetched(soon_ms, 7, 7)) is None
     assert handled(Fetched(soon_ms, 5, 5), Fetched(soon_ms, 7, 9)) is None
+    # Records that the consumer has handed over and that did not get here yet, the first ones of the assignment.
+    assert handled(Fetched(soon_ms, 6, 6, 5), Fetched(soon_ms, 7, 7)) is None
+    assert handled(Fetched(soon_ms, 6, 6, 6), Fetched(soon_ms, 7, 7)) == soon_ms * 1_000
     # A record that the stage before is working on, and then one that came of it.
     before.go.clear()
     lane = before.stage.lane(0)
@@ -329,6 +332,31 @@ async def test_a_tick_knows_what_waits_in_kafka_here_and_before() -> None:
     other.stage.lane(0).expected = 3
     assert handled(Fetched(soon_ms, 6, 6), Fetched(soon_ms, 7, 7)) == soon_ms * 1_000
     await lane.close(1)
+
+
+async def test_the_end_of_a_backlog_is_the_end_that_there_was_at_first() -> None:
+    feed = Feed()
+    feed.stage.topic_full = "x.iot_raw_data"
+    tp = TP("x.iot_raw_data", 0)
+    known: dict[TP, Fetched | None] = {}
+    feed.stages.watch(known.get)
+
+    def past(found: Fetched | None) -> bool:
+        known[tp] = found
+        return feed.stages.past_backlog("lanes", 0)
+
+    assert past(None), "it is another worker's"
+    assert not past(Fetched(0, 0, -1)), "it was not asked for yet"
+    assert not past(Fetched(1, 5, 7, 5))
+    assert not past(Fetched(1, 7, 7, 5)), "they are on their way here"
+    lane = feed.stage.lane(0)
+    lane.expected = 5
+    feed.push(0, 5, 6)
+    await until(lambda: feed.position(0) == 7)
+    assert past(Fetched(1, 9, 9, 5)), "what came later is no backlog"
+    await lane.close(1)
+    feed.stage.drop([0])
+    assert past(Fetched(2, 9, 9, 9)), "assigned anew, and nothing is there"
 
 
 async def test_a_tick_that_says_fatal_ends_the_worker() -> None:
