@@ -166,6 +166,12 @@ class Up:
 
         # Cleaned up in the opposite order, so Kafka goes last: workers and stores speak to it until the end.
         if "bootstrap_servers" not in given.kafka.model_fields_set:
+            if given.kafka.security_protocol != "PLAINTEXT":
+                message = (
+                    f"{PREFIX}KAFKA__SECURITY_PROTOCOL is {given.kafka.security_protocol}, but no "
+                    f"{PREFIX}KAFKA__BOOTSTRAP_SERVERS are given: a broker of our own is not secured"
+                )
+                raise click.ClickException(message)
             kafka, notice = await asyncio.to_thread(kafka_for, directory)
             if notice:
                 self._screen.say(notice)

@@ -138,3 +138,13 @@ def test_a_foreign_directory_is_not_deleted(tmp_path):
     assert done.returncode == 1
     assert "not deleted" in done.stderr
     assert (tmp_path / "precious").exists()
+
+
+def test_security_without_brokers_is_refused(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "preservarium", "up", f"--data-dir={tmp_path / 'up'}", f"--web-port={free_port()}"],
+        capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "PRESERVARIUM_KAFKA__SECURITY_PROTOCOL": "SSL"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "no PRESERVARIUM_KAFKA__BOOTSTRAP_SERVERS are given" in " ".join(done.stderr.split())
