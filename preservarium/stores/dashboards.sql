@@ -243,6 +243,12 @@ FROM (
          minIf(toUnixTimestamp64Micro(detected_at), transition = 'acknowledged') AS acknowledged
   FROM alarm_events FINAL
   WHERE generation = 0 AND transition IN ('raised', 'acknowledged')
+    -- An acknowledgement comes at any time later, so only the alarms can be limited.
+    AND alarm_id IN (
+      SELECT alarm_id FROM alarm_events
+      WHERE generation = 0 AND transition = 'raised'
+        AND detected_at >= fromUnixTimestamp64Micro({start:Int64}, 'UTC') AND detected_at < fromUnixTimestamp64Micro({end:Int64}, 'UTC')
+    )
   GROUP BY alarm_id
 )
 WHERE raised >= {start:Int64} AND raised < {end:Int64}
