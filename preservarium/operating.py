@@ -273,9 +273,7 @@ class Board:
         Raises:
             TypeError: `after` is no key of that order.
         """
-        keys = self._keys.get(order)
-        if keys is None:
-            keys = self._keys[order] = {p: sort_key(a, order) for p, a in self._standing.items()}
+        keys = self._sorted_by(order)
         found = [(keys[p], p) for p, a in self._standing.items() if wanted.takes(a)]
         total = len(found)
         if after is not None:
@@ -285,6 +283,12 @@ class Board:
         page = heapq.nsmallest(limit, found)
         following = list(page[-1][0]) if len(found) > len(page) and page else None
         return Page([self._standing[p] for _, p in page], following, total)
+
+    def _sorted_by(self, order: str) -> dict[PointKey, tuple[Any, ...]]:
+        keys = self._keys.get(order)
+        if keys is None:
+            keys = self._keys[order] = {p: sort_key(a, order) for p, a in self._standing.items()}
+        return keys
 
     def seen(self) -> list[list[int]]:
         """What a list of now shows: [partition, offset of the next record] of `alarm_standing`."""
@@ -297,6 +301,7 @@ class Board:
             Those alarms, how many there are without the limit, and how many were left out because they are newer.
         """
         read = {each[0]: each[1] for each in seen}
+        keys = self._sorted_by("priority")
         found, newer = [], 0
         for point, alarm in self._standing.items():
             if wanted.takes(alarm):
@@ -304,8 +309,10 @@ class Board:
                 if at is not None and at[1] >= read.get(at[0], 0):
                     newer += 1
                 else:
-                    found.append(alarm)
-        return heapq.nsmallest(limit, found, key=lambda alarm: sort_key(alarm, "priority")), len(found), newer
+                    found.append(keys[point])
+        # A key ends in its alarm's point.
+        first = [self._standing[key[-3:]] for key in heapq.nsmallest(limit, found)]
+        return first, len(found), newer
 
     def counts(self) -> dict[str, Any]:
         """How many stand: by severity (of those that are annunciated), by state, and how many wait for somebody."""

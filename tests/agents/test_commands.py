@@ -171,6 +171,20 @@ async def test_a_sleeping_device_is_sent_to_when_it_is_heard():
     assert told(await stage.uplinks(record(9, awake))) == [("hand_over", "queued")]
 
 
+async def test_a_device_that_fetches_is_handed_its_commands_when_it_asks_and_asking_alone_costs_no_state():
+    stage = Stage()
+    offer(stage.world.documents, "type", **{**KIND, "downlink": {"format": "http"}})
+    wake = {"kind": "wake", "device_id": "dev-1", "actor": "device"}
+    assert await stage.lines(record(1, wake)) == []
+    assert stage.effects.puts == {}
+    assert told(await stage.lines(record(2, request()))) == [("request", "queued")]
+    sends = await stage.lines(record(3, wake))
+    assert told(sends) == [("hand_over", "queued")]
+    (downlink,) = lines(sends, topics.DOWNLINKS)
+    assert (downlink["format"], downlink["topic"]) == ("http", "dev-1")
+    assert await stage.lines(record(3, wake)) == []
+
+
 async def test_time_outs_wait_until_a_backlog_is_read():
     stage = Stage()
     sends = await stage.lines(record(1, request(confirm="uplink")))
