@@ -86,7 +86,8 @@ class Result:
     differing: int = 0  #: alarms that are not the same under both rules
     difference: dict[str, Difference] = field(default_factory=dict)  #: by rule
     told: dict[str, int] = field(default_factory=dict)  #: recipient -> transitions
-    heard: list[bytes] = field(default_factory=list)  #: transitions for `backtest_notices`, packed; none where too many
+    #: piece's first device -> transitions for `backtest_notices`, packed; none where there are too many
+    heard: dict[str, bytes] = field(default_factory=dict)
     transitions: int = 0  #: how many they were
     #: recipient -> kind -> notices that would have gone out; None: too many transitions to say
     notices: dict[str, dict[str, int]] | None = None
@@ -108,7 +109,7 @@ class Result:
             for name, count in more.items():
                 counts[name] = counts.get(name, 0) + count
         self.transitions += other.transitions
-        self.heard = [*self.heard, *other.heard] if self.transitions <= HEARD_MAX else []
+        self.heard = {**self.heard, **other.heard} if self.transitions <= HEARD_MAX else {}
         self.alarms = nlargest(LISTED_MAX, [*self.alarms, *other.alarms], key=lambda one: (one[1].raised, one[0]))
         self.problems = list(dict.fromkeys([*self.problems, *other.problems]))[:LISTED_MAX]
 
@@ -427,6 +428,7 @@ class _Piece:
         self._live: Playback | None = None
         self._unsaid = 0
         self._heard = Heard()
+        self._first = series[0].device_id if series else ""
 
     def take(self, rows: Iterator[history.Row]) -> None:
         """Take rows, device after device."""
@@ -506,7 +508,7 @@ class _Piece:
         self._close()
         self._told(self._unsaid)
         if self.result.transitions <= HEARD_MAX:
-            self.result.heard.append(self._heard.packed())
+            self.result.heard[self._first] = self._heard.packed()
         self.result.alarms = nlargest(LISTED_MAX, self.result.alarms, key=lambda one: (one[1].raised, one[0]))
         return self.result
 
@@ -620,4 +622,5 @@ async def count_notices(connection: asyncpg.Connection, settings: Settings, test
         catalogue.offer("recipient", document)
     policies = Policies(catalogue, LiveSettings(settings))
     defaults = [address.strip() for address in settings.mail.recipients.split(",") if address.strip()]
-    result.notices = played(result.heard, catalogue.recipient, policies.of, defaults, test.to_us)
+    heard = [result.heard[first] for first in sorted(result.heard)]  # pieces end in any order
+    result.notices = played(heard, catalogue.recipient, policies.of, defaults, test.to_us)

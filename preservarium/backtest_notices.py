@@ -41,18 +41,15 @@ class Heard:
 
 
 def _by_time(blocks: Iterable[bytes]) -> Iterator[list[Any]]:
-    """The transitions of all blocks by time, device and sequence; in memory is only where they lie in a file without name."""
+    """The transitions of all blocks by time, else as they came; only where they lie in a file without name is in memory."""
     with TemporaryFile() as file:
-        found: list[tuple[int, str, int, int]] = []
-        ends = array("q", [0])
+        times, ends = array("q"), array("q", [0])
         for block in blocks:
             for line in _lines(block):
-                at, transition, *_ = orjson.loads(line)
-                found.append((at, transition["device_id"], transition["sequence"], len(ends) - 1))
+                times.append(orjson.loads(line)[0])
                 file.write(line)
                 ends.append(ends[-1] + len(line))
-        found.sort()
-        for *_, number in found:
+        for number in sorted(range(len(times)), key=times.__getitem__):
             file.seek(ends[number])
             yield orjson.loads(file.read(ends[number + 1] - ends[number]))
 
@@ -82,7 +79,7 @@ def played(
     """Notices by recipient and kind (`alarms`, `repeat`, `digest`), until `to_us`.
 
     Args:
-        blocks: of `Heard.packed`, in any order.
+        blocks: of `Heard.packed`; what happened at the same time is heard in their order.
         recipient: the registry's look-up.
         policy_of: how a recipient wants to be told.
         defaults: mail addresses for transitions that name nobody.

@@ -50,3 +50,11 @@ def test_an_escalation_tells_another_one_later():
     lines = [line(0, "raised", escalation=[{"after_s": 900, "recipients": ["chief@example.com"]}])]
     assert count(*lines, seconds=600)["chief@example.com"] == {}
     assert count(*lines, seconds=1_000)["chief@example.com"] == {"alarms": 1}
+
+
+def test_what_is_kept_takes_a_hundred_bytes_a_transition():
+    heard = Heard()
+    for number in range(5_000):
+        heard.add(line(number, "raised", f"dev-{number}"))
+    packed = heard.packed()
+    assert len(packed) < 150 * heard.count
