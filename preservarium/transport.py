@@ -55,6 +55,10 @@ LAST_COMMIT_S: Final = 5.0
 TICK_S: Final = 5.0
 
 
+#: What the consumer hands over is with its lane long before.
+ON_THE_WAY_S: Final = 3.0
+
+
 class Fetched(NamedTuple):
     """How far the last answer to a fetch went."""
 
@@ -141,12 +145,6 @@ class Lane:
     def busy(self) -> bool:
         """Whether records wait, are processed, or are not committed."""
         return bool(self._batches) or self.progress.since_s is not None or self.uncommitted
-
-    def handled_all(self, fetched: Fetched) -> bool:
-        """Whether every record that the consumer has handed over came here and was acknowledged."""
-        if self.expected is None:  # nothing has come since the partition was assigned
-            return fetched.start in (None, fetched.position)
-        return self.expected == fetched.position and self.position == fetched.position
 
     def push(self, records: list[Record]) -> None:
         """Add what a fetch brought, in offset order; what is known already is dropped."""
@@ -336,6 +334,8 @@ class Stages:
     def __init__(self) -> None:
         self._by_topic: dict[str, list[Stage]] = {}
         self._fetched: Callable[[TP], Fetched | None] = lambda _: None
+        #: partition of which nothing came here -> where the consumer is all the same, and since when, s
+        self._moved: dict[TP, tuple[int, float]] = {}
 
     def add(self, topic: str, stage: Stage) -> None:
         """Register a stage under the full name of its topic."""
@@ -361,7 +361,21 @@ class Stages:
         if lane.backlog_end is None:
             lane.backlog_end = found.end
         reached = lane.position is not None and lane.position >= lane.backlog_end
-        return reached or (found.position >= lane.backlog_end and lane.handled_all(found))
+        return reached or (found.position >= lane.backlog_end and self._handled_all(tp, [lane], found))
+
+    def _handled_all(self, tp: TP, lanes: Sequence[Lane], found: Fetched) -> bool:
+        """Whether every record that the consumer has handed over came to the lanes and was acknowledged."""
+        came = [lane for lane in lanes if lane.expected is not None]
+        if came:
+            return all(lane.expected == lane.position == found.position for lane in came)
+        if found.start in (None, found.position):
+            return True
+        # The first records are on their way here, or Kafka's retention took what would have been next.
+        before, since_s = self._moved.get(tp, (None, 0.0))
+        if before != found.position:
+            self._moved[tp] = found.position, monotonic()
+            return False
+        return monotonic() - since_s >= ON_THE_WAY_S
 
     def handled_us(self, stage: Stage, fetched: Callable[[TP], Fetched | None], partition: int) -> int | None:
         """Up to when a stage and those before it have worked off a partition: what Kafka held then went through all.
@@ -381,8 +395,7 @@ class Stages:
                 continue
             last = topic == stage.topic_full
             lanes = [lane for lane in self.lanes(tp) if not last or lane is stage.lanes.get(partition)]
-            handled = all(lane.handled_all(found) for lane in lanes) if lanes else found.start in (None, found.position)
-            if found.position != found.end or not handled:
+            if found.position != found.end or not self._handled_all(tp, lanes, found):
                 return None
             # What the stage before wrote last must have been there when this topic was asked for.
             if time() - found.at_ms / 1e3 >= idle_s:
