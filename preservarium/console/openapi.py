@@ -103,6 +103,11 @@ _ALARM: Final = _object(
     threshold=_NUMBER,
     message=_TEXT,
     recipients={"type": "array", "items": _TEXT},
+    former={
+        "type": "array",
+        "items": _TEXT,
+        "description": "Who was told of the alarm, and is no recipient of its rule any more",
+    },
     actor={"type": ["string", "null"], "description": "Who did the last transition, where a person did"},
     comment={"type": ["string", "null"]},
     raw_partition={"type": ["integer", "null"]},
