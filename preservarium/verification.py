@@ -53,8 +53,8 @@ DEVICES_MAX: Final = 5_000
 ROWS_MAX: Final = 10_000
 #: Rows named in one DELETE: some 100 KiB of text, below the server's limit for a statement.
 DELETE_ROWS_MAX: Final = 1_000
-#: Rows of one insert of a rebuild.
-INSERT_ROWS_MAX: Final = 20_000
+#: Rows of one insert of a rebuild: they are all of it that takes memory, some 3 MiB; four times as many took 13, and no less time.
+INSERT_ROWS_MAX: Final = 5_000
 #: Rows read from PostgreSQL at once.
 FETCH_ROWS: Final = 5_000
 #: A row received in the last minute may be on its way; workers at half their load need a second.
