@@ -101,15 +101,16 @@ def as_old(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # --- the store alone
 
 
-async def run_ours(store: TimescaleStore, messages: list[dict[str, Any]], batch: int, flights: int) -> None:
-    # A partition is in one flight at a time, and a device's messages are in one partition: each lane has its devices.
+def lanes_of(messages: list[dict[str, Any]], flights: int) -> list[list[dict[str, Any]]]:
+    """A partition is in one flight at a time, and a device's messages are in one partition: each lane has its devices."""
     devices = {device: n for n, device in enumerate(dict.fromkeys(m["device_id"] for m in messages))}
-    parts = [[m for m in messages if devices[m["device_id"]] % flights == lane] for lane in range(flights)]
+    return [[m for m in messages if devices[m["device_id"]] % flights == lane] for lane in range(flights)]
 
-    async def lane(partition: int) -> None:
+
+async def run_ours(store: TimescaleStore, lanes: list[list[dict[str, Any]]], batch: int) -> None:
+    async def write(partition: int, part: list[dict[str, Any]]) -> None:
         expected = (await store.offsets("bench", [partition]))[partition]
         next_offset = expected or 0
-        part = parts[partition]
         each = max(1, batch // len(part[0]["readings"]))
         for start in range(0, len(part), each):
             chunk = part[start : start + each]
@@ -117,7 +118,7 @@ async def run_ours(store: TimescaleStore, messages: list[dict[str, Any]], batch:
             assert not result.rejected, result
             expected = next_offset = next_offset + len(chunk)
 
-    await asyncio.gather(*(lane(p) for p in range(flights)))
+    await asyncio.gather(*(write(partition, part) for partition, part in enumerate(lanes)))
 
 
 UNNEST = """
@@ -196,15 +197,16 @@ async def bench_store(dsn: str, arguments: argparse.Namespace) -> dict[str, dict
     double = TimescaleStore(LiveSettings(load(postgres={"url": dsn, "pool_max": 2})))
     always = TimescaleStore(settings, copy_first=False)
     batch = arguments.batch
+    two, three, fours = lanes_of(ours, 2), lanes_of(ours, 3), lanes_of(four, 3)
 
     contestants: dict[str, tuple[Callable[[], Awaitable[None]], bool]] = {
         "old": (lambda: asyncio.to_thread(old_sink.write_all, dsn, old), True),
-        "serial": (lambda: run_ours(single, ours, batch, 1), True),
-        "copy": (lambda: run_ours(single, ours, batch, 2), True),
-        "replay": (lambda: run_ours(single, ours, batch, 2), False),
-        "copy2": (lambda: run_ours(double, ours, batch, 3), True),
-        "four": (lambda: run_ours(double, four, batch, 3), True),
-        "merge": (lambda: run_ours(always, ours, batch, 1), True),
+        "serial": (lambda: run_ours(single, [ours], batch), True),
+        "copy": (lambda: run_ours(single, two, batch), True),
+        "replay": (lambda: run_ours(single, two, batch), False),
+        "copy2": (lambda: run_ours(double, three, batch), True),
+        "four": (lambda: run_ours(double, fours, batch), True),
+        "merge": (lambda: run_ours(always, [ours], batch), True),
         "unnest": (lambda: run_unnest(dsn, ours, batch), True),
     }
     rates: dict[str, list[float]] = {name: [] for name in contestants}
