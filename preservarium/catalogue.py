@@ -5,19 +5,17 @@ follows it: a new parser version is one record, and no message ever waits for a 
 """
 
 import asyncio
-import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, cast
 
 import orjson
 import structlog
-from aiokafka import AIOKafkaConsumer
-from mode import Service
 
-from preservarium import kafka_clients, metrics, topics
+from preservarium import metrics, topics
 from preservarium.domain.device import DatatypeDoc, DeviceTypeDoc, ParserDoc, RecipientDoc, RuleDoc
 from preservarium.domain.errors import Retry
 from preservarium.domain.registry import is_newer
+from preservarium.following import Follower, follow
 from preservarium.registry_relay import REV_HEADER
 from preservarium.settings import Settings
 
@@ -29,15 +27,9 @@ KINDS: Final = ("datatype", "parser", "type", "rule", "recipient")
 
 #: A handler waits so long for the first reading; then its batch is tried again, which shows as a paused partition.
 READY_WAIT_S: Final = 10.0
-#: One look for new records; also how long a stop can take.
-POLL_MS: Final = 500
-#: A broker that does not answer for so long is given up and asked anew.
-REQUEST_TIMEOUT_MS: Final = 30_000
-BACKOFF_FIRST_S: Final = 0.2
-BACKOFF_MAX_S: Final = 10.0
 
 
-class Catalogue(Service):
+class Catalogue(Follower):
     """The type registry in memory. Without being started it is a plain dictionary that `apply` fills.
 
     Documents that it hands out are shared: do not change them.
@@ -46,8 +38,11 @@ class Catalogue(Service):
         settings: where Kafka is; only needed to be started.
     """
 
+    what = "type registry"
+
     def __init__(self, settings: Callable[[], Settings] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._followed = False
         self._settings = settings
         self._documents: dict[str, dict[str, Document]] = {kind: {} for kind in KINDS}
         #: revision of each document, also of removed ones: an older record does not bring them back
@@ -169,59 +164,36 @@ class Catalogue(Service):
 
     # --- following --------------------------------------------------------------------------------------------------
 
-    @Service.task
-    async def _follow(self) -> None:
-        pause_s = BACKOFF_FIRST_S
-        healthy = True
-        while not self.should_stop:
-            try:
-                await self._read()
-                pause_s = BACKOFF_FIRST_S
-                healthy = True
-            except Exception as e:
-                # What we have stays valid; the worker goes on with it.
-                if healthy:
-                    log.warning("type registry not followed", error=f"{type(e).__name__}: {e}")
-                healthy = False
-                await self.sleep(pause_s * random.uniform(0.5, 1.0))
-                pause_s = min(pause_s * 2, BACKOFF_MAX_S)
+    @property
+    def current(self) -> bool:
+        """Whether the topic is followed now."""
+        return self._followed
 
-    async def _read(self) -> None:
-        """One consumer's life: everything from the beginning, then whatever comes."""
+    def hindered(self, why: str) -> None:
+        """What we have stays valid; the worker goes on with it."""
+        self._followed = False
+
+    async def read(self) -> None:
+        """Everything from the beginning, then whatever comes."""
         assert self._settings is not None, "a Catalogue that is started needs settings"
         kafka = self._settings().kafka
-        # Without a group every worker reads every partition.
-        consumer = AIOKafkaConsumer(
-            topics.TYPE_REGISTRY.full(kafka.topic_prefix),
-            **kafka_clients.connection(kafka),
-            client_id="preservarium-catalogue",
-            group_id=None,
-            auto_offset_reset="earliest",
-            enable_auto_commit=False,
-            request_timeout_ms=REQUEST_TIMEOUT_MS,
-            # New partitions and moved leaders are noticed within this time.
-            metadata_max_age_ms=30_000,
-        )
-        try:
-            await consumer.start()
-            ends = await consumer.end_offsets(list(consumer.assignment()))
-            seen: set[tuple[str, str]] = set()
-            reading = True
-            while not self.should_stop:
-                if reading and all([await consumer.position(tp) >= end for tp, end in ends.items()]):
-                    reading = False
-                    self._forget_others(seen)
-                    self._ready.set()
-                    log.info("type registry read", documents={k: len(d) for k, d in self._documents.items()})
-                batches = await consumer.getmany(timeout_ms=POLL_MS)
-                for records in batches.values():
-                    for record in records:
-                        self.apply(record.key or b"", record.value, rev=header_rev(record.headers))
-                        if reading:
-                            kind, _, name = (record.key or b"").decode(errors="replace").partition("/")
-                            seen.add((kind, name))
-        finally:
-            await kafka_clients.stop(consumer)
+        seen: set[tuple[str, str]] = set()
+
+        def take(records: Sequence[Any], first: bool) -> None:
+            for record in records:
+                self.apply(record.key or b"", record.value, rev=header_rev(record.headers))
+                if first:
+                    kind, _, name = (record.key or b"").decode(errors="replace").partition("/")
+                    seen.add((kind, name))
+
+        def caught_up() -> None:
+            self._forget_others(seen)
+            self._followed = True
+            self._ready.set()
+            log.info("type registry read", documents={k: len(d) for k, d in self._documents.items()})
+
+        sources = {topics.TYPE_REGISTRY.full(kafka.topic_prefix): None}
+        await follow(kafka, sources, take, caught_up, client="preservarium-catalogue", stopped=lambda: self.should_stop)
 
     def _forget_others(self, seen: set[tuple[str, str]]) -> None:
         """Remove what the topic no longer has: its tombstone may be compacted away before a long outage ended.

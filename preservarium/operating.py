@@ -13,21 +13,18 @@ import asyncio
 import heapq
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from time import monotonic
 from typing import Any, Final
 
 import orjson
 import structlog
-from aiokafka import AIOKafkaConsumer
 
-from preservarium import kafka_clients, metrics, topics
+from preservarium import following, metrics, topics
 from preservarium.clock import Clock, SystemClock
 from preservarium.domain.alarm import SILENT, State
 from preservarium.domain.device_alarms import parse_action
-from preservarium.domain.errors import ReasonCode, Reject, Retry
+from preservarium.domain.errors import ReasonCode, Reject
 from preservarium.domain.flood import BEGINS, EVERYBODY, WINDOW_US, Flood, Floods
 from preservarium.domain.lineage import identity
 from preservarium.domain.rules import SEVERITIES
@@ -42,12 +39,6 @@ STANDING_MAX: Final = 20_000
 ANSWERS_MAX: Final = 5_000
 #: Answers are read from so long before the start, so that an action that was sent through another worker is found.
 ANSWERS_SINCE_S: Final = 900.0
-#: One look for new records; also how long a stop can take.
-POLL_MS: Final = 500
-REQUEST_TIMEOUT_MS: Final = 30_000
-#: A consumer does not say that its brokers are gone, so they are asked this often, and given so long to answer.
-PROBE_S: Final = 5.0
-PROBE_TIMEOUT_S: Final = 10.0
 
 #: Word of a filter -> states. A state's own name stands for itself.
 STATES: Final[Mapping[str, frozenset[str]]] = {
@@ -383,77 +374,42 @@ class Board:
 # --- following -------------------------------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def _consumer(settings: Settings, now_us: int) -> AsyncIterator[AIOKafkaConsumer]:
-    """A consumer of both topics, without a group: standing from the beginning, answers from a little while ago."""
-    kafka = settings.kafka
-    names = [topic.full(kafka.topic_prefix) for topic in (topics.ALARM_STANDING, topics.ALARM_ANSWERS)]
-    consumer = AIOKafkaConsumer(
-        *names,
-        **kafka_clients.connection(kafka),
-        client_id="preservarium-board",
-        group_id=None,
-        auto_offset_reset="earliest",
-        enable_auto_commit=False,
-        request_timeout_ms=REQUEST_TIMEOUT_MS,
-        metadata_max_age_ms=30_000,
-    )
-    try:
-        await consumer.start()
-        assigned = consumer.assignment()
-        if missing := [name for name in names if not any(tp.topic == name for tp in assigned)]:
-            message = f"topic {missing[0]} is not there: run `preservarium migrate`"
-            raise Retry(message)
-        answers = [tp for tp in assigned if tp.topic == names[1]]
-        since_ms = now_us // 1_000 - round(ANSWERS_SINCE_S * 1_000)
-        found = await consumer.offsets_for_times(dict.fromkeys(answers, since_ms))
-        ends = await consumer.end_offsets(answers)
-        for tp in answers:
-            consumer.seek(tp, found[tp].offset if found.get(tp) else ends[tp])
-        yield consumer
-    finally:
-        await kafka_clients.stop(consumer)
-
-
 async def follow(
     board: Board, settings: Settings, *, now_us: int, stopped: Callable[[], bool], once: bool = False
 ) -> None:
     """Read everything into the board, then whatever comes, until `stopped`; with `once`, only what is there now.
 
+    What stands is read from its beginning, answers from a little while ago.
+
     Raises:
         Retry: a topic is not there.
         KafkaError, OSError: Kafka cannot be read (TimeoutError among them); what the board has stays.
     """
-    async with _consumer(settings, now_us) as consumer:
-        ends = await consumer.end_offsets(list(consumer.assignment()))
-        standing = topics.ALARM_STANDING.full(settings.kafka.topic_prefix)
-        seen: set[PointKey] = set()
-        reading = True
-        probed_s = monotonic()
-        while not stopped():
-            if monotonic() - probed_s > PROBE_S:
-                async with asyncio.timeout(PROBE_TIMEOUT_S):
-                    await consumer.end_offsets(list(consumer.assignment())[:1])
-                probed_s = monotonic()
-            if reading and all([await consumer.position(tp) >= end for tp, end in ends.items()]):
-                reading = False
-                board.keep(seen)
-                board.trouble = ""
-                board.ready.set()
-                if once:
-                    return
-            for records in (await consumer.getmany(timeout_ms=POLL_MS)).values():
-                for record in records:
-                    if record.topic != standing:
-                        board.answer(record.value)
-                    elif (
-                        point := board.stand(record.key or b"", record.value, (record.partition, record.offset))
-                    ) is not None and reading:
-                        # A tombstone, and what stands after it, come in order: the last one counts.
-                        if record.value is None:
-                            seen.discard(point)
-                        else:
-                            seen.add(point)
+    kafka = settings.kafka
+    standing, answers = (topic.full(kafka.topic_prefix) for topic in (topics.ALARM_STANDING, topics.ALARM_ANSWERS))
+    seen: set[PointKey] = set()
+
+    def take(records: Sequence[Any], first: bool) -> None:
+        for record in records:
+            if record.topic != standing:
+                board.answer(record.value)
+                continue
+            point = board.stand(record.key or b"", record.value, (record.partition, record.offset))
+            if point is not None and first:
+                # A tombstone, and what stands after it, come in order: the last one counts.
+                if record.value is None:
+                    seen.discard(point)
+                else:
+                    seen.add(point)
+
+    def caught_up() -> None:
+        board.keep(seen)
+        board.trouble = ""
+        board.ready.set()
+
+    since_ms = now_us // 1_000 - round(ANSWERS_SINCE_S * 1_000)
+    sources = {standing: None, answers: since_ms}
+    await following.follow(kafka, sources, take, caught_up, client="preservarium-board", stopped=stopped, once=once)
 
 
 # --- acting ----------------------------------------------------------------------------------------------------------

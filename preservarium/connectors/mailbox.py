@@ -6,20 +6,17 @@ as the last that it has: an answer that was lost is given again, with the same i
 """
 
 import asyncio
-import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from time import monotonic
 from typing import Any, Final
 
 import orjson
 import structlog
-from aiokafka import AIOKafkaConsumer
-from mode import Service
 
-from preservarium import kafka_clients, topics
+from preservarium import topics
 from preservarium.domain.commands import OPEN_MAX
 from preservarium.domain.errors import Retry
+from preservarium.following import Follower, follow
 from preservarium.settings import LiveSettings
 from preservarium.stage import Send
 
@@ -29,13 +26,6 @@ log = structlog.get_logger(__name__)
 DEVICES_MAX: Final = 50_000
 #: Downlinks of one device that wait: as many as commands may be open.
 WAITING_MAX: Final = OPEN_MAX
-POLL_MS: Final = 500
-REQUEST_TIMEOUT_MS: Final = 30_000
-#: A consumer does not say that its brokers are gone, so they are asked this often, and given so long to answer.
-PROBE_S: Final = 5.0
-PROBE_TIMEOUT_S: Final = 10.0
-BACKOFF_FIRST_S: Final = 0.2
-BACKOFF_MAX_S: Final = 10.0
 
 Publish = Callable[[Sequence[Send]], Awaitable[Any]]
 
@@ -126,60 +116,35 @@ class Mailbox:
                 self._asking.pop(device, None)
 
 
-class MailboxFollower(Service):  # type: ignore[misc]  # mode has no types
+class MailboxFollower(Follower):
     """Keeps a mailbox current while the process runs."""
+
+    what = "mailbox"
 
     def __init__(self, mailbox: Mailbox, live: LiveSettings, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._mailbox = mailbox
         self._live = live
 
-    @Service.task  # type: ignore[untyped-decorator]
-    async def _keep(self) -> None:
-        pause_s = BACKOFF_FIRST_S
-        while not self.should_stop:
-            try:
-                await self._follow()
-            except Exception as e:
-                if not self._mailbox.trouble or self._mailbox.trouble == "not read yet":
-                    log.warning("mailbox_not_followed", error=f"{type(e).__name__}: {e}")
-                    pause_s = BACKOFF_FIRST_S
-                self._mailbox.trouble = str(e) if isinstance(e, Retry) else f"Kafka: {type(e).__name__}"
-                await self.sleep(pause_s * random.uniform(0.5, 1.0))
-                pause_s = min(pause_s * 2, BACKOFF_MAX_S)
+    @property
+    def current(self) -> bool:
+        """Whether every downlink that waits is in the mailbox."""
+        return not self._mailbox.trouble
 
-    async def _follow(self) -> None:
-        kafka = self._live().kafka
-        name = topics.MAILBOX.full(kafka.topic_prefix)
-        consumer = AIOKafkaConsumer(
-            name,
-            **kafka_clients.connection(kafka),
-            client_id="preservarium-mailbox",
-            group_id=None,
-            auto_offset_reset="earliest",
-            enable_auto_commit=False,
-            request_timeout_ms=REQUEST_TIMEOUT_MS,
-            metadata_max_age_ms=30_000,
-        )
-        try:
-            await consumer.start()
-            assigned = [*consumer.assignment()]
-            if not assigned:
-                message = f"topic {name} is not there: run `preservarium migrate`"
-                raise Retry(message)
-            # From its beginning, which is as long ago as a command can live.
-            await consumer.seek_to_beginning(*assigned)
-            ends = await consumer.end_offsets(assigned)
-            probed_s = monotonic()
-            while not self.should_stop:
-                if monotonic() - probed_s > PROBE_S:
-                    async with asyncio.timeout(PROBE_TIMEOUT_S):
-                        await consumer.end_offsets(assigned[:1])
-                    probed_s = monotonic()
-                if self._mailbox.trouble and all([await consumer.position(tp) >= ends[tp] for tp in assigned]):
-                    self._mailbox.trouble = ""
-                for records in (await consumer.getmany(timeout_ms=POLL_MS)).values():
-                    for record in records:
-                        self._mailbox.take(record.key, record.value)
-        finally:
-            await kafka_clients.stop(consumer)
+    def hindered(self, why: str) -> None:
+        """Note in the mailbox why it may be old."""
+        self._mailbox.trouble = why
+
+    async def read(self) -> None:
+        """Read the topic from its beginning, which is as long ago as a command can live."""
+        mailbox, kafka = self._mailbox, self._live().kafka
+
+        def take(records: Sequence[Any], _first: bool) -> None:
+            for record in records:
+                mailbox.take(record.key, record.value)
+
+        def caught_up() -> None:
+            mailbox.trouble = ""
+
+        sources = {topics.MAILBOX.full(kafka.topic_prefix): None}
+        await follow(kafka, sources, take, caught_up, client="preservarium-mailbox", stopped=lambda: self.should_stop)

@@ -1,28 +1,24 @@
 """The worker's board of alarms: followed from its start to its end."""
 
-import random
 from collections.abc import Callable
 from typing import Any, Final
 
-import structlog
 from mode import Service
 
 from preservarium import metrics
 from preservarium.clock import Clock, SystemClock
-from preservarium.domain.errors import Retry
+from preservarium.following import Follower
 from preservarium.operating import Board, follow
 from preservarium.settings import Settings
 
-log = structlog.get_logger(__name__)
-
-BACKOFF_FIRST_S: Final = 0.2
-BACKOFF_MAX_S: Final = 10.0
 #: Metrics of what stands are set this often; Prometheus asks every 15 s or so.
 MEASURED_EVERY_S: Final = 5.0
 
 
-class BoardFollower(Service):
+class BoardFollower(Follower):
     """Keeps a board current while the worker runs."""
+
+    what = "alarm list"
 
     def __init__(self, board: Board, settings: Callable[[], Settings], clock: Clock | None = None, **kwargs: Any):
         super().__init__(**kwargs)
@@ -30,22 +26,18 @@ class BoardFollower(Service):
         self._settings = settings
         self._clock = clock or SystemClock()
 
-    @Service.task
-    async def _follow(self) -> None:
-        pause_s = BACKOFF_FIRST_S
-        while not self.should_stop:
-            try:
-                await follow(
-                    self._board, self._settings(), now_us=self._clock.now_us(), stopped=lambda: self.should_stop
-                )
-                pause_s = BACKOFF_FIRST_S
-            except Exception as e:
-                # What the board has stays, and it says that it may be old.
-                if not self._board.trouble or not self._board.ready.is_set():
-                    log.warning("alarm_board_not_followed", error=f"{type(e).__name__}: {e}")
-                self._board.trouble = str(e) if isinstance(e, Retry) else f"Kafka: {type(e).__name__}"
-                await self.sleep(pause_s * random.uniform(0.5, 1.0))
-                pause_s = min(pause_s * 2, BACKOFF_MAX_S)
+    @property
+    def current(self) -> bool:
+        """Whether the board is complete and followed."""
+        return self._board.ready.is_set() and not self._board.trouble
+
+    def hindered(self, why: str) -> None:
+        """What the board has stays, and it says that it may be old."""
+        self._board.trouble = why
+
+    async def read(self) -> None:
+        """Follow what stands, and what became of actions."""
+        await follow(self._board, self._settings(), now_us=self._clock.now_us(), stopped=lambda: self.should_stop)
 
     @Service.task
     async def _measure(self) -> None:

@@ -6,19 +6,17 @@ that leaves cleanly says so and is forgotten at once.
 """
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from time import monotonic
 from typing import Any, Final
 
 import orjson
 import structlog
-from aiokafka import AIOKafkaConsumer
 from mode import Service
 
-from preservarium import kafka_clients, topics
+from preservarium import topics
 from preservarium.clock import Clock
-from preservarium.domain.errors import Retry
+from preservarium.following import Follower, follow
 from preservarium.settings import LiveSettings
 from preservarium.stage import Send
 
@@ -38,13 +36,6 @@ LINE_BYTES_MAX: Final = 65_536
 #: Reasons of one worker that are told: the first ones say what is wrong.
 REASONS_MAX: Final = 5
 
-POLL_MS: Final = 500
-REQUEST_TIMEOUT_MS: Final = 30_000
-#: A consumer does not say that its brokers are gone, so they are asked this often, and given so long to answer.
-PROBE_S: Final = 5.0
-PROBE_TIMEOUT_S: Final = 10.0
-BACKOFF_FIRST_S: Final = 0.2
-BACKOFF_MAX_S: Final = 10.0
 #: The goodbye of a worker that stops.
 GOODBYE_S: Final = 2.0
 
@@ -91,7 +82,7 @@ class Workers:
         return found
 
 
-class WorkersFollower(Service):
+class WorkersFollower(Follower):
     """Says how this worker is, and hears how the others are, while it runs.
 
     Args:
@@ -101,6 +92,8 @@ class WorkersFollower(Service):
         live: settings.
         clock: for the times.
     """
+
+    what = "workers"
 
     def __init__(
         self,
@@ -155,63 +148,31 @@ class WorkersFollower(Service):
                     failed = True
             await self.sleep(CHANGED_EVERY_S)
 
-    @Service.task
-    async def _hear(self) -> None:
-        pause_s = BACKOFF_FIRST_S
-        while not self.should_stop:
-            try:
-                await self._follow()
-            except Exception as e:
-                # What is known stays, and grows old.
-                if not self._workers.trouble or self._workers.trouble == "not read yet":
-                    log.warning("workers_not_followed", error=f"{type(e).__name__}: {e}")
-                    pause_s = BACKOFF_FIRST_S
-                self._workers.trouble = str(e) if isinstance(e, Retry) else f"Kafka: {type(e).__name__}"
-                await self.sleep(pause_s * random.uniform(0.5, 1.0))
-                pause_s = min(pause_s * 2, BACKOFF_MAX_S)
+    @property
+    def current(self) -> bool:
+        """Whether the others are heard."""
+        return not self._workers.trouble
 
-    async def _follow(self) -> None:
+    def hindered(self, why: str) -> None:
+        """What is known stays, and grows old."""
+        self._workers.trouble = why
+
+    async def read(self) -> None:
         """Hear everything that was said within the last hour, then whatever is said."""
-        kafka = self._live().kafka
-        name = topics.WORKER_STATUS.full(kafka.topic_prefix)
-        consumer = AIOKafkaConsumer(
-            name,
-            **kafka_clients.connection(kafka),
-            client_id="preservarium-workers",
-            group_id=None,
-            auto_offset_reset="earliest",
-            enable_auto_commit=False,
-            request_timeout_ms=REQUEST_TIMEOUT_MS,
-            metadata_max_age_ms=30_000,
-        )
-        try:
-            await consumer.start()
-            assigned = [*consumer.assignment()]
-            if not assigned:
-                message = f"topic {name} is not there: run `preservarium migrate`"
-                raise Retry(message)
-            since_ms = self._clock.now_us() // 1_000 - round(FORGOTTEN_S * 1_000)
-            found = await consumer.offsets_for_times(dict.fromkeys(assigned, since_ms))
-            ends = await consumer.end_offsets(assigned)
-            for tp in assigned:
-                consumer.seek(tp, found[tp].offset if found.get(tp) else ends[tp])
-            reading = True
-            probed_s = monotonic()
-            while not self.should_stop:
-                if monotonic() - probed_s > PROBE_S:
-                    async with asyncio.timeout(PROBE_TIMEOUT_S):
-                        await consumer.end_offsets(assigned[:1])
-                    probed_s = monotonic()
-                if reading and all([await consumer.position(tp) >= ends[tp] for tp in assigned]):
-                    reading = False
-                    self._workers.trouble = ""
-                for records in (await consumer.getmany(timeout_ms=POLL_MS)).values():
-                    now_us = self._clock.now_us()
-                    for record in records:
-                        # The clocks of two machines differ; what is heard live was said now.
-                        self._workers.hear(record.value, min(now_us, record.timestamp * 1_000) if reading else now_us)
-        finally:
-            await kafka_clients.stop(consumer)
+        kafka, workers = self._live().kafka, self._workers
+
+        def take(records: Sequence[Any], first: bool) -> None:
+            now_us = self._clock.now_us()
+            for record in records:
+                # The clocks of two machines differ; what is heard live was said now.
+                workers.hear(record.value, min(now_us, record.timestamp * 1_000) if first else now_us)
+
+        def caught_up() -> None:
+            workers.trouble = ""
+
+        since_ms = self._clock.now_us() // 1_000 - round(FORGOTTEN_S * 1_000)
+        sources = {topics.WORKER_STATUS.full(kafka.topic_prefix): since_ms}
+        await follow(kafka, sources, take, caught_up, client="preservarium-workers", stopped=lambda: self.should_stop)
 
 
 def _key(state: Mapping[str, Any]) -> Any:

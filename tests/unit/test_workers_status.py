@@ -118,7 +118,7 @@ async def test_what_changes_is_said_within_a_second_and_whatever_fails_takes_nob
         stand.workers.trouble = ""
         await self.sleep(60)
 
-    monkeypatch.setattr(WorkersFollower, "_follow", followed)
+    monkeypatch.setattr(WorkersFollower, "read", followed)
     stand.fails = Retry("Kafka: gone")
     await stand.follower.start()
     await eventually(lambda: stand.workers.trouble == "")
