@@ -11,6 +11,7 @@ from preservarium.stores.clickhouse import ClickHouseStore
 from preservarium.sync import (
     EMPLOYEES,
     EVENTS,
+    EVENTS_MAX,
     MEASUREMENTS,
     TASK_EVENTS,
     EmployeeSync,
@@ -23,8 +24,6 @@ from preservarium.sync import (
 #: Readings of one message, taken for turning the limit on rows into one on records. A message with more makes a larger
 #: insert, which is cut.
 _READINGS_PER_MESSAGE = 5
-#: Records of events and tasks handed over at once: parsed one by one, 2,000 are some 20 ms of the event loop.
-_EVENTS_MAX = 2_000
 
 
 def _declare(table: Table, handler: GroupHandler, records_max: int | None = None, memory: Memory | None = None) -> None:
@@ -45,6 +44,6 @@ if app.live().clickhouse.enabled:
     readings = ReadingSync(store, app.live, clock=app.clock)
     _declare(MEASUREMENTS, readings, memory=readings)
     for _table in EVENTS:
-        _declare(_table, EventSync(_table, store, app.live, clock=app.clock), _EVENTS_MAX)
-    _declare(TASK_EVENTS, TaskSync(store, app.live, clock=app.clock), _EVENTS_MAX)
-    _declare(EMPLOYEES, EmployeeSync(store, app.live, clock=app.clock), _EVENTS_MAX)
+        _declare(_table, EventSync(_table, store, app.live, clock=app.clock), EVENTS_MAX)
+    _declare(TASK_EVENTS, TaskSync(store, app.live, clock=app.clock), EVENTS_MAX)
+    _declare(EMPLOYEES, EmployeeSync(store, app.live, clock=app.clock), EVENTS_MAX)

@@ -323,9 +323,9 @@ async def running(settings: LiveSettings, store: ClickHouseStore, seconds: float
     await admin.close()
     feeds = [
         feed_of(sync.ReadingSync(store, settings), sync.MEASUREMENTS, settings, settings().sync.rows_max // 5),
-        *(feed_of(sync.EventSync(t, store, settings), t, settings, 2_000) for t in sync.EVENTS),
-        feed_of(sync.TaskSync(store, settings), sync.TASK_EVENTS, settings, 2_000),
-        feed_of(sync.EmployeeSync(store, settings), sync.EMPLOYEES, settings, 2_000),
+        *(feed_of(sync.EventSync(t, store, settings), t, settings, sync.EVENTS_MAX) for t in sync.EVENTS),
+        feed_of(sync.TaskSync(store, settings), sync.TASK_EVENTS, settings, sync.EVENTS_MAX),
+        feed_of(sync.EmployeeSync(store, settings), sync.EMPLOYEES, settings, sync.EVENTS_MAX),
     ]
     tasks = [asyncio.create_task(feed.run()) for feed in feeds]
 

@@ -23,12 +23,15 @@ from preservarium.domain.reading import ErrorLine
 from preservarium.domain.tasks import employee_row, task_rows
 from preservarium.records import error_line, lines_of, loads, parse_trusted, refuse
 from preservarium.settings import Settings
-from preservarium.stage import Batch, Effects, Record
+from preservarium.stage import RECORDS_A_TURN, Batch, Effects, Record
 from preservarium.stores.clickhouse import ClickHouseStore
 from preservarium.topics import Topic
 
 #: Rows of one insert. Fixed, and not a setting: a batch that is done again must be cut as before.
 INSERT_ROWS_MAX: Final = 100_000
+#: Records of events and tasks in one flight. What an insert costs is hardly its rows, and there is one for each partition: with few
+#: records in a flight, a dozen partitions take their turns. Some 1 KiB each in memory.
+EVENTS_MAX: Final = 10_000
 
 #: (generation, raw partition) pairs whose last coordinates are kept for a partition: one or a few in practice, since
 #: normalize writes by key. 40 of them are at most 2.5 KiB of the 4 KiB that a broker takes as metadata.
@@ -245,15 +248,20 @@ class _Stage:
     async def _batch(self, batch: Batch, effects: Effects) -> None:
         columns: Columns = {name: [] for name in self.table.types}
         seen = dict(self._seen.get(batch.partition, {}))
-        errors = self._fill(columns, batch, seen)
+        errors: list[ErrorLine] = []
+        for start in range(0, len(batch.records), RECORDS_A_TURN):
+            if start:
+                await asyncio.sleep(0)
+            part = Batch(batch.topic, batch.partition, batch.records[start : start + RECORDS_A_TURN])
+            errors += self._fill(columns, part, seen)
         first, end = batch.records[0].offset, batch.records[-1].offset + 1
         token = f"{batch.topic}-{batch.partition}-{first}-{end}"
         rows = len(columns[next(iter(columns))])
         for start in range(0, rows, INSERT_ROWS_MAX):
             whole = rows <= INSERT_ROWS_MAX
-            part = columns if whole else {n: c[start : start + INSERT_ROWS_MAX] for n, c in columns.items()}
+            cut = columns if whole else {n: c[start : start + INSERT_ROWS_MAX] for n, c in columns.items()}
             await self._store.insert(
-                self.table.name, part, self.table.types, token=token if whole else f"{token}#{start}"
+                self.table.name, cut, self.table.types, token=token if whole else f"{token}#{start}"
             )
         metrics.READINGS.labels(self.name).inc(rows)
         limit = self._settings().kafka.record_bytes_max
