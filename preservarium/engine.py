@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
@@ -51,6 +52,10 @@ H = TypeVar("H", bound=Callable[..., Awaitable[Effects]])
 
 #: Exit code of a worker whose group membership cannot be healed; whoever supervises it starts it again.
 EXIT_UNHEALTHY: Final = 70
+#: An orderly stop takes a second or two, with flights under way up to some 10 s. Supervisors kill after 30 s, without a word why.
+STOP_MAX_S: Final = 25.0
+#: Tasks named where a stop hangs.
+STACKS_MAX: Final = 200
 #: The watchdog looks this often.
 WATCH_S: Final = 5.0
 #: Metrics of lanes and lag are refreshed this often; a scrape is no more frequent.
@@ -152,6 +157,8 @@ class App(faust.App):
         #: (table, partition) -> whose turn it is among the stages that share the table
         self._turns: dict[tuple[str, int], asyncio.Lock] = {}
         self._resources: list[Closable] = []
+        self._stop_timer: threading.Timer | None = None
+        self._is_process = False
         self._slot: IO[bytes] | None = None
         self._gauges: set[tuple[str, ...]] = set()
         #: (feed, partition) -> end offset as Kafka said last; fetches tell of it only while a partition is fetched
@@ -380,6 +387,7 @@ class App(faust.App):
         """Use uvloop, also in the consumer's thread: called by Faust's command line before it makes a loop."""
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
         super().worker_init()
+        self._is_process = True
 
     def on_init_dependencies(self) -> Any:
         """The publisher before everything else, so that it also stops after everything else."""
@@ -447,6 +455,9 @@ class App(faust.App):
     async def on_stop(self) -> None:
         """Stop as at a rebalance: finish what is under way, commit."""
         log.info("worker_stops")
+        self._stop_timer = threading.Timer(STOP_MAX_S, self._stop_hangs, [asyncio.get_running_loop()])
+        self._stop_timer.daemon = True
+        self._stop_timer.start()
         await super().on_stop()
 
     async def on_shutdown(self) -> None:
@@ -461,6 +472,14 @@ class App(faust.App):
         if self._slot is not None:
             self._slot.close()
             self._slot = None
+        if self._stop_timer is not None and not self._is_process:
+            self._stop_timer.cancel()
+
+    def _stop_hangs(self, loop: asyncio.AbstractEventLoop) -> None:
+        """From a thread of its own: the event loop may be what hangs."""
+        tasks = sorted(f"{task.get_name()}: {_place(task)}" for task in asyncio.all_tasks(loop))
+        log.error("worker_stop_hangs", tasks=tasks[:STACKS_MAX])
+        self._give_up(f"it did not stop within {STOP_MAX_S:g} s")
 
     def reload_settings(self) -> None:
         """Read the settings again (SIGHUP) and say what changed; a wrong value changes nothing."""
@@ -723,6 +742,15 @@ def _credentials(kafka: Kafka) -> Credentials | None:
             ssl_context=context,
         )
     return None if context is None else SSLCredentials(context)
+
+
+def _place(task: asyncio.Task[Any]) -> str:
+    """Where a task waits: the innermost coroutine that can be seen."""
+    coroutine: Any = task.get_coro()
+    while asyncio.iscoroutine(inner := getattr(coroutine, "cr_await", None)):
+        coroutine = inner
+    frame = getattr(coroutine, "cr_frame", None)
+    return f"{getattr(coroutine, '__qualname__', coroutine)}:{frame.f_lineno if frame else '?'}"
 
 
 async def _check_errors(coordinator: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from preservarium import topics
+from preservarium import engine, topics
 from preservarium.domain.errors import Fatal, Retry
 from preservarium.engine import EXIT_UNHEALTHY, App
 from preservarium.settings import Kafka, LiveSettings, Settings
@@ -149,6 +149,41 @@ async def test_the_watchdog_ends_a_worker_that_cannot_be_healed(monkeypatch: pyt
     coordinator._coordination_task.set_result(None)
     await until(lambda: exits)
     assert exits == [EXIT_UNHEALTHY] == [70]
+
+
+async def test_a_stop_that_hangs_ends_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    exits: list[int] = []
+    said: list[Any] = []
+    monkeypatch.setattr("os._exit", exits.append)
+    monkeypatch.setattr(engine, "STOP_MAX_S", 0.05)
+    monkeypatch.setattr(engine.log, "error", lambda event, **fields: said.append((event, fields)))
+    app = make()
+
+    async def hangs_here() -> None:
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(hangs_here(), name="the culprit")
+    await asyncio.sleep(0)
+    await app.on_stop()
+    await until(lambda: exits)
+    task.cancel()
+    assert exits == [EXIT_UNHEALTHY]
+    ((event, fields),) = said
+    assert event == "worker_stop_hangs"
+    assert any(each.startswith("the culprit: Event.wait:") for each in fields["tasks"]), fields
+
+
+async def test_a_stop_in_time_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    exits: list[int] = []
+    monkeypatch.setattr("os._exit", exits.append)
+    monkeypatch.setattr(engine, "STOP_MAX_S", 0.05)
+    app = make()
+    await app.on_stop()
+    await app.on_shutdown()
+    assert app._stop_timer is not None
+    await asyncio.to_thread(app._stop_timer.join, 5)
+    assert not app._stop_timer.is_alive()
+    assert exits == []
 
 
 async def test_a_worker_that_was_frozen_writes_no_state_before_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
