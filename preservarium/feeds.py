@@ -62,8 +62,9 @@ FETCH_WAIT_MS: Final = 100
 #: 0.5 % of a core for each stage.
 IDLE_AFTER_S: Final = 3.0
 #: Then a fetch waits this long. It covers every partition, so that the first record of any still comes at once, and ends
-#: the poll, which waits as long. Half of a request's time-out; less often gains little beside the heartbeats.
-IDLE_POLL_MS: Final = 30_000
+#: the poll, which waits as long. Not longer: a broker answers nothing else on that connection meanwhile, so after a rebalance
+#: this is how long it may take until where to start is known.
+IDLE_POLL_MS: Final = 10_000
 #: Heartbeats within a session's time-out. Three is what Kafka's documentation asks for, and each is what an idle feed costs.
 HEARTBEATS: Final = 3
 #: aiokafka looks whether there is something to fetch this often besides being told; 0.2 s is its own value.

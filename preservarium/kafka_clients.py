@@ -41,7 +41,7 @@ def _hang_up_at_the_end(client: Any) -> None:
     """Let the last step of a client's stop cut its connections, instead of taking leave of the broker in TLS.
 
     A broker reads nothing from a connection while it waits with an answer, so the leave of an idle consumer takes as
-    long as its fetch: 5 s for each idle stage, one after the other. Everything that counts (the last commit, leaving
+    long as its fetch: seconds for each idle stage, one after the other. Everything that counts (the last commit, leaving
     the group) has been acknowledged before.
     """
     # Hook: the client under a consumer; tests/contract holds it. A producer has none of this name, and no fetch.
