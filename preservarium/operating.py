@@ -30,6 +30,7 @@ from preservarium.domain.lineage import identity
 from preservarium.domain.rules import SEVERITIES
 from preservarium.settings import Settings
 from preservarium.stage import Send
+from preservarium.waiting import Waiters
 
 log = structlog.get_logger(__name__)
 
@@ -158,7 +159,7 @@ class Board:
         self._floods = Floods()
         #: alarms that found no room
         self.dropped: set[PointKey] = set()
-        self._waiting: dict[str, list[asyncio.Event]] = {}
+        self._waiting = Waiters()
         #: partition of `alarm_standing` -> offset of the next record
         self._read: dict[int, int] = {}
         #: where the record stands that made the alarm what somebody is to look at; none where it was not read from Kafka
@@ -232,8 +233,7 @@ class Board:
             self._answers[action_id] = answer
             while len(self._answers) > ANSWERS_MAX:
                 self._answers.popitem(last=False)
-        for event in self._waiting.pop(action_id, ()):
-            event.set()
+        self._waiting.wake(action_id)
 
     # --- asking ---
 
@@ -355,19 +355,7 @@ class Board:
     async def wait(self, action_id: str, timeout_s: float) -> dict[str, Any] | None:
         """The answer of an action, waited for; None where it did not come in time."""
         if action_id not in self._answers and timeout_s > 0:
-            event = asyncio.Event()
-            self._waiting.setdefault(action_id, []).append(event)
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await event.wait()
-            except TimeoutError:
-                pass
-            finally:
-                events = self._waiting.get(action_id, [])
-                if event in events:
-                    events.remove(event)
-                if not events:
-                    self._waiting.pop(action_id, None)
+            await self._waiting.wait(action_id, timeout_s)
         return self._answers.get(action_id)
 
 

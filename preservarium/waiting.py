@@ -1,4 +1,4 @@
-"""Waiting for a server that is starting."""
+"""Waiting: for a server that is starting, for something that is to come."""
 
 import asyncio
 import random
@@ -48,6 +48,31 @@ async def until_up(
         except Exception as e:
             message = f"{what} refuses: {one_line(e)}"
             raise error(message) from e
+
+
+class Waiters(dict[str, list[asyncio.Event]]):
+    """Who waits for what, by key; a key is there while somebody waits for it."""
+
+    def wake(self, key: str) -> None:
+        """Let all who wait for it go on."""
+        for event in self.pop(key, ()):
+            event.set()
+
+    async def wait(self, key: str, timeout_s: float) -> None:
+        """Wait until it is woken, at most so long."""
+        event = asyncio.Event()
+        self.setdefault(key, []).append(event)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await event.wait()
+        except TimeoutError:
+            pass
+        finally:
+            events = self.get(key, [])
+            if event in events:
+                events.remove(event)
+            if not events:
+                self.pop(key, None)
 
 
 def one_line(e: BaseException) -> str:

@@ -5,7 +5,6 @@ follows the topic in memory, so a device may ask any of them. A downlink stays u
 as the last that it has: an answer that was lost is given again, with the same ids.
 """
 
-import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
@@ -19,6 +18,7 @@ from preservarium.domain.errors import Retry
 from preservarium.following import Follower, follow
 from preservarium.settings import LiveSettings
 from preservarium.stage import Send
+from preservarium.waiting import Waiters
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +50,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._waiting: OrderedDict[str, dict[str, dict[str, Any]]] = OrderedDict()
-        self._asking: dict[str, list[asyncio.Event]] = {}
+        self._asking = Waiters()
         #: why what is here may not be everything; "" while it is followed
         self.trouble = "not read yet"
 
@@ -74,8 +74,7 @@ class Mailbox:
             del waiting[next(iter(waiting))]
         while len(self._waiting) > DEVICES_MAX:
             self._waiting.popitem(last=False)
-        for event in self._asking.pop(device, ()):
-            event.set()
+        self._asking.wake(device)
 
     def _had(self, device: str, identifier: str) -> None:
         waiting = self._waiting.get(device, {})
@@ -101,19 +100,7 @@ class Mailbox:
 
     async def wait(self, device: str, timeout_s: float) -> None:
         """Wait until something comes for a device, at most so long."""
-        event = asyncio.Event()
-        self._asking.setdefault(device, []).append(event)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await event.wait()
-        except TimeoutError:
-            pass
-        finally:
-            events = self._asking.get(device, [])
-            if event in events:
-                events.remove(event)
-            if not events:
-                self._asking.pop(device, None)
+        await self._asking.wait(device, timeout_s)
 
 
 class MailboxFollower(Follower):
