@@ -312,25 +312,8 @@ async function send() {
     line.duration_s = Number(document.querySelector("#d-choices input:checked").value);
     line.one_shot = $("d-oneshot").checked;
   }
-  $("d-do").disabled = true;
-  fault("");
-  const headers = { "Content-Type": "application/json", Accept: "application/json" };
-  if (token) headers.Authorization = `Bearer ${token}`;
-  let said;
-  try {
-    const response = await fetch(several ? "/api/alarms/bulk" : "/api/alarms/actions", { method: "POST", headers, body: JSON.stringify(line), signal: AbortSignal.timeout(30000) });
-    said = await response.json();
-    if (response.status === 401) {
-      $("d-login").hidden = false;
-      fault(token ? "The operator token is wrong." : "An operator token is needed.");
-      $("d-token").focus();
-      return;
-    }
-    if (!response.ok) { fault(said.error || `refused (${response.status})`); return; }
-  } catch (e) {
-    fault(`The worker does not answer: ${e.message}. Trying again is safe.`);
-    return;
-  } finally { $("d-do").disabled = false; }
+  const said = await act(several ? "/api/alarms/bulk" : "/api/alarms/actions", line);
+  if (!said) return;
   if (several) for (const key of [...chosen.keys()]) chosen.delete(key);
   $("dialog").close();
   if (several) {

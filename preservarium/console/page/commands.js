@@ -288,25 +288,8 @@ async function send() {
   if (actor) body.actor = actor;
   stored.set(localStorage, "operator", actor);
   stored.set(sessionStorage, "operator-token", token);
-  $("d-do").disabled = true;
-  fault("");
-  let said;
-  try {
-    const response = await fetch(cancelled ? `${urlOf(cancelled)}/cancel` : `/api/devices/${encodeURIComponent(to)}/commands`, {
-      method: "POST", headers: authorized({ "Content-Type": "application/json", Accept: "application/json" }), body: JSON.stringify(body), signal: AbortSignal.timeout(30000),
-    });
-    said = await response.json();
-    if (response.status === 401) {
-      $("d-login").hidden = false;
-      fault(token ? "The operator token is wrong." : "An operator token is needed.");
-      $("d-token").focus();
-      return;
-    }
-    if (!response.ok) { fault(said.error || `refused (${response.status})`); return; }
-  } catch (e) {
-    fault(`The worker does not answer: ${e.message}. Trying again is safe.`);
-    return;
-  } finally { $("d-do").disabled = false; }
+  const path = cancelled ? `${urlOf(cancelled)}/cancel` : `/api/devices/${encodeURIComponent(to)}/commands`;
+  if (!await act(path, body)) return;
   $("dialog").close();
   if (cancelled) await wasCancelled(cancelled);
   else say(`${body.command || "Command"}: asked of ${to}.`, "good");

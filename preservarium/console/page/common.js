@@ -70,6 +70,31 @@ function fault(text) {
   $("d-fault").hidden = !text;
   $("d-fault").textContent = text;
 }
+// What an operator asks for in the dialog, nothing where it was refused, which the dialog says then.
+const ACT_TIMEOUT_MS = 30000;
+async function act(path, line) {
+  $("d-do").disabled = true;
+  fault("");
+  // As it was typed: where storage is switched off, nothing is kept of it.
+  const token = $("d-token").value.trim();
+  const headers = { "Content-Type": "application/json", Accept: "application/json" };
+  if (token) headers.Authorization = `Bearer ${token}`;
+  try {
+    const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(line), signal: AbortSignal.timeout(ACT_TIMEOUT_MS) });
+    const said = await response.json();
+    if (response.status === 401) {
+      $("d-login").hidden = false;
+      fault(token ? "The operator token is wrong." : "An operator token is needed.");
+      $("d-token").focus();
+      return null;
+    }
+    if (response.ok) return said;
+    fault(said.error || `refused (${response.status})`);
+  } catch (e) {
+    fault(`The worker does not answer: ${e.message}. Trying again is safe.`);
+  } finally { $("d-do").disabled = false; }
+  return null;
+}
 
 const SAID_MS = 8000;
 let saying = 0;
