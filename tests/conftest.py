@@ -122,7 +122,7 @@ def services_directory() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _running(service: Service) -> Iterator[Any]:
+def running(service: Service) -> Iterator[Any]:
     try:
         service.start()
     except ServiceUnavailable as e:
@@ -159,7 +159,7 @@ def kafka_service(services_directory: Path) -> Iterator["Kafka"]:
     from preservarium.embedded.kafka import Kafka
 
     # A broker that lives for minutes starts half a second sooner without the optimising compiler.
-    yield from _running(Kafka(services_directory / "kafka", java_options=("-XX:TieredStopAtLevel=1",)))
+    yield from running(Kafka(services_directory / "kafka", java_options=("-XX:TieredStopAtLevel=1",)))
 
 
 @pytest.fixture(scope="session")
@@ -184,7 +184,7 @@ def postgres_service(services_directory: Path) -> Iterator["Postgres"]:
     from preservarium.embedded.postgres import Postgres
 
     # What survives a kill -9 of the server is in the page cache: only a power cut needs fsync, and no test cuts power.
-    yield from _running(Postgres(services_directory / "postgres", settings={"fsync": "off"}))
+    yield from running(Postgres(services_directory / "postgres", settings={"fsync": "off"}))
 
 
 @pytest.fixture(scope="session")
@@ -231,7 +231,7 @@ def clickhouse_service(services_directory: Path) -> Iterator["ClickHouse"]:
     """The process that owns the chDB engine."""
     from preservarium.embedded.clickhouse import ClickHouse
 
-    yield from _running(ClickHouse(services_directory / "clickhouse"))
+    yield from running(ClickHouse(services_directory / "clickhouse"))
 
 
 @pytest.fixture(scope="session")
@@ -265,7 +265,7 @@ def mosquitto_service(services_directory: Path) -> Iterator["Mosquitto"]:
     """The Mosquitto broker itself."""
     from preservarium.embedded.mosquitto import Mosquitto
 
-    yield from _running(Mosquitto(services_directory / "mosquitto"))
+    yield from running(Mosquitto(services_directory / "mosquitto"))
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ def mongodb_service(services_directory: Path) -> Iterator["MongoStandIn"]:
     """mongo-java-server, a stand-in for MongoDB; leave it running."""
     from mongodb_support import MongoStandIn
 
-    yield from _running(MongoStandIn(services_directory / "mongodb"))
+    yield from running(MongoStandIn(services_directory / "mongodb"))
 
 
 # --- SMTP

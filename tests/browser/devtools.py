@@ -152,3 +152,25 @@ async def chromium(executable):
             with contextlib.suppress(asyncio.CancelledError):
                 await draining
         shutil.rmtree(profile, ignore_errors=True)
+
+
+def text_of(selector: str) -> str:
+    """What a person reads there: a script."""
+    return f"document.querySelector({selector!r}).innerText"
+
+
+#: Texts that stand out less than WCAG 1.4.3 asks for, 4.5 to 1: a script.
+LOW_CONTRAST = """(() => {
+          const light = (c) => { const v = c.match(/[\\d.]+/g).slice(0, 3).map((x) => x / 255)
+            .map((x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+            return 0.2126 * v[0] + 0.7152 * v[1] + 0.0722 * v[2]; };
+          const ground = (e) => { for (; e; e = e.parentElement) {
+            const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)$|transparent/.test(c)) return c; } return "rgb(255, 255, 255)"; };
+          const low = [];
+          for (const e of document.querySelectorAll("body *")) {
+            if (![...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()) || !e.checkVisibility()) continue;
+            if (e.disabled || e.closest(".hidden")) continue;
+            const [a, b] = [light(getComputedStyle(e).color), light(ground(e))].sort((x, y) => y - x);
+            if ((a + 0.05) / (b + 0.05) < 4.5) low.push(`${e.tagName}.${e.className}: ${e.textContent.slice(0, 30)}`);
+          }
+          return low; })()"""

@@ -5,7 +5,7 @@ import time
 
 import orjson
 import pytest
-from devtools import chromium, find
+from devtools import text_of
 from operators_support import Plant
 from test_console_page import EVIL, alarm, shot, site, stand
 from worker_support import until
@@ -17,18 +17,6 @@ pytestmark = pytest.mark.browser
 __all__ = ["site"]
 
 ROWS = "document.querySelectorAll('#rows tr.alarm')"
-
-
-@pytest.fixture
-async def page():
-    if (executable := find()) is None:
-        pytest.skip("missing: Chromium (Debian: apt install chromium)")
-    async with chromium(executable) as page:
-        yield page
-
-
-def text_of(selector):
-    return f"document.querySelector({selector!r}).innerText"
 
 
 def fill(site):

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from click.testing import CliRunner
-from devtools import chromium, find
+from devtools import LOW_CONTRAST, text_of
 from operators_support import Plant
 from test_console_page import EVIL, shot
 from worker_support import ROOT
@@ -29,18 +29,6 @@ from preservarium.settings import Web
 pytestmark = pytest.mark.browser
 
 ROWS = "document.querySelectorAll('#rows tr.alarm')"
-
-
-@pytest.fixture
-async def page():
-    if (executable := find()) is None:
-        pytest.skip("missing: Chromium (Debian: apt install chromium)")
-    async with chromium(executable) as page:
-        yield page
-
-
-def text_of(selector):
-    return f"document.querySelector({selector!r}).innerText"
 
 
 def command(n, state, **fields):
@@ -278,19 +266,7 @@ async def test_words_stand_out_from_their_ground(page, site, scheme):
     await page.size(1400, 900)
     await page.scheme(scheme)
     await opened(page, site)
-    low = await page.js(
-        """(() => {
-          const light = (c) => { const v = c.match(/[\\d.]+/g).slice(0, 3).map((x) => x / 255)
-            .map((x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
-            return 0.2126 * v[0] + 0.7152 * v[1] + 0.0722 * v[2]; };
-          const ground = (e) => { for (; e; e = e.parentElement) {
-            const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)$|transparent/.test(c)) return c; } return "rgb(255, 255, 255)"; };
-          return [...document.querySelectorAll("body *")]
-            .filter((e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()) && e.checkVisibility() && !e.disabled && !e.closest(".hidden"))
-            .map((e) => { const [a, b] = [light(getComputedStyle(e).color), light(ground(e))].sort((x, y) => y - x); return [(a + .05) / (b + .05), e.textContent.slice(0, 30)]; })
-            .filter(([r]) => r < 4.5);
-        })()"""
-    )
+    low = await page.js(LOW_CONTRAST)
     assert low == []
 
 

@@ -9,7 +9,7 @@ import orjson
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from devtools import chromium, find
+from devtools import LOW_CONTRAST
 
 from preservarium import metrics
 from preservarium.clock import SystemClock
@@ -85,14 +85,6 @@ def alarm(n, **fields):
 def stand(board, *alarms):
     for each in alarms:
         board.put((each["device_id"], each["rule"], each["pin_position"]), each)
-
-
-@pytest.fixture
-async def page():
-    if (executable := find()) is None:
-        pytest.skip("missing: Chromium (Debian: apt install chromium)")
-    async with chromium(executable) as page:
-        yield page
 
 
 @pytest.fixture
@@ -271,22 +263,7 @@ async def test_text_stands_out_from_its_ground(page, site, theme):
     await page.scheme(theme)
     await page.go(site.url)
     await page.until("document.querySelectorAll('#device-rows tr').length === 25")
-    low = await page.js(
-        """(() => {
-          const light = (c) => { const v = c.match(/[\\d.]+/g).slice(0, 3).map((x) => x / 255)
-            .map((x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
-            return 0.2126 * v[0] + 0.7152 * v[1] + 0.0722 * v[2]; };
-          const ground = (e) => { for (; e; e = e.parentElement) {
-            const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)$|transparent/.test(c)) return c; } return "rgb(255, 255, 255)"; };
-          const low = [];
-          for (const e of document.querySelectorAll("body *")) {
-            if (![...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()) || !e.checkVisibility()) continue;
-            if (e.disabled || e.closest(".hidden")) continue;
-            const [a, b] = [light(getComputedStyle(e).color), light(ground(e))].sort((x, y) => y - x);
-            if ((a + 0.05) / (b + 0.05) < 4.5) low.push(`${e.tagName}.${e.className}: ${e.textContent.slice(0, 30)}`);
-          }
-          return low; })()"""
-    )
+    low = await page.js(LOW_CONTRAST)
     assert low == []
 
 

@@ -17,7 +17,7 @@ import aiohttp
 import asyncpg
 import pytest
 from click.testing import CliRunner
-from conftest import missing
+from conftest import running
 from tls_support import Authority
 from worker_support import ROOT, until
 
@@ -25,7 +25,7 @@ from preservarium import kafka_clients, topics_admin
 from preservarium.__main__ import cli
 from preservarium.cli.doctor import State, check_kafka
 from preservarium.embedded.kafka import Kafka
-from preservarium.embedded.service import ServiceUnavailable, free_port
+from preservarium.embedded.service import free_port
 from preservarium.settings import Settings
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
@@ -85,13 +85,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture(scope="module")
 def broker(services_directory: Path, authority: Authority) -> Iterator[SecureKafka]:
-    service = SecureKafka(services_directory / "kafka-secure", authority)
-    try:
-        service.start()
-    except ServiceUnavailable as e:
-        missing(str(e))
-    yield service
-    service.stop()
+    yield from running(SecureKafka(services_directory / "kafka-secure", authority))
 
 
 @pytest.fixture(scope="module")

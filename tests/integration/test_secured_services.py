@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import aiomqtt
 import asyncpg
 import pytest
-from conftest import Smtp, missing
+from conftest import Smtp, running
 from pydantic import SecretStr
 from tls_support import Authority, Identity
 
@@ -49,15 +49,6 @@ def serving(server: Identity) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(server.cert, server.key)
     return context
-
-
-def running(service: Any) -> Iterator[Any]:
-    try:
-        service.start()
-    except ServiceUnavailable as e:
-        missing(str(e))
-    yield service
-    service.stop()
 
 
 # --- PostgreSQL
