@@ -14,7 +14,7 @@ contestants of a run follow each other, so that a slow minute of the machine hit
 
 **kafka**: the same messages waiting in Kafka → committed rows: one worker with only the agent sink; the old service; a loop
 by hand (bench/peers/copy_loop.py). CPU is the consumer's, from its first row to its last. Then the worker at half of the rate
-it had: from a record's send to the poll that finds it committed.
+it had: from a record's append to the poll that finds it committed.
 
 **backfill**: what a live write of 500 rows takes alone, and while a week of old rows is written as fast as it goes.
 
@@ -23,6 +23,7 @@ The figure to trust is the ratio between contestants of one run; medians over th
 
 import argparse
 import asyncio
+import bisect
 import gc
 import itertools
 import json
@@ -42,11 +43,13 @@ import asyncpg
 import orjson
 import psutil
 import uvloop
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from confluent_kafka import Producer
 
 from bench.peers import old_sink
 from preservarium import logs, topics
+from preservarium.domain.stored import StoredMessage, parse_messages
 from preservarium.embedded.kafka import Kafka
 from preservarium.embedded.postgres import Postgres
 from preservarium.embedded.service import free_port
@@ -57,7 +60,7 @@ from preservarium.stores.timescale import TimescaleStore
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The same for every contestant; durable commits, as each of them has in production.
-SERVER = {"shared_buffers": "1GB", "max_wal_size": "8GB"}
+SERVER = {"shared_buffers": "1GB", "max_wal_size": "8GB", "track_commit_timestamp": "on"}
 PARTITIONS = 12
 DAY_US = 86_400_000_000
 #: A poll for what is committed; latencies are known to this much.
@@ -65,7 +68,7 @@ POLL_S = 0.01
 
 
 def inputs(rows: int, series: int, readings: int = 1, start_us: int | None = None) -> list[dict[str, Any]]:
-    """Validated messages of so many readings, parsed from JSON as the stage has them."""
+    """Validated messages of so many readings."""
     start_us = start_us or time.time_ns() // 1000 - 3_600_000_000
     messages = []
     for i in range(rows // readings):
@@ -101,17 +104,22 @@ def as_old(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # --- the store alone
 
 
-def lanes_of(messages: list[dict[str, Any]], flights: int) -> list[list[dict[str, Any]]]:
+def parsed(messages: list[dict[str, Any]]) -> list[StoredMessage]:
+    """As the stage has them."""
+    return parse_messages(orjson.dumps(messages)) or []
+
+
+def lanes_of(messages: list[dict[str, Any]], flights: int) -> list[list[StoredMessage]]:
     """A partition is in one flight at a time, and a device's messages are in one partition: each lane has its devices."""
     devices = {device: n for n, device in enumerate(dict.fromkeys(m["device_id"] for m in messages))}
-    return [[m for m in messages if devices[m["device_id"]] % flights == lane] for lane in range(flights)]
+    return [parsed([m for m in messages if devices[m["device_id"]] % flights == lane]) for lane in range(flights)]
 
 
-async def run_ours(store: TimescaleStore, lanes: list[list[dict[str, Any]]], batch: int) -> None:
-    async def write(partition: int, part: list[dict[str, Any]]) -> None:
+async def run_ours(store: TimescaleStore, lanes: list[list[StoredMessage]], batch: int) -> None:
+    async def write(partition: int, part: list[StoredMessage]) -> None:
         expected = (await store.offsets("bench", [partition]))[partition]
         next_offset = expected or 0
-        each = max(1, batch // len(part[0]["readings"]))
+        each = max(1, batch // len(part[0].readings))
         for start in range(0, len(part), each):
             chunk = part[start : start + each]
             result = await store.write(chunk, {("bench", partition): Move(expected, next_offset + len(chunk))})
@@ -169,7 +177,7 @@ async def reset(dsn: str) -> None:
     await connection.close()
 
 
-async def latency_ms(store: TimescaleStore, messages: list[dict[str, Any]]) -> list[float]:
+async def latency_ms(store: TimescaleStore, messages: list[StoredMessage]) -> list[float]:
     """Of each write of 100 rows."""
     spent = []
     for start in range(0, min(len(messages), 10_000), 100):
@@ -197,16 +205,16 @@ async def bench_store(dsn: str, arguments: argparse.Namespace) -> dict[str, dict
     double = TimescaleStore(LiveSettings(load(postgres={"url": dsn, "pool_max": 2})))
     always = TimescaleStore(settings, copy_first=False)
     batch = arguments.batch
-    two, three, fours = lanes_of(ours, 2), lanes_of(ours, 3), lanes_of(four, 3)
+    one, two, three, fours = lanes_of(ours, 1), lanes_of(ours, 2), lanes_of(ours, 3), lanes_of(four, 3)
 
     contestants: dict[str, tuple[Callable[[], Awaitable[None]], bool]] = {
         "old": (lambda: asyncio.to_thread(old_sink.write_all, dsn, old), True),
-        "serial": (lambda: run_ours(single, [ours], batch), True),
+        "serial": (lambda: run_ours(single, one, batch), True),
         "copy": (lambda: run_ours(single, two, batch), True),
         "replay": (lambda: run_ours(single, two, batch), False),
         "copy2": (lambda: run_ours(double, three, batch), True),
         "four": (lambda: run_ours(double, fours, batch), True),
-        "merge": (lambda: run_ours(always, [ours], batch), True),
+        "merge": (lambda: run_ours(always, one, batch), True),
         "unnest": (lambda: run_unnest(dsn, ours, batch), True),
     }
     rates: dict[str, list[float]] = {name: [] for name in contestants}
@@ -228,13 +236,13 @@ async def bench_store(dsn: str, arguments: argparse.Namespace) -> dict[str, dict
             rates[name].append(arguments.rows / spent)
             cpus[name].append((time.process_time() - cpu) / arguments.rows * 1e6)
         await reset(dsn)
-        milliseconds += await latency_ms(single, ours)
+        milliseconds += await latency_ms(single, one[0])
         await reset(dsn)
         expected: int | None = None
-        for n, start in enumerate(range(0, len(ours), 1000)):
+        for n, start in enumerate(range(0, len(one[0]), 1000)):
             moves = {("offsets", 0): Move(expected, start + 1)} if n % 2 else {}
             began = time.perf_counter()
-            await single.write(ours[start : start + 1000], moves)
+            await single.write(one[0][start : start + 1000], moves)
             (moved if moves else bare).append((time.perf_counter() - began) * 1000)
             expected = start + 1 if moves else expected
     for store in (single, double, always):
@@ -325,12 +333,9 @@ async def bench_backfill(dsn: str, arguments: argparse.Namespace) -> dict[str, d
 
 
 class Consumer:
-    """A process under measurement, and how many rows it has committed."""
+    """A process under measurement."""
 
-    def __init__(
-        self, argv: list[str], environment: dict[str, str], log: Path, count: Callable[[], Awaitable[int]]
-    ) -> None:
-        self.count = count
+    def __init__(self, argv: list[str], environment: dict[str, str], log: Path) -> None:
         self._log = log.open("wb")
         self.process = subprocess.Popen(argv, env=environment, cwd=log.parent, stdout=self._log, stderr=self._log)
         self._root = psutil.Process(self.process.pid)
@@ -339,20 +344,34 @@ class Consumer:
         times = [p.cpu_times() for p in (self._root, *self._root.children(recursive=True))]
         return sum(t.user + t.system for t in times)
 
-    async def measure(self, total: int) -> tuple[float, float]:
-        """Rows a second and µs of CPU a row, from the first rows seen to the last."""
-        first: tuple[float, int, float] | None = None
+    async def measure(self, connection: asyncpg.Connection, table: str, total: int) -> tuple[float, float]:
+        """Rows a second and µs of CPU a row, from the first commit with rows to the last.
+
+        The database says afterwards when each was committed: to count the rows while they come takes the processors
+        from the contestants, from the fastest the most.
+        """
+        used: list[tuple[float, float]] = []
         deadline = time.monotonic() + 180
+        written, still = None, 0
         while True:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"ended by itself or stands still; see {self._log.name}")
-            seen = (time.monotonic(), await self.count(), self.cpu_s())
-            if seen[1] and first is None:
-                first = seen
-            if first is not None and seen[1] >= total:
-                rows = seen[1] - first[1]
-                return rows / (seen[0] - first[0]), (seen[2] - first[2]) / rows * 1e6
-            await asyncio.sleep(0.05)
+            if not used or time.time() - used[-1][0] >= 0.1:  # looking takes processor time as well
+                used.append((time.time(), self.cpu_s()))
+            now = await connection.fetchval("SELECT pg_current_wal_insert_lsn()")
+            written, still = now, still + 1 if now == written else 0
+            if still == 20:
+                still = 0
+                if await connection.fetchval(f"SELECT count(*) FROM {table}") >= total:
+                    break
+            await asyncio.sleep(0.02)
+        commits = await connection.fetch(
+            "SELECT extract(epoch FROM pg_xact_commit_timestamp(xmin))::float8, n"
+            f" FROM (SELECT xmin, count(*) AS n FROM {table} GROUP BY xmin) AS x ORDER BY 1"
+        )
+        begin, end = commits[0][0], commits[-1][0]
+        rows = sum(n for _, n in commits[1:])
+        return rows / (end - begin), (interpolated(used, end) - interpolated(used, begin)) / rows * 1e6
 
     def stop(self) -> None:
         self.process.terminate()
@@ -364,17 +383,29 @@ class Consumer:
         self._log.close()
 
 
+def interpolated(points: list[tuple[float, float]], x: float) -> float:
+    """The second coordinate at `x` between points in order of their first."""
+    n = min(max(bisect.bisect_left(points, (x,)), 1), len(points) - 1)
+    (x0, y0), (x1, y1) = points[n - 1], points[n]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
 async def make_topics(kafka: Kafka, names: list[str]) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
     await admin.start()
-    await admin.create_topics([NewTopic(name, PARTITIONS, 1) for name in names])
+    stamped = {"message.timestamp.type": "LogAppendTime"}
+    await admin.create_topics([NewTopic(name, PARTITIONS, 1, topic_configs=stamped) for name in names])
     await admin.close()
 
 
-def fill(kafka: Kafka, topic: str, messages: list[dict[str, Any]], device: str) -> None:
-    producer = Producer(
+def producer_of(kafka: Kafka) -> Producer:
+    return Producer(
         {"bootstrap.servers": kafka.bootstrap_servers, "linger.ms": 20, "compression.type": "lz4", "queue.buffering.max.messages": 1_000_000}
     )  # fmt: skip
+
+
+def fill(kafka: Kafka, topic: str, messages: list[dict[str, Any]], device: str) -> None:
+    producer = producer_of(kafka)
     for i, message in enumerate(messages):
         producer.produce(topic, orjson.dumps(message), message[device].encode(), i % PARTITIONS)
     producer.flush()
@@ -419,14 +450,10 @@ async def run_kafka(
     }[name]
     connection = await asyncpg.connect(dsn)
     table = old_sink.TABLE if name == "old" else "measurements"
-
-    async def count() -> int:
-        return int(await connection.fetchval(f"SELECT count(*) FROM {table}"))
-
-    consumer = Consumer(argv, environment, work / "log", count)
+    consumer = Consumer(argv, environment, work / "log")
     delays: list[float] = []
     try:
-        rate, cpu_us = await consumer.measure(len(old) if name == "old" else len(ours))
+        rate, cpu_us = await consumer.measure(connection, table, len(old) if name == "old" else len(ours))
         if name == "worker":
             delays = await delays_ms(kafka, topic, connection, rate / 2, arguments.series)
     finally:
@@ -438,47 +465,59 @@ async def run_kafka(
 async def delays_ms(
     kafka: Kafka, topic: str, connection: asyncpg.Connection, rate: float, series: int, seconds: float = 8.0
 ) -> list[float]:
-    """From the send of a record to the poll that finds it committed, for all records of so many seconds."""
+    """From the append of a record to the poll that finds it committed, for all records of so many seconds."""
     messages = inputs(int(rate * seconds), series, 1, time.time_ns() // 1000)
     values = [orjson.dumps(m) for m in messages]
-    held = {
-        r[0]: r[1]
-        for r in await connection.fetch("SELECT partition, next_offset FROM sink_offsets WHERE sink = 'sink'")
-    }
-    start = [held[p] for p in range(PARTITIONS)]
-    sent: list[list[float]] = [[] for _ in range(PARTITIONS)]
+    held = "SELECT partition, next_offset FROM sink_offsets WHERE sink = 'sink'"
+    starts: dict[int, int] = dict(await connection.fetch(held))
 
     def send() -> None:
-        producer = Producer(
-            {"bootstrap.servers": kafka.bootstrap_servers, "linger.ms": 5, "queue.buffering.max.messages": 1_000_000}
-        )
+        producer = producer_of(kafka)
         at, begin = 0, time.monotonic()
         while at < len(values):
             due = min(len(values), int((time.monotonic() - begin) * rate))
             while at < due:
-                p = at % PARTITIONS
-                sent[p].append(time.monotonic())
-                producer.produce(topic, values[at], messages[at]["device_id"].encode(), p)
+                producer.produce(topic, values[at], messages[at]["device_id"].encode(), at % PARTITIONS)
                 at += 1
             producer.poll(0)
             time.sleep(0.005)
         producer.flush()
 
     sending = asyncio.create_task(asyncio.to_thread(send))
-    seen = [0] * PARTITIONS
-    delays: list[float] = []
+    #: of each partition: when it was seen to be committed up to where
+    seen: dict[int, list[tuple[float, int]]] = {p: [(0.0, start)] for p, start in starts.items()}
     deadline = time.monotonic() + seconds + 30
-    while sum(seen) < len(values) and time.monotonic() < deadline:
-        rows = await connection.fetch("SELECT partition, next_offset FROM sink_offsets WHERE sink = 'sink'")
-        now = time.monotonic()
+    while sum(points[-1][1] - starts[p] for p, points in seen.items()) < len(values):
+        if time.monotonic() > deadline:
+            raise SystemExit("not everything was stored")
+        rows = await connection.fetch(held)
+        now = time.time()
         for partition, next_offset in rows:
-            upto = next_offset - start[partition]
-            delays += [(now - t) * 1000 for t in sent[partition][seen[partition] : upto]]
-            seen[partition] = max(seen[partition], upto)
+            if next_offset > seen[partition][-1][1]:
+                seen[partition].append((now, next_offset))
         await asyncio.sleep(POLL_S)
     await sending
-    assert sum(seen) == len(values), "not everything was stored"
+    delays: list[float] = []
+    for partition, appended in (await appended_at(kafka, topic, starts, len(values))).items():
+        points = seen[partition]
+        for (_, begin), (at, end) in itertools.pairwise(points):
+            delays += [(at - appended[offset]) * 1000 for offset in range(begin, end)]
     return delays
+
+
+async def appended_at(kafka: Kafka, topic: str, starts: dict[int, int], total: int) -> dict[int, dict[int, float]]:
+    """When the broker appended each record, by partition and offset, seconds since the epoch."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap_servers)
+    await consumer.start()
+    consumer.assign([TopicPartition(topic, p) for p in starts])
+    for partition, start in starts.items():
+        consumer.seek(TopicPartition(topic, partition), start)
+    found: dict[int, dict[int, float]] = {p: {} for p in starts}
+    while sum(map(len, found.values())) < total:
+        for tp, records in (await consumer.getmany(timeout_ms=1000)).items():
+            found[tp.partition].update((r.offset, r.timestamp / 1000) for r in records)
+    await consumer.stop()
+    return found
 
 
 async def bench_kafka(server: Postgres, arguments: argparse.Namespace, directory: Path) -> dict[str, dict[str, float]]:
@@ -505,10 +544,12 @@ async def bench_kafka(server: Postgres, arguments: argparse.Namespace, directory
         report[f"kafka, {name}"]["cpu_share_of_old"] = round(statistics.median(a[1] / b[1] for a, b in pairs), 3)
     pairs = list(zip(found["worker"], found["loop"], strict=True))
     report["kafka, worker"]["cpu_to_loop"] = round(statistics.median(a[1] / b[1] for a, b in pairs), 2)
-    delays = [delay for result in found["worker"] for delay in result[2]]
+    p99s = [statistics.quantiles(delays, n=100)[98] for _, _, delays in found["worker"]]
     report["half load"] = {
-        "ms_median": round(statistics.median(delays)),
-        "ms_p99": round(statistics.quantiles(delays, n=100)[98]),
+        "rows_per_s": round(statistics.median(r[0] for r in found["worker"]) / 2),
+        "ms_median": round(statistics.median(statistics.median(r[2]) for r in found["worker"])),
+        "ms_p99": round(statistics.median(p99s)),
+        "ms_p99_worst_run": round(max(p99s)),
     }
     return report
 

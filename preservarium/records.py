@@ -19,8 +19,8 @@ How a line of `iot_raw_data` is recognised (`parse_raw`):
 import binascii
 import re
 from base64 import b64encode
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, NoReturn, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, NoReturn, TypeVar, cast
 
 import orjson
 
@@ -28,6 +28,10 @@ from preservarium import topics
 from preservarium.domain.errors import ReasonCode, Reject
 from preservarium.domain.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, ErrorLine, RawMessage
 from preservarium.stage import Batch, Effects, Record, Send
+
+L = TypeVar("L")
+#: Lines of a JSON array; None where it is none, or holds something else.
+ParseArray = Callable[[bytes], list[L] | None]
 
 #: What a Kafka broker takes unless told otherwise is 1 MiB with its framing; `kafka.record_bytes_max` is the setting.
 RECORD_BYTES_MAX: Final = 1_000_000
@@ -348,13 +352,23 @@ def attempt_of(record: Record) -> int:
     return 1
 
 
+def parse_objects(array: bytes) -> list[dict[str, Any]] | None:
+    """The objects of a JSON array; None where any of them is something else."""
+    try:
+        lines = orjson.loads(array)
+    except orjson.JSONDecodeError:
+        return None
+    return lines if set(map(type, lines)) == {dict} else None
+
+
 def parse_trusted(
-    batch: Batch, *, stage: str = "records", now_us: int | None = None
-) -> tuple[list[list[dict[str, Any]]], list[ErrorLine]]:
-    """Lines of a topic that only we write: one orjson call for the batch, on any failure each record alone.
+    batch: Batch, *, stage: str = "records", now_us: int | None = None, parse: ParseArray[Any] = parse_objects
+) -> tuple[list[list[Any]], list[ErrorLine]]:
+    """Lines of a topic that only we write: one call of the parser for the batch, on any failure each record alone.
 
     Args:
         batch: the records.
+        parse: makes lines of a JSON array; where it cannot, they are dictionaries.
         stage: named in error lines.
         now_us: named in error lines; the record's own time where absent.
 
@@ -362,14 +376,15 @@ def parse_trusted(
         Lines for each record, aligned with `batch.records`, and an error line for each record that is not
         newline-delimited JSON objects; such a record has no lines.
     """
-    alone = parse_alone(batch.records)
+    alone = parse_alone(batch.records, parse)
     if alone is not None:
         return [[line] for line in alone], []
     values = [record.value or b"" for record in batch.records]
-    lines = _parse_joined(b"\n".join(values).replace(b"\n", b","))
+    # A packed value holds no newline but between its lines (JSON escapes them), so commas make an array of it.
+    lines = parse(b"[%b]" % b"\n".join(values).replace(b"\n", b","))
     counts = [value.count(b"\n") + 1 for value in values]
     if lines is not None and sum(counts) == len(lines):
-        parsed: list[list[dict[str, Any]]] = []
+        parsed: list[list[Any]] = []
         position = 0
         for count in counts:
             parsed.append(lines[position : position + count])
@@ -378,25 +393,17 @@ def parse_trusted(
     return _parse_each(batch, stage, now_us)
 
 
-def parse_alone(records: Sequence[Record]) -> list[dict[str, Any]] | None:
+def parse_alone(records: Sequence[Record], parse: ParseArray[L]) -> list[L] | None:
     """Lines of records that hold one each, aligned with them; None where any holds more, or something else.
 
-    Much of what a stage costs where devices send single readings, so there is nothing for each record but orjson's work.
+    Much of what a stage costs where devices send single readings, so there is nothing for each record but the parser's
+    work.
     """
     joined = b",".join([record.value or b"" for record in records])
     if b"\n" in joined:
         return None
-    lines = _parse_joined(joined)
+    lines = parse(b"[%b]" % joined)
     return lines if lines is not None and len(lines) == len(records) else None
-
-
-def _parse_joined(joined: bytes) -> list[dict[str, Any]] | None:
-    # A packed value holds no newline but between its lines (JSON escapes them), so commas make an array of it.
-    try:
-        lines = orjson.loads(b"[%b]" % joined)
-    except orjson.JSONDecodeError:
-        return None
-    return lines if set(map(type, lines)) == {dict} else None
 
 
 def _parse_each(batch: Batch, stage: str, now_us: int | None) -> tuple[list[list[dict[str, Any]]], list[ErrorLine]]:

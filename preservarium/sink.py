@@ -5,18 +5,20 @@ stored is acknowledged by the store's own offsets, so a call that fails half-way
 lines are acknowledged by Kafka before the transaction that skips their input is committed.
 """
 
+from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import orjson
+from msgspec.structs import replace
 
 from preservarium import metrics
 from preservarium.clock import Clock, SystemClock
 from preservarium.domain.errors import ReasonCode, Reject
 from preservarium.domain.legacy import legacy_message
 from preservarium.domain.reading import ErrorLine
+from preservarium.domain.stored import StoredMessage, parse_messages
 from preservarium.records import error_line, error_send, generation_of, loads, parse_alone, parse_trusted
 from preservarium.settings import Settings
 from preservarium.stage import Batch, Effects, Record, Send
@@ -32,16 +34,40 @@ Parse = Callable[[Batch], tuple[list[list[Any]], list[ErrorLine]]]
 _MS_US: Final = 1_000
 
 
+#: Line within its record, which of that line's readings is the first of this piece, and the piece: the line, or a part.
+_Piece = tuple[int, int, Any]
+
+
 @dataclass(slots=True)
 class _Chunk:
     """What goes into one transaction."""
 
     messages: list[Any] = field(default_factory=list)
-    #: for each message: batch, record, line within it
-    sources: list[tuple[Batch, Record, int]] = field(default_factory=list)
+    sources: list["_Source"] = field(default_factory=list)
     errors: list[ErrorLine] = field(default_factory=list)
     nexts: dict[int, int] = field(default_factory=dict)  #: partition -> next offset
     rows: int = 0
+
+    def add(self, batch: Batch, record: Record, piece: _Piece) -> None:
+        """One message."""
+        index, first, line = piece
+        self.sources.append(_Source(len(self.messages), batch, (record,), index, first))
+        self.messages.append(line)
+
+    def source(self, message: int) -> tuple["_Source", Record]:
+        """Where a message came from."""
+        source = self.sources[bisect_right(self.sources, message, key=lambda s: s.message) - 1]
+        return source, source.records[message - source.message]
+
+
+class _Source(NamedTuple):
+    """Where messages came from that follow each other, one of each record: without an entry for each."""
+
+    message: int  #: index of the first of them
+    batch: Batch
+    records: Sequence[Record]
+    line: int  #: within its record
+    first: int  #: which reading of that line is the message's first
 
 
 class _Stage:
@@ -99,8 +125,8 @@ class _Stage:
                 if chunk.rows and chunk.rows + rows > rows_max:
                     await self._flush(chunk, effects)
                     chunk = _Chunk()
+                chunk.sources.append(_Source(len(chunk.messages), batch, records, 0, 0))
                 chunk.messages += lines
-                chunk.sources += zip(repeat(batch), records, repeat(0))
                 chunk.rows += rows
                 chunk.nexts[batch.partition] = records[-1].offset + 1
                 continue
@@ -115,10 +141,9 @@ class _Stage:
                     chunk = _Chunk()
                 if rows > rows_max:
                     part = await self._flush_pieces(batch, record, part, rows_max, effects)
-                    rows = sum(self._rows(line) for _, line in part)
-                for index, line in part:
-                    chunk.messages.append(line)
-                    chunk.sources.append((batch, record, index))
+                    rows = sum(self._rows(line) for _, _, line in part)
+                for piece in part:
+                    chunk.add(batch, record, piece)
                 chunk.rows += rows
                 if record.offset in errors_by_offset:
                     chunk.errors += errors_by_offset[record.offset]
@@ -136,9 +161,9 @@ class _Stage:
 
     def _measure(
         self, batch: Batch, record: Record, lines: list[Any], errors: dict[int, list[ErrorLine]]
-    ) -> tuple[list[tuple[int, Any]], int]:
-        """Lines with their index, and how many rows they are; a line that is not what it should be is an error."""
-        part: list[tuple[int, Any]] = []
+    ) -> tuple[list[_Piece], int]:
+        """The lines, and how many rows they are; a line that is not what it should be is an error."""
+        part: list[_Piece] = []
         rows = 0
         for index, line in enumerate(lines):
             try:
@@ -150,28 +175,27 @@ class _Stage:
                     )
                 )
             else:
-                part.append((index, line))
+                part.append((index, 0, line))
         return part, rows
 
     async def _flush_pieces(
-        self, batch: Batch, record: Record, part: list[tuple[int, Any]], rows_max: int, effects: Effects
-    ) -> list[tuple[int, Any]]:
+        self, batch: Batch, record: Record, part: list[_Piece], rows_max: int, effects: Effects
+    ) -> list[_Piece]:
         """All but the last piece of a record too large for one transaction; gives the last piece.
 
         Only the last one moves the offset. A crash in between repeats the record, whose stored rows are duplicates
         then.
         """
-        pieces = [piece for index, line in part for piece in self._pieces(index, line, rows_max)]
-        chunk = _Chunk()
-        for index, line in pieces:
-            rows = self._rows(line)
+        pieces = [(index, *piece) for index, _, line in part for piece in self._pieces(line, rows_max)]
+        chunk, waiting = _Chunk(), 0
+        for at, piece in enumerate(pieces):
+            rows = self._rows(piece[2])
             if chunk.rows and chunk.rows + rows > rows_max:
                 await self._flush(chunk, effects, stay=batch.partition)
-                chunk = _Chunk()
-            chunk.messages.append(line)
-            chunk.sources.append((batch, record, index))
+                chunk, waiting = _Chunk(), at
+            chunk.add(batch, record, piece)
             chunk.rows += rows
-        return [(source[2], line) for source, line in zip(chunk.sources, chunk.messages, strict=True)]
+        return pieces[waiting:]
 
     async def _flush(self, chunk: _Chunk, effects: Effects, *, stay: int | None = None) -> None:
         """One transaction.
@@ -208,9 +232,9 @@ class _Stage:
             effects.refused[error["code"]] = effects.refused.get(error["code"], 0) + 1
 
     def _rejected(self, chunk: _Chunk, rejected: Rejected) -> ErrorLine:
-        batch, record, index = chunk.sources[rejected.message]
-        line = self._one(chunk.messages[rejected.message], rejected.reading)
-        return self._error(batch, record, index, rejected.code, rejected.text, line, chunk.messages[rejected.message])
+        source, record = chunk.source(rejected.message)
+        line = self._one(chunk.messages[rejected.message], record, source.line, source.first + rejected.reading)
+        return self._error(source.batch, record, source.line, rejected.code, rejected.text, line, line)
 
     def _error(
         self, batch: Batch, record: Record, index: int, code: ReasonCode, text: str, raw: Any, message: Any
@@ -250,19 +274,54 @@ class _Stage:
         """Rows that a line becomes; raises TypeError, KeyError or AttributeError where it is none."""
         raise NotImplementedError
 
-    def _pieces(self, index: int, line: Any, rows_max: int) -> list[tuple[int, Any]]:
-        """The line, or, where it is too large for one transaction, several that say the same."""
-        return [(index, line)]
+    def _pieces(self, line: Any, rows_max: int) -> list[tuple[int, Any]]:
+        """The line, or, where it is too large for one transaction, several that say the same; with their first reading."""
+        return [(0, line)]
 
-    def _one(self, line: Any, reading: int) -> Any:
-        """The part of a line that one rejected row came from, so that it can be sent again alone."""
+    def _one(self, line: Any, record: Record, index: int, reading: int) -> Any:
+        """The part of a record's line that one rejected row came from, so that it can be sent again alone."""
         return line
 
     async def _store(self, lines: list[Any], moves: Moves, tell: Callable[[Sequence[Rejected]], Any]) -> WriteResult:
         raise NotImplementedError
 
 
-class ReadingSink(_Stage):
+class _ReadingStage(_Stage):
+    """Whatever becomes readings in the store."""
+
+    store: Store
+
+    def _rows(self, line: Any) -> int:
+        readings = _readings(line)
+        if type(readings) is not list:
+            message = "readings is no list"
+            raise TypeError(message)
+        return len(readings)
+
+    def _pieces(self, line: Any, rows_max: int) -> list[tuple[int, Any]]:
+        readings = _readings(line)
+        if len(readings) <= rows_max:
+            return [(0, line)]
+        return [
+            (first, _with_readings(line, readings[first : first + rows_max]))
+            for first in range(0, len(readings), rows_max)
+        ]
+
+    async def _store(self, lines: list[Any], moves: Moves, tell: Callable[[Sequence[Rejected]], Any]) -> WriteResult:
+        return await self.store.write(lines, moves, before_commit=tell)
+
+
+def _readings(line: Any) -> Any:
+    return line.readings if isinstance(line, StoredMessage) else line["readings"]
+
+
+def _with_readings(line: Any, readings: list[Any]) -> Any:
+    if isinstance(line, StoredMessage):
+        return replace(line, readings=readings)
+    return {**line, "readings": readings}
+
+
+class ReadingSink(_ReadingStage):
     """Validated messages into the store.
 
     Args:
@@ -274,49 +333,24 @@ class ReadingSink(_Stage):
         clock: stamps error lines.
     """
 
-    store: Store
-
     def _parse_plain(self, records: Sequence[Record], rows_max: int) -> tuple[list[Any], int] | None:
-        lines = parse_alone(records)
+        lines = parse_alone(records, parse_messages)
         if lines is None:
             return None
-        try:
-            readings = [line["readings"] for line in lines]
-        except KeyError:
-            return None
-        if set(map(type, readings)) != {list}:
-            return None
-        rows = sum(map(len, readings))
+        rows = sum([len(line.readings) for line in lines])
         return (lines, rows) if rows <= rows_max else None
 
-    def _rows(self, line: Any) -> int:
-        readings = line["readings"]
-        if type(readings) is not list:
-            message = "readings is no list"
-            raise TypeError(message)
-        return len(readings)
+    def _parse(self, batch: Batch) -> tuple[list[list[Any]], list[ErrorLine]]:
+        return parse_trusted(batch, stage=self.name, now_us=self._clock.now_us(), parse=parse_messages)
 
-    def _pieces(self, index: int, line: Any, rows_max: int) -> list[tuple[int, Any]]:
-        readings = line["readings"]
-        if len(readings) <= rows_max:
-            return [(index, line)]
-        return [
-            (index, {**line, "readings": readings[start : start + rows_max]})
-            for start in range(0, len(readings), rows_max)
-        ]
-
-    def _one(self, line: Any, reading: int) -> Any:
-        return {**line, "readings": line["readings"][reading : reading + 1]}
-
-    async def _store(self, lines: list[Any], moves: Moves, tell: Callable[[Sequence[Rejected]], Any]) -> WriteResult:
-        return await self.store.write(lines, moves, before_commit=tell)
+    def _one(self, line: Any, record: Record, index: int, reading: int) -> Any:
+        # As it came: what is typed holds only what is stored.
+        original = loads((record.value or b"").split(b"\n")[index])
+        return _with_readings(original, original["readings"][reading : reading + 1])
 
 
-class LegacySink(ReadingSink):
+class LegacySink(_ReadingStage):
     """The old service's messages into the store, with the same guarantees."""
-
-    def _parse_plain(self, records: Sequence[Record], rows_max: int) -> tuple[list[Any], int] | None:
-        return None
 
     def _parse(self, batch: Batch) -> tuple[list[list[Any]], list[ErrorLine]]:
         parsed: list[list[Any]] = []

@@ -136,7 +136,7 @@ class Grouping:
                 if recipient not in touched:
                     touched[recipient] = self._inbox(batch.partition, recipient), self._policies.of(recipient)
                 inbox, policy = touched[recipient]
-                inbox.hear(event, policy, now_us)  # type: ignore[arg-type]
+                inbox.hear(event, policy, now_us)
         self._put(effects, batch.partition, touched, now_us)
         return effects
 

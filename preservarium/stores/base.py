@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol
 
 from preservarium.domain.errors import ReasonCode, Retry
 from preservarium.domain.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, Message
+from preservarium.domain.stored import StoredMessage
 
 #: Readings ahead of the clock by more than this are not stored: retention would never reach them. validate is far
 #: stricter (`quality.future_skew_s`); this is the net for what does not pass it.
@@ -84,9 +85,11 @@ class Store(Protocol):
         ...
 
     async def write(
-        self, messages: Sequence[Message], moves: Moves, *, before_commit: BeforeCommit | None = None
+        self, messages: Sequence[StoredMessage | Message], moves: Moves, *, before_commit: BeforeCommit | None = None
     ) -> WriteResult:
         """Store the readings and the offsets, or neither.
+
+        Messages are typed (fast), or dictionaries that need not be what they should be but for a list of `readings`.
 
         Of readings with one key the last wins within a write; one that is stored already stays, unless the new one
         is of a later generation or, in the same, a revision (`revised`). Of several revisions that of the message
@@ -161,19 +164,12 @@ def derivation_fault(key: Sequence[Any]) -> str | None:
     return None
 
 
-def value_fault(reading: Any) -> tuple[ReasonCode, str] | None:
-    """Why a reading's value, text or flags cannot be stored; None where they can.
-
-    Raises:
-        TypeError: the value is no number.
-    """
-    value, text, flags = reading.get("value"), reading.get("value_text"), reading.get("flags")
+def value_fault(value: float | None, text: str | None, flags: Sequence[str] | None) -> tuple[ReasonCode, str] | None:
+    """Why a reading's value, text or flags cannot be stored; None where they can."""
     if value is not None and not float("-inf") < value < float("inf"):
         return ReasonCode.VALUE_NOT_FINITE, f"value {value}"
     if text is not None and (fault := text_fault(text, TEXT_CHARS_MAX)):
         return ReasonCode.STORE_REJECTED, f"value_text {fault}"
-    if flags and (
-        not isinstance(flags, list) or len(flags) > FLAGS_MAX or any(text_fault(f, NAME_CHARS_MAX) for f in flags)
-    ):
+    if flags and (len(flags) > FLAGS_MAX or any(text_fault(f, NAME_CHARS_MAX) for f in flags)):
         return ReasonCode.STORE_REJECTED, "flags are not a short list of names"
     return None

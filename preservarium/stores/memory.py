@@ -1,12 +1,14 @@
 """A store in memory, for tests and for trying things out: it passes the same contract suite as the real one."""
 
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any
+
+from msgspec import UNSET
 
 from preservarium.clock import Clock, SystemClock
 from preservarium.domain.errors import ReasonCode, Retry
 from preservarium.domain.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, Message
+from preservarium.domain.stored import StoredMessage, StoredReading
 from preservarium.stores.base import (
     DAY_US,
     FUTURE_MAX_US,
@@ -20,6 +22,7 @@ from preservarium.stores.base import (
     timestamp_code,
     value_fault,
 )
+from preservarium.stores.typed import typed
 
 #: (device_id, connector_mode, component_type, pin_position, timestamp)
 RowKey = tuple[str, str, str, str, int]
@@ -57,7 +60,7 @@ class MemoryStore:
         return {p: self.positions.get((topic, p)) for p in partitions}
 
     async def write(
-        self, messages: Sequence[Message], moves: Moves, *, before_commit: BeforeCommit | None = None
+        self, messages: Sequence[StoredMessage | Message], moves: Moves, *, before_commit: BeforeCommit | None = None
     ) -> WriteResult:
         """Store readings and offsets, or neither; see `Store.write`."""
         self._check()
@@ -71,22 +74,21 @@ class MemoryStore:
         #: readings, rows of a later generation, revisions: in the order in which one may overwrite the other
         parts: tuple[dict[RowKey, tuple[tuple[Any, ...], dict[str, Any]]], ...] = ({}, {}, {})
         total = 0
-        for index, message in enumerate(messages):
-            for position, reading in enumerate(message["readings"]):
+        sent = typed(messages)
+        found: list[Rejected] = []
+        for index, message in enumerate(sent.messages):
+            for position, reading in enumerate(message.readings):
                 total += 1
-                try:
-                    row = _row(message, reading, oldest_us, newest_us)
-                except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as e:
-                    row = ReasonCode.STORE_REJECTED, f"{type(e).__name__}: {e}"
+                row = _row(message, reading, oldest_us, newest_us)
                 if isinstance(row, tuple):
-                    result.rejected.append(Rejected(index, position, *row))
+                    found.append(Rejected(index, position, *row))
                 else:
                     key = (*_series(message, reading), row["timestamp"])
-                    revised = reading.get("revised") is True
-                    rank = (row["generation"], revised, *(row[name] for name in _ORDER if revised))
-                    part = parts[2 if revised else 1 if row["generation"] else 0]
+                    rank = (row["generation"], reading.revised, *(row[name] for name in _ORDER if reading.revised))
+                    part = parts[2 if reading.revised else 1 if row["generation"] else 0]
                     if key not in part or rank >= part[key][0]:
                         part[key] = rank, row
+        result.rejected = sent.rejected(found)
         if before_commit is not None:
             await before_commit(result.rejected)
         for part in parts:
@@ -95,7 +97,7 @@ class MemoryStore:
                     self.rows[key] = row
                     self._ranks[key] = rank
                     result.accepted += 1
-        result.duplicates = total - result.accepted - len(result.rejected)
+        result.duplicates = total - result.accepted - len(found)
         self.positions.update({key: move.next for key, move in moves.items()})
         return result
 
@@ -107,31 +109,32 @@ class MemoryStore:
             raise Retry(self.down)
 
 
-def _series(message: Any, reading: Any) -> tuple[str, str, str, str]:
-    return message["device_id"], message["connector_mode"], reading["component_type"], reading["pin_position"]
+def _series(message: StoredMessage, reading: StoredReading) -> tuple[str, str, str, str]:
+    return message.device_id, message.connector_mode, reading.component_type, reading.pin_position
 
 
-def _row(message: Any, reading: Any, oldest_us: int, newest_us: int) -> dict[str, Any] | tuple[ReasonCode, str]:
+def _row(
+    message: StoredMessage, reading: StoredReading, oldest_us: int, newest_us: int
+) -> dict[str, Any] | tuple[ReasonCode, str]:
     key = _series(message, reading)
-    experiment_id = message.get("experiment_id")
-    text = derivation_fault((message["parser"], message["config_rev"], experiment_id))
-    text = text or series_fault(key, reading["unit"], message["topic"])
+    text = derivation_fault((message.parser, message.config_rev, message.experiment_id))
+    text = text or series_fault(key, reading.unit, message.topic)
     if text:
         return ReasonCode.STORE_REJECTED, text
-    timestamp = reading.get("timestamp", message["timestamp"])
-    fault = timestamp_code(timestamp, oldest_us=oldest_us, newest_us=newest_us) or value_fault(reading)
+    timestamp = message.timestamp if reading.timestamp is UNSET else reading.timestamp
+    fault = timestamp_code(timestamp, oldest_us=oldest_us, newest_us=newest_us)
+    fault = fault or value_fault(reading.value, reading.value_text, reading.flags)
     if fault:
         return fault
-    value = reading.get("value")
     row: dict[str, Any] = dict(zip(("device_id", "connector_mode", "component_type", "pin_position"), key, strict=True))
-    row |= {name: message[name] for name in _FROM_MESSAGE}
+    row |= {name: getattr(message, name) for name in _FROM_MESSAGE}
     row |= {
         "timestamp": timestamp,
-        "value": None if value is None else float(value),
-        "value_text": reading.get("value_text"),
-        "unit": reading["unit"],
-        "quality": int(reading["quality"]),
-        "flags": deepcopy(reading.get("flags")) or None,
-        "experiment_id": experiment_id or "",
+        "value": reading.value,
+        "value_text": reading.value_text,
+        "unit": reading.unit,
+        "quality": reading.quality,
+        "flags": list(reading.flags or ()) or None,
+        "experiment_id": message.experiment_id or "",
     }
     return row

@@ -2,8 +2,7 @@
 
 The way of a write:
 
-1. The messages become rows of PostgreSQL's binary COPY format in one pass, without an object per row: a prefix that is
-   kept per series, the time, quality and value, and a tail that is made once per message. Rows sort by key as bytes.
+1. The typed messages become rows of PostgreSQL's binary COPY format in one pass: a prefix that is kept per series, the time, quality and value, and a tail that is made once per message. Rows sort by key as bytes.
 2. In one transaction: compare-and-set of `sink_offsets`, `latest`, then COPY straight into `measurements`.
 3. COPY meets a key that is stored: the same rows go through a temporary table and `ON CONFLICT DO NOTHING`.
 4. PostgreSQL refuses the data: the rows are bisected under savepoints to those that it refuses; the rest commits.
@@ -20,17 +19,17 @@ message was received last. Rows older than the compression horizon are staged in
 import asyncio
 import struct
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any, Final
 
 import asyncpg
 import structlog
+from msgspec import UNSET
 
 from preservarium.clock import Clock
 from preservarium.domain.errors import ReasonCode
 from preservarium.domain.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, Message
+from preservarium.domain.stored import StoredMessage, StoredReading
 from preservarium.settings import Settings
 from preservarium.stores.base import (
     DAY_US,
@@ -50,6 +49,7 @@ from preservarium.stores.base import (
 )
 from preservarium.stores.breaker import Breaker
 from preservarium.stores.postgres import DATA_ERRORS, MOVED, OffsetStore, PostgresPool, count_of
+from preservarium.stores.typed import Typed, typed
 
 _log = structlog.get_logger(__name__)
 
@@ -95,14 +95,6 @@ _ROW: Final = struct.Struct(">12sqihidiqihiqii16s")  #: a plain row: prefix | _V
 _PLAIN: Final = struct.Struct(">4xi4xq4xh4xd4xq42x")  # series_id, timestamp, quality, value, received_at of a plain row
 assert _PLAIN.size == _ROW.size == _RARE_AT + _TAIL_BYTES, "a plain row is read as it is written"
 _TEXT_OID: Final = 25
-
-# Many fields at a time: a third of what as many look-ups cost.
-_HEAD: Final = itemgetter(
-    "device_id", "connector_mode", "topic", "timestamp", "received_at", "raw_partition", "raw_offset", "raw_index",
-    "parser", "config_rev", "generation",
-)  # fmt: skip
-_PLAIN_READING: Final = itemgetter("component_type", "pin_position", "value", "unit", "quality")
-_PLAIN_KEYS: Final = 5  #: of a reading with nothing else, such as flags or a time of its own
 
 #: (device_id, connector_mode, component_type, pin_position)
 SeriesKey = tuple[str, str, str, str]
@@ -191,6 +183,7 @@ class _Encoded:
     missing: bool = False  #: a series or derivation is not known yet; the rest is incomplete
     _message: "_CopyMessage | None" = None
     _latest: "_Latest | None" = None
+    _sorted: list[bytes] | None = None
 
     def prepare(self) -> None:
         """Make what the transaction sends, so that no connection is held, and no lock, while Python works."""
@@ -201,13 +194,22 @@ class _Encoded:
     def message(self) -> "_CopyMessage":
         """The COPY of `rows`."""
         if self._message is None:
-            self._message = _copy_message(self.rows.values())
+            self._message = _copy_message(self._ordered())
         return self._message
+
+    def _ordered(self) -> list[bytes]:
+        """The rows by key, sorted once for all who need them so."""
+        if self._sorted is None:
+            self._sorted = sorted(self.rows.values())
+        return self._sorted
 
     def latest(self) -> "_Latest":
         """The newest values, and the changed ranges of time, of all parts."""
         if self._latest is None:
-            self._latest = _latest([part for part, _ in self.parts()])
+            parts = [part for part, _ in self.parts()]
+            only_rows = not any(parts[1:])
+            newest = _newest_of(self._ordered()) if only_rows else _newest(parts)
+            self._latest = _latest(parts, newest)
         return self._latest
 
     def parts(self) -> tuple[tuple[_Rows, str], ...]:
@@ -265,16 +267,14 @@ class TimescaleStore(OffsetStore):
         self._tails: dict[tuple[str, int, str | None, int], bytes] = {}
 
     async def write(
-        self, messages: Sequence[Message], moves: Moves, *, before_commit: BeforeCommit | None = None
+        self, messages: Sequence[StoredMessage | Message], moves: Moves, *, before_commit: BeforeCommit | None = None
     ) -> WriteResult:
         """Store readings and offsets, or neither; see `Store.write`."""
-        return await self._counted(lambda: self._write(messages, moves, before_commit))
+        return await self._counted(lambda: self._write(typed(messages), moves, before_commit))
 
     # --- one write
 
-    async def _write(
-        self, messages: Sequence[Message], moves: Moves, before_commit: BeforeCommit | None
-    ) -> WriteResult:
+    async def _write(self, sent: Typed, moves: Moves, before_commit: BeforeCommit | None) -> WriteResult:
         await self._pool.ready()  # the engine decides about the late lane
         now_us = self._clock.now_us()
         sink = self._settings().sink
@@ -283,20 +283,20 @@ class TimescaleStore(OffsetStore):
             newest=min(TIMESTAMP_MAX_US - 1, now_us + FUTURE_MAX_US),
             late=now_us - sink.compress_after_days * DAY_US if self._stages_late() else TIMESTAMP_MIN_US,
         )
-        encoded = await _encode(messages, self._series.get, self._tails.get, bounds, None)
+        encoded = await _encode(sent.messages, self._series.get, self._tails.get, bounds, None)
         encoded.prepare()
         async with self._pool.acquire() as connection, self._fence(connection, moves):
             if not self._merge_next:
                 try:
-                    return await self._transaction(connection, messages, encoded, moves, bounds, before_commit, "copy")
+                    return await self._transaction(connection, sent, encoded, moves, bounds, before_commit, "copy")
                 except asyncpg.UniqueViolationError:
                     self._merge_next = True
                 except DATA_ERRORS:
                     pass
             try:
-                result = await self._transaction(connection, messages, encoded, moves, bounds, before_commit, "merge")
+                result = await self._transaction(connection, sent, encoded, moves, bounds, before_commit, "merge")
             except DATA_ERRORS:
-                result = await self._transaction(connection, messages, encoded, moves, bounds, before_commit, "bisect")
+                result = await self._transaction(connection, sent, encoded, moves, bounds, before_commit, "bisect")
             if self._copy_first and not result.duplicates:
                 self._merge_next = False
             return result
@@ -304,7 +304,7 @@ class TimescaleStore(OffsetStore):
     async def _transaction(
         self,
         connection: Any,
-        messages: Sequence[Message],
+        sent: Typed,
         encoded: _Encoded,
         moves: Moves,
         bounds: "_Bounds",
@@ -315,8 +315,8 @@ class TimescaleStore(OffsetStore):
         names: _Names | None = None
         async with connection.transaction():
             if encoded.missing:
-                names = await self._resolve(connection, messages)
-                encoded = await _encode(messages, names.series.get, names.tails.get, bounds, names)
+                names = await self._resolve(connection, sent.messages)
+                encoded = await _encode(sent.messages, names.series.get, names.tails.get, bounds, names)
             refused: dict[tuple[bytes, int], str] = {}
             accepted = 0
             if how == "bisect":
@@ -324,7 +324,7 @@ class TimescaleStore(OffsetStore):
                 for part, statement in encoded.parts():
                     accepted += await self._bisect(connection, sorted(part.items()), statement, refused)
                     stored.append({k: v for k, v in part.items() if k not in refused})
-                newest = await self._advance(connection, moves, _latest(stored))
+                newest = await self._advance(connection, moves, _latest(stored, _newest(stored)))
             else:
                 newest = await self._advance(connection, moves, encoded.latest())
                 for part, statement in encoded.parts():
@@ -333,16 +333,17 @@ class TimescaleStore(OffsetStore):
                         accepted += len(part)
                     elif part:
                         accepted += await self._merge(connection, part.values(), statement)
-            rejected = encoded.rejected
+            found = encoded.rejected
             if refused:
                 known = self._series if names is None else names.series
-                rejected = sorted([*rejected, *_find(messages, refused, known)], key=lambda r: (r.message, r.reading))
+                found = sorted([*found, *_find(sent.messages, refused, known)], key=lambda r: (r.message, r.reading))
+            rejected = sent.rejected(found)
             if before_commit is not None:
                 await before_commit(rejected)
         if names is not None:
             self._keep(names)
         self._has_latest.update(newest)
-        return WriteResult(accepted, encoded.readings - accepted - len(rejected), rejected)
+        return WriteResult(accepted, encoded.readings - accepted - len(found), rejected)
 
     async def _advance(self, connection: Any, moves: Moves, latest: "_Latest") -> Collection[bytes]:
         """Compare-and-set of the offsets, newest values, and what the roll-ups must look at again.
@@ -375,7 +376,7 @@ class TimescaleStore(OffsetStore):
             # A replay may touch more compressed rows than the limit that guards against accidents.
             await connection.execute("SET LOCAL timescaledb.max_tuples_decompressed_per_dml_transaction = 0")
         await connection.execute(_CLEAR_STAGING)
-        await _copy(connection, "sink_staging", _copy_message(rows))
+        await _copy(connection, "sink_staging", _copy_message(sorted(rows)))
         stored = count_of(await connection.execute(statement))
         if overwrites and stored:
             await connection.execute(_CORRECT_LATEST)
@@ -405,34 +406,26 @@ class TimescaleStore(OffsetStore):
 
     # --- names
 
-    async def _resolve(self, connection: Any, messages: Sequence[Message]) -> "_Names":
+    async def _resolve(self, connection: Any, messages: Sequence[StoredMessage]) -> "_Names":
         """Every series and derivation of the messages: known ones from memory, others read or made."""
         names = _Names()
         series: dict[SeriesKey, tuple[str, str]] = {}
         derivations: set[DerivationKey] = set()
         generations: set[tuple[DerivationKey, int]] = set()
         for message in messages:
-            # What cannot be looked up, such as a list for a name, is left to the encoder, which says what is wrong.
-            with suppress(TypeError, KeyError):
-                derivation = (message["parser"], message["config_rev"], message.get("experiment_id"))
-                if derivation in self._derivations:
-                    names.derivations[derivation] = self._derivations[derivation]
-                elif derivation_fault(derivation) is None:
-                    derivations.add(derivation)
-                generations.add((derivation, message["generation"]))
-            for reading in message["readings"]:
-                with suppress(TypeError, KeyError):
-                    key = (
-                        message["device_id"],
-                        message["connector_mode"],
-                        reading["component_type"],
-                        reading["pin_position"],
-                    )
-                    known = self._series.get(key)
-                    if known is not None:
-                        names.series[key] = known
-                    elif key not in series and series_fault(key, reading["unit"], message["topic"]) is None:
-                        series[key] = (reading["unit"], message["topic"])
+            derivation = (message.parser, message.config_rev, message.experiment_id)
+            if derivation in self._derivations:
+                names.derivations[derivation] = self._derivations[derivation]
+            elif derivation_fault(derivation) is None:
+                derivations.add(derivation)
+            generations.add((derivation, message.generation))
+            for reading in message.readings:
+                key = (message.device_id, message.connector_mode, reading.component_type, reading.pin_position)
+                known = self._series.get(key)
+                if known is not None:
+                    names.series[key] = known
+                elif key not in series and series_fault(key, reading.unit, message.topic) is None:
+                    series[key] = (reading.unit, message.topic)
         await self._resolve_series(connection, series, names)
         await self._resolve_derivations(connection, derivations, names)
         for derivation, generation in generations:
@@ -581,7 +574,7 @@ class _Bounds:
 
 
 async def _encode(
-    messages: Sequence[Message],
+    messages: Sequence[StoredMessage],
     series: Callable[[SeriesKey], _Series | None],
     tails: Callable[[tuple[str, int, str | None, int]], bytes | None],
     bounds: _Bounds,
@@ -607,7 +600,7 @@ async def _encode(
 
 
 def _encode_slice(
-    messages: Sequence[Message],
+    messages: Sequence[StoredMessage],
     first: int,
     out: _Encoded,
     series: Callable[[SeriesKey], _Series | None],
@@ -621,118 +614,86 @@ def _encode_slice(
     """
     rows, pack, epoch, negative, positive = out.rows, _ROW.pack, TIMESTAMP_MIN_US, float("-inf"), float("inf")
     oldest, newest = max(bounds.oldest, bounds.late), bounds.newest
-    total = 0
     last: Any = None
     derivation: bytes | None = None
     for index, message in enumerate(messages, first):
-        readings = message["readings"]
-        total += len(readings)
-        position = 0
-        reading: Any = None
-        try:
-            device, mode, topic, message_time, received, partition, offset, line, parser, rev, generation = _HEAD(
-                message
-            )
-            origin = parser, rev, message.get("experiment_id"), generation
-            if origin != last:
-                derivation = tails(origin)
-                last = origin
-            if derivation is None:
+        readings, generation = message.readings, message.generation
+        out.readings += len(readings)
+        origin = message.parser, message.config_rev, message.experiment_id, generation
+        if origin != last:
+            derivation = tails(origin)
+            last = origin
+        if derivation is None:
+            if names is None:
+                out.missing = True
+                return
+            text = derivation_fault(origin[:3]) or f"generation {generation}"
+            out.rejected += [Rejected(index, n, ReasonCode.STORE_REJECTED, text) for n in range(len(readings))]
+            continue
+        device, mode, topic = message.device_id, message.connector_mode, message.topic
+        for position, reading in enumerate(readings):
+            key = device, mode, reading.component_type, reading.pin_position
+            known = series(key)
+            if known is None:
                 if names is None:
                     out.missing = True
                     return
-                text = derivation_fault((parser, rev, message.get("experiment_id")))
-                raise ValueError(text or f"generation {generation!r}")
-            for position, reading in enumerate(readings):
-                if len(reading) == _PLAIN_KEYS and "value" in reading:
-                    component, pin, value, unit, quality = _PLAIN_READING(reading)
-                    timestamp, plain = message_time, not generation
-                else:
-                    component, pin, unit = reading["component_type"], reading["pin_position"], reading["unit"]
-                    value, quality = reading.get("value"), reading["quality"]
-                    timestamp = reading.get("timestamp", message_time)
-                    plain = not generation and not reading.get("flags") and "revised" not in reading
-                key = (device, mode, component, pin)
-                known = series(key)
-                if known is None:
-                    if names is None:
-                        out.missing = True
-                        return
-                    text = series_fault(key, unit, topic) or "series"
-                    out.rejected.append(Rejected(index, position, ReasonCode.STORE_REJECTED, text))
-                    continue
-                prefix, series_unit, series_topic = known
+                text = series_fault(key, reading.unit, topic) or "series"
+                out.rejected.append(Rejected(index, position, ReasonCode.STORE_REJECTED, text))
+                continue
+            prefix, series_unit, series_topic = known
+            value, timestamp = reading.value, reading.timestamp
+            if timestamp is UNSET:
+                timestamp = message.timestamp
+            try:
                 if (
-                    plain
-                    and value is not None
+                    value is not None
                     and negative < value < positive
                     and oldest <= timestamp <= newest
-                    and unit == series_unit
+                    and reading.unit == series_unit
                     and topic == series_topic
-                    and type(timestamp) is int
+                    and not reading.flags
+                    and not generation
+                    and not reading.revised
+                    and reading.value_text is None
                 ):
                     # One call that makes the whole row: twice as fast as two whose bytes are joined.
                     rows[prefix, timestamp] = pack(
-                        prefix, timestamp - epoch, 2, quality, 8, value, 8, received - epoch, 2, partition, 8, offset, 4, line, derivation
+                        prefix, timestamp - epoch, 2, reading.quality, 8, value, 8, message.received_at - epoch, 2,
+                        message.raw_partition, 8, message.raw_offset, 4, message.raw_index, derivation,
                     )  # fmt: skip
                     continue
                 rare = _encode_rare(reading, timestamp, known, topic, bounds)
                 if isinstance(rare, bytes):
+                    coordinates = message.received_at, message.raw_partition, message.raw_offset, message.raw_index
+                    received, partition, offset, line = coordinates
                     row = rare + _TAIL.pack(8, received - epoch, 2, partition, 8, offset, 4, line) + derivation
-                    row_key = prefix, timestamp
-                    if reading.get("revised") is True:
-                        out.overwrite(out.revisions, row_key, row, (generation, received, partition, offset, line))
+                    if reading.revised:
+                        out.overwrite(out.revisions, (prefix, timestamp), row, (generation, *coordinates))
                     elif generation:
-                        out.overwrite(out.corrections, row_key, row, (generation,))
+                        out.overwrite(out.corrections, (prefix, timestamp), row, (generation,))
                     else:
-                        (out.late if timestamp < bounds.late else rows)[row_key] = row
-                else:
-                    out.rejected.append(Rejected(index, position, *rare))
-        except (TypeError, ValueError, KeyError, struct.error, OverflowError, AttributeError) as e:
-            # This reading and, because the loop was left, the rest of the message one by one.
-            out.rejected.append(Rejected(index, position, *_diagnose(message, reading, bounds, e)))
-            for later in range(position + 1, len(readings)):
-                single: Any = {**message, "readings": [readings[later]]}
-                sub = _Encoded()
-                _encode_slice([single], 0, sub, series, tails, bounds, names)
-                if sub.missing:
-                    out.missing = True
-                    return
-                rows.update(sub.rows)
-                out.late.update(sub.late)
-                for mine, other in ((out.corrections, sub.corrections), (out.revisions, sub.revisions)):
-                    for row_key, row in other.items():
-                        out.overwrite(mine, row_key, row, sub.ranks[row_key])
-                out.rejected += [Rejected(index, later, r.code, r.text) for r in sub.rejected]
-    out.readings += total
-
-
-def _diagnose(message: Any, reading: Any, bounds: _Bounds, error: Exception) -> tuple[ReasonCode, str]:
-    """What is wrong with a reading that could not be encoded, in the words of the others where they fit."""
-    with suppress(TypeError, KeyError, AttributeError):
-        timestamp = reading.get("timestamp", message["timestamp"])
-        fault = timestamp_code(timestamp, oldest_us=bounds.oldest, newest_us=bounds.newest)
-        if fault is not None:
-            return fault
-    return ReasonCode.STORE_REJECTED, f"{type(error).__name__}: {error}"
+                        (out.late if timestamp < bounds.late else rows)[prefix, timestamp] = row
+                    continue
+            except (struct.error, OverflowError) as e:
+                rare = ReasonCode.STORE_REJECTED, f"{type(e).__name__}: {e}"
+            out.rejected.append(Rejected(index, position, *rare))
 
 
 def _encode_rare(
-    reading: Any, timestamp: Any, known: _Series, topic: str, bounds: _Bounds
+    reading: StoredReading, timestamp: int, known: _Series, topic: str, bounds: _Bounds
 ) -> bytes | tuple[ReasonCode, str]:
     """A row with text, flags or another unit, up to its tail; or why there is none."""
+    value, text, flags = reading.value, reading.value_text, reading.flags
     fault = timestamp_code(timestamp, oldest_us=bounds.oldest, newest_us=bounds.newest)
-    if fault is not None:
-        return fault
-    fault = value_fault(reading)
+    fault = fault or value_fault(value, text, flags)
     if fault is not None:
         return fault
     prefix, unit, series_topic = known
-    value, text, flags = reading.get("value"), reading.get("value_text"), reading.get("flags")
     if value is None:
-        row = prefix + _NO_VALUE(timestamp - TIMESTAMP_MIN_US, 2, reading["quality"], -1)
+        row = prefix + _NO_VALUE(timestamp - TIMESTAMP_MIN_US, 2, reading.quality, -1)
     else:
-        row = prefix + _VALUE.pack(timestamp - TIMESTAMP_MIN_US, 2, reading["quality"], 8, value)
+        row = prefix + _VALUE.pack(timestamp - TIMESTAMP_MIN_US, 2, reading.quality, 8, value)
     if flags:
         items = b"".join(_text(flag) for flag in flags)
         # Array (PostgreSQL source, array_send): dimensions, has-null flag, element type; then length, lower bound.
@@ -741,10 +702,10 @@ def _encode_rare(
     else:
         packed_flags = _NULL
     own_unit = own_topic = _NULL
-    if reading["unit"] != unit:
-        if fault_text := text_fault(reading["unit"], NAME_CHARS_MAX):
+    if reading.unit != unit:
+        if fault_text := text_fault(reading.unit, NAME_CHARS_MAX):
             return ReasonCode.STORE_REJECTED, f"unit {fault_text}"
-        own_unit = _text(reading["unit"])
+        own_unit = _text(reading.unit)
     if topic != series_topic:
         if fault_text := text_fault(topic, TOPIC_CHARS_MAX):
             return ReasonCode.STORE_REJECTED, f"topic {fault_text}"
@@ -763,12 +724,13 @@ def _is_int4(value: Any) -> bool:
 
 def _newest(parts: Sequence[_Rows]) -> dict[bytes, bytes]:
     """The newest row of each series by its prefix, in the order of the series; of equal times that of the last part."""
-    filled = [part for part in parts if part]
-    if len(filled) == 1:
-        # Two writers in opposite orders would wait for each other, so rows are sorted anyway. As bytes they sort like
-        # their keys: series numbers and times since 2000 are positive.
-        return {row[: _PREFIX.size]: row for row in sorted(filled[0].values())}
-    rows = sorted((row for part in filled for row in part.values()), key=lambda row: row[: _PREFIX.size + 8])
+    rows = (row for part in parts for row in part.values())
+    return _newest_of(sorted(rows, key=lambda row: row[: _PREFIX.size + 8]))
+
+
+def _newest_of(rows: Iterable[bytes]) -> dict[bytes, bytes]:
+    # Two writers in opposite orders would wait for each other, so rows are sorted anyway. As bytes they sort like their
+    # keys: series numbers and times since 2000 are positive.
     return {row[: _PREFIX.size]: row for row in rows}
 
 
@@ -798,26 +760,18 @@ def _read_row(row: bytes) -> tuple[int, int, float | None, str | None, int, int]
 
 
 def _find(
-    messages: Sequence[Message], refused: Mapping[tuple[bytes, int], str], series: Mapping[SeriesKey, _Series]
+    messages: Sequence[StoredMessage], refused: Mapping[tuple[bytes, int], str], series: Mapping[SeriesKey, _Series]
 ) -> list[Rejected]:
     """Which readings the refused rows were: the last of those with the same key, as only that one was tried."""
     found: dict[tuple[bytes, int], Rejected] = {}
     for index, message in enumerate(messages):
-        for position, reading in enumerate(message["readings"]):
-            try:
-                known = series.get(
-                    (
-                        message["device_id"],
-                        message["connector_mode"],
-                        reading["component_type"],
-                        reading["pin_position"],
-                    )
-                )
-                if known is None:
-                    continue
-                key = (known[0], reading.get("timestamp", message["timestamp"]))
-            except (KeyError, TypeError):
+        for position, reading in enumerate(message.readings):
+            known = series.get(
+                (message.device_id, message.connector_mode, reading.component_type, reading.pin_position)
+            )
+            if known is None:
                 continue
+            key = known[0], message.timestamp if reading.timestamp is UNSET else reading.timestamp
             if key in refused:
                 found[key] = Rejected(index, position, ReasonCode.STORE_REJECTED, refused[key])
     return list(found.values())
@@ -831,9 +785,8 @@ class _CopyMessage:
     data: bytearray
 
 
-def _copy_message(rows: Iterable[bytes]) -> _CopyMessage:
-    """Rows sorted by key: two writers in opposite orders would wait for each other."""
-    ordered = sorted(rows)
+def _copy_message(ordered: list[bytes]) -> _CopyMessage:
+    """Of rows sorted by key: two writers in opposite orders would wait for each other."""
     columns = _PLAIN_COLUMNS
     if set(map(len, ordered)) != {_PLAIN.size}:
         columns = _COLUMNS
@@ -857,8 +810,7 @@ class _Latest:
     dirty: list[tuple[int, int]]  #: changed ranges of time, see `_dirty_ranges`
 
 
-def _latest(parts: Sequence[_Rows]) -> _Latest:
-    newest = _newest(parts)
+def _latest(parts: Sequence[_Rows], newest: dict[bytes, bytes]) -> _Latest:
     columns = _columns(newest.values()) if newest else [(), (), (), (), (), ()]
     return _Latest(frozenset(newest), columns, _dirty_ranges(parts))
 

@@ -123,7 +123,7 @@ async def test_flights_are_cut_by_rows_and_a_huge_record_is_several_transactions
     write = store.write
 
     async def watched(messages, moves, **kwargs):
-        sizes.append(sum(len(m["readings"]) for m in messages))
+        sizes.append(sum(len(m.readings) for m in messages))
         moved.append({key: (move.expected, move.next) for key, move in moves.items()})
         return await write(messages, moves, **kwargs)
 
@@ -163,6 +163,15 @@ async def test_refused_readings_become_error_lines_with_their_coordinates(store,
     assert (line["parser"], line["config_rev"]) == ("decentlab@1", 7)
     assert orjson.loads(line["raw"])["readings"] == bad["readings"][1:2]
     assert effects.refused == {"store_rejected": 1}
+
+
+async def test_an_error_line_holds_what_came_and_not_only_what_is_stored(store, kafka):
+    sink = stage(store, kafka, rows_max=3)
+    sent = message("a", 1.0, 2.0, 3.0, 4.0, {"value_text": "x" * 20_000, "derived": True}, 6.0, clock="received")
+    await sink([batch(T, 0, [record(0, sent)])])
+    assert len(store.rows) == 5
+    (line,) = kafka.lines
+    assert orjson.loads(line["raw"]) == sent | {"readings": [sent["readings"][4]]}
 
 
 async def test_records_and_lines_that_are_no_messages(store, kafka):

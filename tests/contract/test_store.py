@@ -3,10 +3,12 @@
 import random
 from typing import Any
 
+import orjson
 import pytest
 from sink_support import DAY_US, NOW_US, SECOND_US, message
 
 from preservarium.domain.errors import ReasonCode, Retry
+from preservarium.domain.stored import parse_messages
 from preservarium.stores.base import Move, Moved
 
 T = "iot_validated_data"
@@ -33,6 +35,33 @@ async def test_every_column_comes_back(under_test):
         common | plain | {"pin_position": "2", "value": None, "quality": 9},
         common | plain | {"pin_position": "3", "value": 7.0, "timestamp": NOW_US - 5 * SECOND_US - 1},
     ]
+
+
+async def test_typed_messages_are_stored_as_dictionaries_are(under_test):
+    sent = [
+        message("a", 21.5, {"value_text": "open", "unit": ""}, {"value": None, "quality": 9, "flags": ["gap"]}),
+        message("a", {"value": 4, "timestamp": NOW_US - 7}, offset=1, clock="received", attempt=2, experiment_id=None),
+        message("a", {"value": 5.5, "revised": True}, offset=2, generation=3, experiment_id="x9"),
+        message("b", at=NOW_US + 1),
+    ]
+    await under_test.store.write(sent, {})
+    rows = await under_test.rows()
+    assert len(rows) == 4
+    again = parse_messages(orjson.dumps([m | {"device_id": "c" + m["device_id"]} for m in sent]))
+    assert (await under_test.store.write(again, {})).accepted == 5
+    assert [r | {"device_id": r["device_id"][1:]} for r in await under_test.rows() if r["device_id"] != "a"] == rows
+
+
+async def test_what_is_refused_is_named_as_it_was_sent_whatever_form_it_had(under_test):
+    (good,) = parse_messages(orjson.dumps([message("t", 1.0, 1e308)]))
+    broken = message("a", 1.0, {"quality": "good"}, {"value": float("nan")}, 4.0)
+    result = await under_test.store.write([good, broken, message("b", {"unit": 5}), good], {(T, 0): Move(None, 1)})
+    assert [(r.message, r.reading, r.code) for r in result.rejected] == [
+        (1, 1, ReasonCode.STORE_REJECTED),
+        (1, 2, ReasonCode.VALUE_NOT_FINITE),
+        (2, 0, ReasonCode.STORE_REJECTED),
+    ]
+    assert (result.accepted, result.duplicates) == (4, 2)
 
 
 async def test_unit_and_topic_of_a_row_are_its_own_even_where_the_series_began_with_others(under_test):
