@@ -3,7 +3,7 @@
 **Comparing.** Each engine counts the rows of a day and adds up a 64-bit hash of each; only where the sums differ is the
 day looked at device by device. The hash is the beginning of MD5 over the row's bytes, and both engines write the same bytes:
 integers and instants as 8 bytes, most significant first, numbers as IEEE 754 bits (so -0 differs from 0, and no decimal text
-is involved), texts in UTF-8 ended by NUL, which no PostgreSQL text holds. A sum tells a doubled row, and rows moved
+is involved), what may be null after a byte that says so, texts in UTF-8 ended by NUL, which no PostgreSQL text holds. A sum tells a doubled row, and rows moved
 between devices; both sums are exact (numeric, Int256). ClickHouse is read with FINAL, as its readers do.
 
 **What is still on its way** is left out on both sides: rows that were received in the last `settle_s` seconds.
@@ -67,7 +67,7 @@ VIEWS_SETTLE_S: Final = 1.0
 #: PostgreSQL's epoch, 2000-01-01, in µs since ours: `timestamptz_send` counts from there.
 _EPOCH_US: Final = 946_684_800_000_000
 
-Kind = Literal["text", "integer", "instant", "number"]
+Kind = Literal["text", "integer", "instant", "number", "instant or null"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,9 @@ def _us(sql: str) -> str:
 
 
 def _selected(fields: Sequence[Field]) -> str:
-    return ", ".join(f"{_us(f.postgres) if f.kind == 'instant' else f.postgres} AS {f.name}" for f in fields)
+    return ", ".join(
+        f"{_us(f.postgres) if f.kind in ('instant', 'instant or null') else f.postgres} AS {f.name}" for f in fields
+    )
 
 
 def _alarm_columns(row: Any) -> list[Any]:
@@ -217,20 +219,20 @@ ALARM_EVENTS: Final = Compared(
 )
 
 
-def _event_fields(table: sync.Table, alias: str) -> tuple[Field, ...]:
-    """Fields of a table whose columns have the same names and values in PostgreSQL."""
+def _event_fields(table: sync.Table, alias: str, named: Mapping[str, str] | None = None) -> tuple[Field, ...]:
+    """Fields of a table whose columns have the same names and values in PostgreSQL, but for those that are `named`."""
     found = []
     for name, kind in table.types.items():
+        postgres = (named or {}).get(name, f"{alias}.{name}")
         if "DateTime" in kind:
-            found.append(Field(name, "instant", f"{alias}.{name}"))
+            found.append(Field(name, "instant or null" if kind.startswith("Nullable") else "instant", postgres))
         elif "Float" in kind:
-            found.append(Field(name, "number", f"{alias}.{name}"))
+            found.append(Field(name, "number", postgres))
         elif kind.endswith(("String", "String)")):
-            found.append(Field(name, "text", f"{alias}.{name}"))
+            found.append(Field(name, "text", postgres))
         else:
             # What no message brought has no coordinates.
-            raw = name.startswith("raw_")
-            found.append(Field(name, "integer", f"coalesce({alias}.{name}, 0)" if raw else f"{alias}.{name}"))
+            found.append(Field(name, "integer", f"coalesce({postgres}, 0)" if name.startswith("raw_") else postgres))
     return tuple(found)
 
 
@@ -280,8 +282,39 @@ AGGREGATES: Final = Compared(
     lambda settings: settings.sink.aggregates_retention_days,
 )
 
+
+def _detail_instant(name: str) -> str:
+    return f"'1970-01-01 00:00+00'::timestamptz + (c.detail->>'{name}')::bigint * INTERVAL '1 microsecond'"
+
+
+_COMMAND_FIELDS: Final = _event_fields(
+    sync.COMMAND_EVENTS,
+    "c",
+    {name: _detail_instant(name) for name in ("requested_at", "expires_at", "ended_at")}
+    | {name: f"coalesce(c.detail->>'{name}', '')" for name in ("command", "requested_by", "cause")}
+    | {"priority": "(c.detail->>'priority')::bigint"},
+)
+
+COMMAND_EVENTS: Final = Compared(
+    "command_events",
+    "sink-commands",
+    "sync-commands",
+    sync.COMMAND_EVENTS.topic.name,
+    "command_events c",
+    "command_events",
+    _COMMAND_FIELDS,
+    ("command_id", "sequence", "event_id"),
+    "at",
+    "at",
+    "%Y%m",
+    sync.COMMAND_EVENTS.types,
+    _selected(_COMMAND_FIELDS),
+    _columns(sync.COMMAND_EVENTS.types),
+    lambda settings: settings.sink.events_retention_days,
+)
+
 #: Tables of which PostgreSQL tells the truth; of the others Kafka does (preservarium/replaying.py).
-TABLES: Final = {t.name: t for t in (MEASUREMENTS, ALARM_EVENTS, ANOMALIES, AGGREGATES)}
+TABLES: Final = {t.name: t for t in (MEASUREMENTS, ALARM_EVENTS, ANOMALIES, AGGREGATES, COMMAND_EVENTS)}
 ALL_TABLES: Final[Mapping[str, Compared | replaying.Replayed]] = {**TABLES, **replaying.TABLES}
 
 
@@ -365,7 +398,8 @@ def postgres_hash(table: Compared) -> str:
         elif f.kind == "instant":
             parts.append(f"timestamptz_send({e})")
         else:
-            parts.append(f"CASE WHEN {e} IS NULL THEN '\\x00'::bytea ELSE '\\x01'::bytea || float8send({e}) END")
+            send = "float8send" if f.kind == "number" else "timestamptz_send"
+            parts.append(f"CASE WHEN {e} IS NULL THEN '\\x00'::bytea ELSE '\\x01'::bytea || {send}({e}) END")
     return f"('x' || substr(md5({' || '.join(parts)}), 1, 16))::bit(64)::bigint"
 
 
@@ -380,7 +414,10 @@ def clickhouse_hash(table: Compared) -> str:
         elif f.kind == "instant":
             parts.append(f"reinterpretAsFixedString(byteSwap(toUnixTimestamp64Micro({f.name}) - {_EPOCH_US}))")
         else:
-            bits = f"reinterpretAsFixedString(byteSwap(reinterpretAsUInt64(assumeNotNull({f.name}))))"
+            held = f"assumeNotNull({f.name})"
+            number = f.kind == "number"
+            number_sql = f"reinterpretAsUInt64({held})" if number else f"toUnixTimestamp64Micro({held}) - {_EPOCH_US}"
+            bits = f"reinterpretAsFixedString(byteSwap({number_sql}))"
             # Both branches are evaluated, and assumeNotNull gives an arbitrary number for what is thrown away.
             parts.append(f"if(isNull({f.name}), '\\0', concat('\\x01', {bits}))")
     return f"reinterpretAsInt64(byteSwap(reinterpretAsUInt64(substring(MD5(concat({', '.join(parts)})), 1, 8))))"

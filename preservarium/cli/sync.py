@@ -17,7 +17,15 @@ from preservarium.settings import Settings, load
 #: Differences that are printed; all of them are in the JSON.
 PRINTED_MAX: Final = 50
 #: Of preservarium/verification.py, which is not imported before it is needed.
-TABLE_NAMES: Final = ("measurements", "alarm_events", "anomalies", "aggregates", "task_events", "employees")
+TABLE_NAMES: Final = (
+    "measurements",
+    "alarm_events",
+    "anomalies",
+    "aggregates",
+    "command_events",
+    "task_events",
+    "employees",
+)
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 

@@ -19,10 +19,12 @@ from preservarium.stores.migrate import migrate_clickhouse
 from preservarium.stores.tables import AGGREGATES as AGGREGATES_IN_POSTGRES
 from preservarium.stores.tables import ALARM_EVENTS as ALARMS_IN_POSTGRES
 from preservarium.stores.tables import ANOMALIES as ANOMALIES_IN_POSTGRES
+from preservarium.stores.tables import COMMAND_EVENTS as COMMANDS_IN_POSTGRES
 from preservarium.stores.timescale import TimescaleStore
 from preservarium.sync import AGGREGATES as AGGREGATES_IN_CLICKHOUSE
 from preservarium.sync import ALARM_EVENTS as ALARMS_IN_CLICKHOUSE
 from preservarium.sync import ANOMALIES as ANOMALIES_IN_CLICKHOUSE
+from preservarium.sync import COMMAND_EVENTS as COMMANDS_IN_CLICKHOUSE
 from preservarium.sync import EventSync, ReadingSync
 from preservarium.verification import ALARM_EVENTS, MEASUREMENTS, TABLES, Verifier, unreplicated
 
@@ -550,19 +552,37 @@ def window(number: int, **fields: Any) -> dict[str, Any]:
     } | fields  # fmt: skip
 
 
-@pytest.mark.parametrize("table", ["anomalies", "aggregates"])
+def command_event(number: int, **fields: Any) -> dict[str, Any]:
+    ended = NOON_US + number + 3 if number % 3 == 2 else None
+    return {
+        "event_id": f"e{number}", "command_id": f"c{number // 3}", "sequence": number % 3, "device_id": f"d{number // 3 % 4}",
+        "event": ("requested", "sent", "timed_out")[number % 3], "state": ("pending", "sent", "failed")[number % 3], "at": NOON_US + number,
+        "reason": TEXTS[number % len(TEXTS)], "attempt": number % 3, "command": "close ü", "priority": 7, "requested_at": NOON_US - 1,
+        "requested_by": "ann", "cause": None if number % 2 else "t1", "expires_at": NOON_US + DAY_US, "ended_at": ended,
+        "idempotency_key": "", "content": {"json": {"valve": number}}, "confirm": None,
+    } | fields  # fmt: skip
+
+
+#: table -> its declarations for PostgreSQL and ClickHouse, and what to alter and to forge in it
+EVENT_TABLES: dict[str, tuple[Any, Any, str, str]] = {
+    "anomalies": (ANOMALIES_IN_POSTGRES, ANOMALIES_IN_CLICKHOUSE, "score = 4", "anomaly_id"),
+    "aggregates": (AGGREGATES_IN_POSTGRES, AGGREGATES_IN_CLICKHOUSE, "mean = 4", "component_type"),
+    "command_events": (COMMANDS_IN_POSTGRES, COMMANDS_IN_CLICKHOUSE, "ended_at = now64(6)", "event_id"),
+}
+
+
+@pytest.mark.parametrize("table", EVENT_TABLES)
 async def test_other_events_are_compared_repaired_and_rebuilt(stores, settings, verifier, table):
     """What came twice, corrected, and in a replay besides."""
-    declared, in_clickhouse = {
-        "anomalies": (ANOMALIES_IN_POSTGRES, ANOMALIES_IN_CLICKHOUSE),
-        "aggregates": (AGGREGATES_IN_POSTGRES, AGGREGATES_IN_CLICKHOUSE),
-    }[table]
+    declared, in_clickhouse, altered, forged = EVENT_TABLES[table]
     if table == "anomalies":
         lines = [anomaly(i) for i in range(40)]
+    elif table == "command_events":
+        lines = [command_event(i) for i in range(40)]
     else:
         lines = [window(i) for i in range(40)] + [window(i, revision=1, count=4) for i in range(0, 40, 3)]
         lines += [window(i, window_id=f"replayed{i}", generation=1, count=9) for i in range(0, 40, 7)]
-    events = EventStore(declared, settings, sink=f"sink-{table}")
+    events = EventStore(declared, settings, sink=TABLES[table].sink)
     assert not (await events.write([*lines, *lines[:5]], {})).rejected
     await events.close()
     await EventSync(in_clickhouse, stores.clickhouse, settings)(
@@ -575,12 +595,9 @@ async def test_other_events_are_compared_repaired_and_rebuilt(stores, settings, 
     verdict = await verify(verifier, compared)
     assert (verdict.differences, verdict.rows) == ([], 40)
     await stores.command(f"DELETE FROM {table} WHERE device_id = 'd1'")
+    await stores.command(f"ALTER TABLE {table} UPDATE {altered} WHERE device_id = 'd2' SETTINGS mutations_sync = 2")
     await stores.command(
-        f"ALTER TABLE {table} UPDATE {'score' if table == 'anomalies' else 'mean'} = 4 WHERE device_id = 'd2' SETTINGS mutations_sync = 2"
-    )
-    ghost = f"{'anomaly_id' if table == 'anomalies' else 'component_type'}"
-    await stores.command(
-        f"INSERT INTO {table} SELECT * REPLACE ('ghost' AS {ghost}) FROM {table} WHERE device_id = 'd3' LIMIT 1"
+        f"INSERT INTO {table} SELECT * REPLACE ('ghost' AS {forged}) FROM {table} WHERE device_id = 'd3' LIMIT 1"
     )
     found = {d.device_id: d.what for d in (await verify(verifier, compared)).differences}
     assert found == {"d1": "missing", "d2": "altered", "d3": "surplus"}
