@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -30,8 +31,8 @@ from typing import Any
 
 import orjson
 import psutil
-from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from confluent_kafka import Producer
 
 from preservarium import sync, topics
 from preservarium.clock import SystemClock
@@ -313,6 +314,25 @@ async def until(condition: Callable[[], Awaitable[bool]], within_s: float) -> No
         await asyncio.sleep(0.05)
 
 
+def send(brokers: str, topic: str, partitions: int, first: int, end: int, rate: float = float("inf")) -> None:
+    """Task events by number; the number tells the partition, `assigned_at` when it was sent."""
+    producer = Producer(
+        {"bootstrap.servers": brokers, "linger.ms": 20, "compression.type": "lz4", "queue.buffering.max.messages": 1_000_000}
+    )  # fmt: skip
+    n, began = first, time.monotonic()
+    while n < end:
+        due = min(end, first + 1 + int(min((time.monotonic() - began) * rate, end)))
+        while n < due:
+            event = {
+                "file_id": f"L{n}", "stage": "scan", "status": "assigned", "employee_code": "E1", "assigned_at": time.time_ns() // 1000, "event_id": n,
+            }  # fmt: skip
+            producer.produce(topic, orjson.dumps(event), partition=n % partitions)
+            n += 1
+        producer.poll(0)
+        time.sleep(0.005)
+    producer.flush()
+
+
 async def running(settings: LiveSettings, store: ClickHouseStore, seconds: float) -> dict[str, Any]:
     """Latency at half load, and the cost of idling, with every feed of sync in this process."""
     kafka = settings().kafka
@@ -333,23 +353,7 @@ async def running(settings: LiveSettings, store: ClickHouseStore, seconds: float
         return all(len(f.lanes) == kafka.partitions and all(x.known for x in f.lanes.values()) for f in feeds)
 
     await until(assigned, 60)
-    producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, linger_ms=5)
-    await producer.start()
     topic = topics.TASK_EVENTS.full(kafka.topic_prefix)
-    numbers = itertools.count()
-
-    def event(at: int) -> bytes:
-        n = next(numbers)
-        return orjson.dumps(
-            {
-                "file_id": f"L{n}",
-                "stage": "scan",
-                "status": "assigned",
-                "employee_code": "E1",
-                "assigned_at": at,
-                "event_id": n,
-            }
-        )
 
     async def stored() -> int:
         return int(
@@ -357,54 +361,7 @@ async def running(settings: LiveSettings, store: ClickHouseStore, seconds: float
         )
 
     try:
-        # What it can do: a backlog, from the first row seen until all are there.
-        backlog = 40_000
-        began = time.perf_counter()
-        for i in range(backlog):
-            await producer.send(topic, event(time.time_ns() // 1000), partition=i % kafka.partitions)
-        await producer.flush()
-
-        async def caught_up() -> bool:
-            return await stored() >= backlog
-
-        await until(caught_up, 120)
-        most = backlog / (time.perf_counter() - began)
-        rate = most / 2
-        latencies: list[float] = []
-        sent = backlog
-        times: list[float] = []
-        end = time.monotonic() + seconds
-        began = time.monotonic()
-
-        async def send() -> None:
-            nonlocal sent
-            while time.monotonic() < end:
-                due = int((time.monotonic() - began) * rate) - (sent - backlog)
-                for _ in range(due):
-                    times.append(time.monotonic())
-                    await producer.send(topic, event(time.time_ns() // 1000), partition=sent % kafka.partitions)
-                    sent += 1
-                await asyncio.sleep(0.01)
-
-        sending = asyncio.create_task(send())
-        # Rows become visible in batches by partition, so each is looked for by its own number.
-        visible: set[int] = set()
-        while not sending.done() or len(visible) < sent - backlog:
-            rows = await store.query(
-                "SELECT toUInt64(substring(file_id, 2)) FROM pipeline_state WHERE file_id >= 'L' AND file_id < 'M'"
-                f" AND assigned_at > fromUnixTimestamp64Micro({time.time_ns() // 1000 - 5_000_000}, 'UTC')"
-            )
-            now = time.monotonic()
-            for (n,) in rows:
-                if n >= backlog and n not in visible:
-                    visible.add(n)
-                    latencies.append(now - times[n - backlog])
-            if now > end + 20:
-                break
-            # What is looked for takes from the same two cores: ten times a second, which counts as latency.
-            await asyncio.sleep(0.1)
-        lost = sent - backlog - len(visible)
-        # Idle: after the last commit, nothing comes.
+        # Idle: nothing comes. Measured before there is a producer, which would cost as much.
         await asyncio.sleep(6)
         if profile := os.environ.get("BENCH_PROFILE"):
             import cProfile
@@ -419,8 +376,52 @@ async def running(settings: LiveSettings, store: ClickHouseStore, seconds: float
         await asyncio.sleep(30)
         idle = (time.process_time() - cpu) / (time.perf_counter() - began)
         after = await store.query("SELECT sum(value) FROM system.events WHERE event = 'InsertedRows'")
+        # What it can do: a backlog, until all of it is there.
+        backlog = 10_000 * kafka.partitions
+        began = time.perf_counter()
+        await asyncio.to_thread(send, kafka.bootstrap_servers, topic, kafka.partitions, 0, backlog)
+
+        async def caught_up() -> bool:
+            return await stored() >= backlog
+
+        await until(caught_up, 120)
+        most = backlog / (time.perf_counter() - began)
+        rate = most / 2
+        total = backlog + int(rate * seconds)
+        # In a process of its own, as devices are.
+        arguments = kafka.bootstrap_servers, topic, kafka.partitions, backlog, total, rate
+        sending = multiprocessing.get_context("spawn").Process(target=send, args=arguments)
+        sending.start()
+        #: of each partition: when it was seen to be visible up to which number. Its rows become visible in order.
+        seen = {p: [(0.0, backlog - kafka.partitions + p)] for p in range(kafka.partitions)}
+        end = time.monotonic() + seconds + 30
+        while sum(points[-1][1] // kafka.partitions + 1 for points in seen.values()) < total and time.monotonic() < end:
+            rows = await store.query(
+                f"SELECT n % {kafka.partitions} AS p, max(toUInt64(substring(file_id, 2)) AS n) FROM pipeline_state"
+                " WHERE file_id >= 'L' AND file_id < 'M'"
+                f" AND assigned_at > fromUnixTimestamp64Micro({time.time_ns() // 1000 - 5_000_000}, 'UTC') GROUP BY p"
+            )
+            now = time.time()
+            for partition, highest in rows:
+                if highest > seen[partition][-1][1]:
+                    seen[partition].append((now, highest))
+            # How often it is looked counts as latency.
+            await asyncio.sleep(0.1)
+        await asyncio.to_thread(sending.join)
+        lost = total - await stored()
+        sent_at = dict(
+            await store.query(
+                "SELECT toUInt64(substring(file_id, 2)), toUnixTimestamp64Micro(assigned_at) / 1e6 FROM pipeline_state FINAL"
+                " WHERE file_id >= 'L' AND file_id < 'M'"
+            )
+        )
+        latencies = [
+            at - sent_at[n]
+            for points in seen.values()
+            for (_, before_it), (at, highest) in itertools.pairwise(points)
+            for n in range(before_it + kafka.partitions, highest + 1, kafka.partitions)
+        ]
     finally:
-        await producer.stop()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

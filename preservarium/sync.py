@@ -242,18 +242,21 @@ class _Stage:
             Retry: ClickHouse cannot be reached.
         """
         effects = Effects()
-        await asyncio.gather(*(self._batch(batch, effects) for batch in batches))
+        parsing = asyncio.Lock()
+        await asyncio.gather(*(self._batch(batch, effects, parsing) for batch in batches))
         return effects
 
-    async def _batch(self, batch: Batch, effects: Effects) -> None:
+    async def _batch(self, batch: Batch, effects: Effects, parsing: asyncio.Lock) -> None:
         columns: Columns = {name: [] for name in self.table.types}
         seen = dict(self._seen.get(batch.partition, {}))
         errors: list[ErrorLine] = []
-        for start in range(0, len(batch.records), RECORDS_A_TURN):
-            if start:
+        # One after the other: ClickHouse inserts the first while the others are parsed. In turns, all would be ready at
+        # the end, and before that ClickHouse idle.
+        async with parsing:
+            for start in range(0, len(batch.records), RECORDS_A_TURN):
+                part = Batch(batch.topic, batch.partition, batch.records[start : start + RECORDS_A_TURN])
+                errors += self._fill(columns, part, seen)
                 await asyncio.sleep(0)
-            part = Batch(batch.topic, batch.partition, batch.records[start : start + RECORDS_A_TURN])
-            errors += self._fill(columns, part, seen)
         first, end = batch.records[0].offset, batch.records[-1].offset + 1
         token = f"{batch.topic}-{batch.partition}-{first}-{end}"
         rows = len(columns[next(iter(columns))])
