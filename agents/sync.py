@@ -33,7 +33,7 @@ def _declare(table: Table, handler: GroupHandler, records_max: int | None = None
         group=table.stage,
         records_max=lambda: records_max or max(1, app.live().sync.rows_max // _READINGS_PER_MESSAGE),
         linger_s=lambda: app.live().sync.linger_s,
-        flights=1,
+        flights=app.live().sync.flights,
         planned=True,
         memory=memory,
     )(handler)

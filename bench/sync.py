@@ -300,7 +300,7 @@ def feed_of(stage: Any, table: sync.Table, settings: LiveSettings, records_max: 
     runner = Runner(table.stage, handler, publisher=Silent(), put_state=put_state, live=settings, clock=SystemClock())
     feed = GroupFeed(
         table.stage, table.topic.name, kafka_topic=table.topic.full(settings().kafka.topic_prefix), group=f"bench-{table.stage}", runner=runner,
-        live=settings, records_max=lambda: records_max, linger_s=lambda: settings().sync.linger_s, flights=1, on_assigned=None, planned=True,
+        live=settings, records_max=lambda: records_max, linger_s=lambda: settings().sync.linger_s, flights=settings().sync.flights, on_assigned=None, planned=True,
         memory=stage if table is sync.MEASUREMENTS else None,
     )  # fmt: skip
     return feed

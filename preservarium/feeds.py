@@ -390,13 +390,19 @@ class GroupFeed:
             ]
             if not ready:
                 return
-            waiting = sum(lane.pending_records for lane in ready)
-            oldest_s = min(lane.waiting_since_s for lane in ready)
-            # Nothing is waited for where a partition has its share: it is not fetched any more, so no company would come.
-            full = max(lane.pending_records for lane in ready) >= share
-            if waiting < records_max and not full and monotonic() - oldest_s < linger_s:
-                return
             ready.sort(key=lambda lane: lane.waiting_since_s)
+            now_s = monotonic()
+            if self._planned:
+                # An insert is of one partition, so each goes when it is due itself, and waits for no other's.
+                ready = [x for x in ready if x.pending_records >= share or now_s - x.waiting_since_s >= linger_s][:1]
+                if not ready:
+                    return
+            else:
+                waiting = sum(lane.pending_records for lane in ready)
+                # Nothing is waited for where a partition has its share: it is not fetched any more, so no company would come.
+                full = max(lane.pending_records for lane in ready) >= share
+                if waiting < records_max and not full and now_s - ready[0].waiting_since_s < linger_s:
+                    return
             batches: list[Batch] = []
             flying: list[GroupLane] = []
             room = records_max

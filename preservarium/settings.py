@@ -344,6 +344,7 @@ class Sync(_Section):
     linger_s: float = Field(
         0.3, ge=0, le=60, json_schema_extra=RELOAD, description="An insert waits this long for more rows."
     )
+    flights: int = Field(3, ge=1, le=64, description="Inserts under way at once, of each stage.")
     retention_days: int = Field(365, ge=1, description="Rows older than this are dropped by ClickHouse.")
     query_ttl_s: float = Field(2.0, ge=0, le=3600, description="A dashboard's answer is given again for so long.")
     query_cache_bytes_max: int = Field(16_777_216, ge=0, description="Bytes of answers that a worker keeps.")

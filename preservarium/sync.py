@@ -218,6 +218,7 @@ class _Stage:
         self._settings = settings
         self._clock = clock or SystemClock()
         self._seen: dict[int, Seen] = {}
+        self._parsing = asyncio.Lock()
 
     # --- memory (preservarium/feeds.py)
 
@@ -242,17 +243,16 @@ class _Stage:
             Retry: ClickHouse cannot be reached.
         """
         effects = Effects()
-        parsing = asyncio.Lock()
-        await asyncio.gather(*(self._batch(batch, effects, parsing) for batch in batches))
+        await asyncio.gather(*(self._batch(batch, effects) for batch in batches))
         return effects
 
-    async def _batch(self, batch: Batch, effects: Effects, parsing: asyncio.Lock) -> None:
+    async def _batch(self, batch: Batch, effects: Effects) -> None:
         columns: Columns = {name: [] for name in self.table.types}
         seen = dict(self._seen.get(batch.partition, {}))
         errors: list[ErrorLine] = []
         # One after the other: ClickHouse inserts the first while the others are parsed. In turns, all would be ready at
         # the end, and before that ClickHouse idle.
-        async with parsing:
+        async with self._parsing:
             for start in range(0, len(batch.records), RECORDS_A_TURN):
                 part = Batch(batch.topic, batch.partition, batch.records[start : start + RECORDS_A_TURN])
                 errors += self._fill(columns, part, seen)

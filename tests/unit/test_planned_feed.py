@@ -114,6 +114,7 @@ class Worker:
         self.before: list[BaseException] = []  # raised before it
         self.inserted = asyncio.Event()
         self.hold: asyncio.Event | None = None
+        self.stuck: set[int] = set()  # partitions whose insert never ends
         live = LiveSettings(
             Settings(
                 agents=Agents(backoff_s=0.001, backoff_max_s=0.002, attempts_max=2), kafka=Kafka(commit_interval_s=0.01)
@@ -123,6 +124,8 @@ class Worker:
 
         async def handler(batches: Sequence[Batch]) -> Effects:
             await self.feed.record_plan(batches)
+            if {batch.partition for batch in batches} & self.stuck:
+                await asyncio.Event().wait()
             if self.before:
                 raise self.before.pop(0)
             if self.hold is not None:
@@ -223,6 +226,19 @@ async def test_a_batch_written_before_a_crash_comes_again_with_the_same_bounds(w
         assert other.feed.lanes[0].position == 90
     assert table.repeats >= 1
     assert sorted(table.rows) == [(0, o) for o in range(90)]
+
+
+async def test_a_partition_does_not_wait_for_the_insert_of_another(worker):
+    kafka, table = Coordinator({0: 60, 1: 60, 2: 60}), Table()
+    w = worker(kafka, table)
+    w.stuck = {1}
+    await w.__aenter__()
+    await until(lambda: {p: kafka.committed.get(p) for p in (0, 2)} == {0: (60, ""), 2: (60, "")})
+    assert sorted(table.rows) == [(p, o) for p in (0, 2) for o in range(60)]
+    w.die()
+    async with worker(kafka, table):
+        await until(lambda: kafka.committed[1] == (60, ""))
+    assert sorted(table.rows) == [(p, o) for p in range(3) for o in range(60)]
 
 
 async def test_a_plan_larger_than_the_limit_of_now_is_kept_whole(worker):
