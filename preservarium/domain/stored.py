@@ -47,8 +47,8 @@ _decode: Final = msgspec.json.Decoder(list[StoredMessage]).decode
 
 
 def parse_messages(array: bytes) -> list[StoredMessage] | None:
-    """The messages of a JSON array; None where any of them is not what it should be."""
+    """The messages of a JSON array; None where any of them is not what it should be, or nested too deep."""
     try:
         return _decode(array)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None

@@ -190,6 +190,25 @@ async def test_records_and_lines_that_are_no_messages(store, kafka):
     assert store.positions == {(T, 0): 5}
 
 
+@pytest.mark.parametrize(
+    "part",
+    [b'"x":' + b"[" * 100_000 + b"]" * 100_000, b'"topic":"\xff"', b'"topic":"\\ud800"', b'"value":NaN', b'"timestamp":1e400', b'"a":1},{"b":2'],
+    ids=["depth", "bytes", "surrogate", "nan", "infinite", "two"],
+)  # fmt: skip
+async def test_a_record_that_no_parser_takes_is_told_and_takes_no_other_with_it(store, kafka, part):
+    sink = stage(store, kafka)
+    whole = orjson.dumps(message("bad", 1.0))
+    records = [
+        record(0, message("a", 1.0)),
+        FakeRecord(1, whole[:-1] + b"," + part + b"}"),
+        record(2, message("b", 2.0)),
+    ]
+    await sink([batch(T, 0, records)])
+    assert {key[0] for key in store.rows} == {"a", "b"}
+    assert [(line["offset"], line["index"]) for line in kafka.lines] == [(1, 0)]
+    assert store.positions == {(T, 0): 3}
+
+
 async def test_nothing_is_stored_before_its_error_lines_are_acknowledged(store, kafka):
     sink = stage(store, kafka)
     kafka.down = True
