@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
 import orjson
+from msgspec import to_builtins
 from msgspec.structs import replace
 
 from preservarium import metrics
@@ -345,7 +346,10 @@ class ReadingSink(_ReadingStage):
 
     def _one(self, line: Any, record: Record, index: int, reading: int) -> Any:
         # As it came: what is typed holds only what is stored.
-        original = loads((record.value or b"").split(b"\n")[index])
+        try:
+            original = loads((record.value or b"").split(b"\n")[index])
+        except Reject:  # too deep, say, in a field that the typed parser passes over
+            return to_builtins(line)
         return _with_readings(original, original["readings"][reading : reading + 1])
 
 

@@ -2,7 +2,8 @@
 
 The way of a write:
 
-1. The typed messages become rows of PostgreSQL's binary COPY format in one pass: a prefix that is kept per series, the time, quality and value, and a tail that is made once per message. Rows sort by key as bytes.
+1. The messages, typed, become rows of PostgreSQL's binary COPY format in one pass: a prefix that is kept per series, and
+   one call that makes the whole of a plain row. Rows sort by key as bytes.
 2. In one transaction: compare-and-set of `sink_offsets`, `latest`, then COPY straight into `measurements`.
 3. COPY meets a key that is stored: the same rows go through a temporary table and `ON CONFLICT DO NOTHING`.
 4. PostgreSQL refuses the data: the rows are bisected under savepoints to those that it refuses; the rest commits.

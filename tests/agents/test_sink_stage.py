@@ -190,6 +190,17 @@ async def test_records_and_lines_that_are_no_messages(store, kafka):
     assert store.positions == {(T, 0): 5}
 
 
+async def test_a_reading_is_refused_alone_where_only_its_line_is_too_deep_to_be_shown_as_it_came(store, kafka):
+    sink = stage(store, kafka)
+    sent = message("a", 1.0, {"value": 2.0, "timestamp": 0}, x="deep")
+    deep = orjson.dumps(sent).replace(b'"deep"', b"[" * 100 + b"]" * 100)
+    await sink([batch(T, 0, [FakeRecord(0, deep), record(1, message("b", 3.0))])])
+    assert sorted(row["value"] for row in store.rows.values()) == [1.0, 3.0]
+    (line,) = kafka.lines
+    assert (line["code"], line["device_id"], line["raw_offset"]) == ("timestamp_invalid", "a", 0)
+    assert [r["value"] for r in orjson.loads(line["raw"])["readings"]] == [1.0, 2.0]
+
+
 @pytest.mark.parametrize(
     "part",
     [b'"x":' + b"[" * 100_000 + b"]" * 100_000, b'"topic":"\xff"', b'"topic":"\\ud800"', b'"value":NaN', b'"timestamp":1e400', b'"a":1},{"b":2'],
