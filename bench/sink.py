@@ -45,9 +45,9 @@ import psutil
 import uvloop
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from confluent_kafka import Producer
 
 from bench.peers import old_sink
+from bench.producing import producer_of
 from preservarium import logs, topics
 from preservarium.domain.stored import StoredMessage, parse_messages
 from preservarium.embedded.kafka import Kafka
@@ -398,14 +398,8 @@ async def make_topics(kafka: Kafka, names: list[str]) -> None:
     await admin.close()
 
 
-def producer_of(kafka: Kafka) -> Producer:
-    return Producer(
-        {"bootstrap.servers": kafka.bootstrap_servers, "linger.ms": 20, "compression.type": "lz4", "queue.buffering.max.messages": 1_000_000}
-    )  # fmt: skip
-
-
 def fill(kafka: Kafka, topic: str, messages: list[dict[str, Any]], device: str) -> None:
-    producer = producer_of(kafka)
+    producer = producer_of(kafka.bootstrap_servers)
     for i, message in enumerate(messages):
         producer.produce(topic, orjson.dumps(message), message[device].encode(), i % PARTITIONS)
     producer.flush()
@@ -472,7 +466,7 @@ async def delays_ms(
     starts: dict[int, int] = dict(await connection.fetch(held))
 
     def send() -> None:
-        producer = producer_of(kafka)
+        producer = producer_of(kafka.bootstrap_servers)
         at, begin = 0, time.monotonic()
         while at < len(values):
             due = min(len(values), int((time.monotonic() - begin) * rate))

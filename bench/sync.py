@@ -32,8 +32,8 @@ from typing import Any
 import orjson
 import psutil
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from confluent_kafka import Producer
 
+from bench.producing import producer_of
 from preservarium import sync, topics
 from preservarium.clock import SystemClock
 from preservarium.embedded.clickhouse import ClickHouse
@@ -316,9 +316,7 @@ async def until(condition: Callable[[], Awaitable[bool]], within_s: float) -> No
 
 def send(brokers: str, topic: str, partitions: int, first: int, end: int, rate: float = float("inf")) -> None:
     """Task events by number; the number tells the partition, `assigned_at` when it was sent."""
-    producer = Producer(
-        {"bootstrap.servers": brokers, "linger.ms": 20, "compression.type": "lz4", "queue.buffering.max.messages": 1_000_000}
-    )  # fmt: skip
+    producer = producer_of(brokers)
     n, began = first, time.monotonic()
     while n < end:
         due = min(end, first + 1 + int(min((time.monotonic() - began) * rate, end)))

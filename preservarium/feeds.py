@@ -4,7 +4,7 @@ For stages that write to a database or a mail server: when that is down, only th
 own group, and it can be replayed by resetting one group. In Faust's eyes it is an agent on a channel that nothing is
 sent to: `faust agents` lists it, the worker starts, supervises and stops it.
 
-    poll loop → lanes (a partition each) → flights (batches of several partitions, up to records_max or linger_s)
+    poll loop → lanes (a partition each) → flights (of several partitions, planned ones of one; to records_max or linger_s)
              ↑ pause/resume                 └─ Runner (handler, effects) → lanes' positions → commit
 
 A partition is in at most one flight, so its order is kept, and its position is one number. The poll loop never waits for

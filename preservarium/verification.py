@@ -240,77 +240,75 @@ def _columns(types: Mapping[str, str]) -> Callable[[Any], list[Any]]:
     return lambda row: [row[name] for name in types]
 
 
-_ANOMALY_FIELDS: Final = _event_fields(sync.ANOMALIES, "a")
+def _events(
+    table: sync.Table,
+    sink: str,
+    key: tuple[str, ...],
+    at: str,
+    received: str,
+    kept_days: Callable[[Settings], int],
+    *,
+    source: str | None = None,
+    named: Mapping[str, str] | None = None,
+) -> Compared:
+    """A table of events, which PostgreSQL has by the same name; `e` is its row in `named` (see `_event_fields`)."""
+    fields = _event_fields(table, "e", named)
+    return Compared(
+        table.name,
+        sink,
+        table.stage,
+        table.topic.name,
+        f"{source or table.name} e",
+        table.name,
+        fields,
+        key,
+        at,
+        received,
+        "%Y%m",
+        table.types,
+        _selected(fields),
+        _columns(table.types),
+        kept_days,
+    )
 
-ANOMALIES: Final = Compared(
-    "anomalies",
+
+ANOMALIES: Final = _events(
+    sync.ANOMALIES,
     "sink-anomalies",
-    "sync-anomalies",
-    sync.ANOMALIES.topic.name,
-    "anomalies a",
-    "anomalies",
-    _ANOMALY_FIELDS,
     ("component_type", "pin_position", "anomaly_id"),
     "timestamp",
     "timestamp",
-    "%Y%m",
-    sync.ANOMALIES.types,
-    _selected(_ANOMALY_FIELDS),
-    _columns(sync.ANOMALIES.types),
     lambda settings: settings.sink.events_retention_days,
 )
 
 _WINDOW: Final = "device_id, component_type, pin_position, connector_mode, unit, size_s, hop_s, window_start"
-_AGGREGATE_FIELDS: Final = _event_fields(sync.AGGREGATES, "a")
 
-AGGREGATES: Final = Compared(
-    "aggregates",
+AGGREGATES: Final = _events(
+    sync.AGGREGATES,
     "sink-aggregates",
-    "sync-aggregates",
-    sync.AGGREGATES.topic.name,
-    # PostgreSQL keeps a window of each generation, ClickHouse that of the newest.
-    f"(SELECT DISTINCT ON ({_WINDOW}) * FROM aggregates ORDER BY {_WINDOW}, generation DESC, revision DESC) a",
-    "aggregates",
-    _AGGREGATE_FIELDS,
     ("component_type", "pin_position", "connector_mode", "unit", "size_s", "hop_s"),
     "window_start",
     "window_end",
-    "%Y%m",
-    sync.AGGREGATES.types,
-    _selected(_AGGREGATE_FIELDS),
-    _columns(sync.AGGREGATES.types),
     lambda settings: settings.sink.aggregates_retention_days,
+    # PostgreSQL keeps a window of each generation, ClickHouse that of the newest.
+    source=f"(SELECT DISTINCT ON ({_WINDOW}) * FROM aggregates ORDER BY {_WINDOW}, generation DESC, revision DESC)",
 )
 
 
 def _detail_instant(name: str) -> str:
-    return f"'1970-01-01 00:00+00'::timestamptz + (c.detail->>'{name}')::bigint * INTERVAL '1 microsecond'"
+    return f"'1970-01-01 00:00+00'::timestamptz + (e.detail->>'{name}')::bigint * INTERVAL '1 microsecond'"
 
 
-_COMMAND_FIELDS: Final = _event_fields(
+COMMAND_EVENTS: Final = _events(
     sync.COMMAND_EVENTS,
-    "c",
-    {name: _detail_instant(name) for name in ("requested_at", "expires_at", "ended_at")}
-    | {name: f"coalesce(c.detail->>'{name}', '')" for name in ("command", "requested_by", "cause")}
-    | {"priority": "(c.detail->>'priority')::bigint"},
-)
-
-COMMAND_EVENTS: Final = Compared(
-    "command_events",
     "sink-commands",
-    "sync-commands",
-    sync.COMMAND_EVENTS.topic.name,
-    "command_events c",
-    "command_events",
-    _COMMAND_FIELDS,
     ("command_id", "sequence", "event_id"),
     "at",
     "at",
-    "%Y%m",
-    sync.COMMAND_EVENTS.types,
-    _selected(_COMMAND_FIELDS),
-    _columns(sync.COMMAND_EVENTS.types),
     lambda settings: settings.sink.events_retention_days,
+    named={name: _detail_instant(name) for name in ("requested_at", "expires_at", "ended_at")}
+    | {name: f"coalesce(e.detail->>'{name}', '')" for name in ("command", "requested_by", "cause")}
+    | {"priority": "(e.detail->>'priority')::bigint"},
 )
 
 #: Tables of which PostgreSQL tells the truth; of the others Kafka does (preservarium/replaying.py).
