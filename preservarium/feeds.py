@@ -62,8 +62,9 @@ FETCH_WAIT_MS: Final = 100
 #: 0.5 % of a core for each stage.
 IDLE_AFTER_S: Final = 3.0
 #: Then a fetch waits this long. It covers every partition, so that the first record of any still comes at once, and ends
-#: the poll, which waits as long. Not longer: a broker answers nothing else on that connection meanwhile, so after a rebalance
-#: this is how long it may take until where to start is known.
+#: the poll. Half of the time-out of a request. What is asked after a rebalance does not wait for it: see `assign`.
+IDLE_FETCH_MS: Final = 30_000
+#: And a poll this long.
 IDLE_POLL_MS: Final = 10_000
 #: Heartbeats within a session's time-out. Three is what Kafka's documentation asks for, and each is what an idle feed costs.
 HEARTBEATS: Final = 3
@@ -86,6 +87,8 @@ PLAN: Final = "planned:"
 MEMORY: Final = "|"
 #: Topics that do not exist yet are looked for this often.
 METADATA_AGE_MS: Final = 30_000
+#: And news of a topic that is there, by a feed that has nothing to do: Kafka's own value.
+IDLE_METADATA_AGE_MS: Final = 300_000
 
 
 class GroupLane:
@@ -236,6 +239,7 @@ class GroupFeed:
         self._error: BaseException | None = None
         self._paused: set[int] = set()
         self._busy_s = monotonic()  #: when there was last something to do
+        self._held_back = False  #: a broker may hold back the answer to a fetch for long
 
     async def run(self) -> None:
         """Poll until cancelled; then stop as at a rebalance: wait for flights, commit, leave the group.
@@ -319,7 +323,7 @@ class GroupFeed:
                 # Otherwise it is not said yet where to start: the seek to come brings what is needed of this again.
 
     async def ends(self) -> dict[int, int]:
-        """End offset of every assigned partition, as Kafka says now.
+        """End offset of every assigned partition, as Kafka says now; of an idle feed as it said last.
 
         Raises:
             KafkaError: it cannot be asked.
@@ -332,6 +336,11 @@ class GroupFeed:
             if lane.position is None and lane.committed is None:
                 # Nothing acknowledged since the assignment: lag is counted from where the group stood.
                 lane.committed = await consumer.committed(TopicPartition(self.kafka_topic, lane.partition)) or 0
+        if self._idle:
+            # Every partition is fetched, each answer says where it ends, and a broker that holds one back answers no question.
+            ends = {tp.partition: consumer.highwater(tp) for tp in tps}
+            if None not in ends.values():
+                return ends
         return {tp.partition: end for tp, end in (await consumer.end_offsets(tps)).items()}
 
     def _poll_ms(self) -> int:
@@ -342,9 +351,11 @@ class GroupFeed:
 
     def _set_pace(self, consumer: Any) -> None:
         # Hook: aiokafka reads these for every request and turn, and has no settings that can change.
-        fetcher = consumer._fetcher
-        fetcher._fetch_max_wait_ms = IDLE_POLL_MS if self._idle else FETCH_WAIT_MS
-        fetcher._fetcher_timeout = IDLE_POLL_MS / 1000 if self._idle else FETCHER_TURN_S
+        idle, fetcher = self._idle, consumer._fetcher
+        fetcher._fetch_max_wait_ms = IDLE_FETCH_MS if idle else FETCH_WAIT_MS
+        fetcher._fetcher_timeout = IDLE_FETCH_MS / 1000 if idle else FETCHER_TURN_S
+        consumer._client._metadata_max_age_ms = IDLE_METADATA_AGE_MS if idle and self.lanes else METADATA_AGE_MS
+        self._held_back = self._held_back or idle
 
     def _wake(self) -> None:
         """Ask often again, and at once: a long fetch from the wrong offset would hold up the seek to the right one."""
@@ -549,6 +560,10 @@ class GroupFeed:
         """Partitions are ours now; find out where to start, and fetch nothing of them before that is known."""
         metrics.REBALANCES.labels(self.group).inc()
         self._wake()
+        if self._held_back and self._consumer is not None:
+            # The fetch of the assignment before is nobody's now, but its broker would answer nothing else until it ends.
+            kafka_clients.hang_up(self._consumer)
+            self._held_back = False
         new = sorted(partitions)
         for partition in new:
             self.lanes[partition] = GroupLane(partition)

@@ -8,6 +8,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final
 
+from aiokafka.client import ConnectionGroup
+from aiokafka.conn import CloseReason
+
 from preservarium import tls
 from preservarium.settings import Kafka
 
@@ -57,6 +60,18 @@ def _hang_up_at_the_end(client: Any) -> None:
         await close()
 
     inner.close = hang_up
+
+
+def hang_up(consumer: Any) -> None:
+    """Cut the connections on which a started consumer fetches; they are made anew when they are needed.
+
+    A broker reads nothing from a connection while it holds back the answer to a fetch, also where nobody waits for that
+    answer any more: what is asked next would wait for as long as the fetch was to wait for records.
+    """
+    # Hook: the connections of the client under a consumer, by node and group; its coordinator has others.
+    for (_, group), connection in list(consumer._client._conns.items()):
+        if group == ConnectionGroup.DEFAULT:
+            connection.close(reason=CloseReason.IDLE_DROP)
 
 
 def keep_as_parsed(consumer: Any, takes: Callable[[str], bool]) -> None:

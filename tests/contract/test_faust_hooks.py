@@ -153,6 +153,20 @@ async def test_aiokafka_reads_the_fetch_wait_for_every_request() -> None:
     assert "self._fetcher = Fetcher(" in inspect.getsource(AIOKafkaConsumer.start)
 
 
+async def test_aiokafka_reads_the_age_of_metadata_for_every_turn() -> None:
+    assert "timeout=self._metadata_max_age_ms / 1000" in inspect.getsource(AIOKafkaClient._md_synchronizer)
+
+
+def test_aiokafka_connects_anew_where_a_connection_was_closed() -> None:
+    text = inspect.getsource(AIOKafkaClient._get_conn)
+    assert "conn_id = (node_id, group)" in text
+    assert "if not conn.connected():\n                del self._conns[conn_id]" in text
+    assert "group=ConnectionGroup.DEFAULT" in inspect.getsource(AIOKafkaClient.send)
+    assert "CloseReason.IDLE_DROP" in inspect.getsource(AIOKafkaConnection._idle_check)
+    # What is asked for the group goes over a connection of its own.
+    assert "group=ConnectionGroup.COORDINATION" in inspect.getsource(GroupCoordinator._send_req)
+
+
 def test_aiokafka_closes_its_connections_last() -> None:
     assert "self._conns.values()" in inspect.getsource(AIOKafkaClient.close)
     assert "self._writer, self._protocol = reader, writer, protocol" in inspect.getsource(AIOKafkaConnection.connect)

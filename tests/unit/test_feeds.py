@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
+from aiokafka.client import ConnectionGroup
 from aiokafka.errors import CommitFailedError, IllegalStateError
 from test_runner import Rec
 
@@ -27,6 +28,8 @@ class Consumer:
         self.positions = dict.fromkeys(ends, 0)
         self.paused_now: set[int] = set()
         self._fetcher = SimpleNamespace(_fetch_max_wait_ms=0)
+        self._client = SimpleNamespace(_metadata_max_age_ms=0, _conns={})
+        self.asked_ends = 0
         self.commits: list[dict[int, int]] = []
         self.commit_error: Exception | None = None
         self.polls = 0
@@ -74,6 +77,7 @@ class Consumer:
         return None
 
     async def end_offsets(self, tps: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+        self.asked_ends += 1
         return {tp: self.ends[tp.partition] for tp in tps}
 
     async def commit(self, offsets: Mapping[TopicPartition, int]) -> None:
@@ -176,7 +180,7 @@ async def test_every_record_once_in_order_and_committed() -> None:
 
 async def test_a_feed_with_nothing_to_do_asks_rarely_and_comes_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeds, "IDLE_AFTER_S", 0.02)
-    rare = feeds.IDLE_POLL_MS, feeds.IDLE_POLL_MS
+    rare = feeds.IDLE_POLL_MS, feeds.IDLE_FETCH_MS
     async with Group({0: 5, 1: 0}) as group:
         assert group.consumer.asked_ms[:1] in ([], [(feeds.POLL_MS, feeds.FETCH_WAIT_MS)])
         await until(lambda: rare in group.consumer.asked_ms)
@@ -193,11 +197,49 @@ async def test_an_idle_feed_asks_often_again_from_a_rebalance_on(monkeypatch: py
     async with Group({0: 5}) as group:
         fetcher = group.consumer._fetcher
         for happens in (lambda: group.feed.assign([]), lambda: group.feed.revoke([])):
-            await until(lambda: fetcher._fetch_max_wait_ms == feeds.IDLE_POLL_MS)
+            await until(lambda: fetcher._fetch_max_wait_ms == feeds.IDLE_FETCH_MS)
+            assert group.consumer._client._metadata_max_age_ms == feeds.IDLE_METADATA_AGE_MS
             waited = happens()
             if waited is not None:
                 await waited
             assert fetcher._fetch_max_wait_ms == feeds.FETCH_WAIT_MS
+            assert group.consumer._client._metadata_max_age_ms == feeds.METADATA_AGE_MS
+
+
+async def test_only_an_assignment_after_idling_hangs_up_on_whoever_holds_an_answer_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(feeds, "IDLE_AFTER_S", 0.05)
+    closed: list[str] = []
+    connections = {
+        (1, group): SimpleNamespace(close=lambda reason, name=name: closed.append(name))
+        for group, name in ((ConnectionGroup.DEFAULT, "fetches"), (ConnectionGroup.COORDINATION, "coordinator"))
+    }
+    async with Group({0: 5}) as group:
+        group.consumer._client._conns = connections
+        group.feed.assign([])
+        assert closed == []
+        await until(lambda: group.consumer._fetcher._fetch_max_wait_ms == feeds.IDLE_FETCH_MS)
+        await group.feed.revoke([])
+        assert closed == []
+        group.feed.assign([])
+        assert closed == ["fetches"]
+        group.feed.assign([])
+        assert closed == ["fetches"]
+
+
+async def test_where_an_idle_partition_ends_is_known_without_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Group({0: 5, 1: 0}) as group:
+        await until(lambda: group.seen[0] == [*range(5)])
+        assert await group.feed.ends() == {0: 5, 1: 0}
+        assert group.consumer.asked_ends == 1
+        monkeypatch.setattr(feeds, "IDLE_AFTER_S", 0.05)
+        await until(lambda: group.consumer._fetcher._fetch_max_wait_ms == feeds.IDLE_FETCH_MS)
+        assert await group.feed.ends() == {0: 5, 1: 0}
+        assert group.consumer.asked_ends == 1
+        group.consumer.highwater = lambda tp: None if tp.partition else 5  # type: ignore[method-assign]
+        assert await group.feed.ends() == {0: 5, 1: 0}
+        assert group.consumer.asked_ends == 2
 
 
 async def test_a_flight_is_formed_over_several_partitions() -> None:

@@ -36,6 +36,7 @@ class Consumer:
         self.positions = dict.fromkeys(kafka.ends, 0)
         self.paused_now: set[int] = set()
         self._fetcher = SimpleNamespace(_fetch_max_wait_ms=0)
+        self._client = SimpleNamespace(_metadata_max_age_ms=0)
         self.fetch_max = 7
         self.refuse: Exception | None = None
         kafka.member = self
