@@ -360,7 +360,7 @@ async def running(settings: LiveSettings, store: ClickHouseStore, seconds: float
 
     try:
         # Idle: nothing comes. Measured before there is a producer, which would cost as much.
-        await asyncio.sleep(6)
+        await asyncio.sleep(10)
         if profile := os.environ.get("BENCH_PROFILE"):
             import cProfile
 
@@ -371,7 +371,7 @@ async def running(settings: LiveSettings, store: ClickHouseStore, seconds: float
             profiler.dump_stats(profile)
         before = await store.query("SELECT sum(value) FROM system.events WHERE event = 'InsertedRows'")
         cpu, began = time.process_time(), time.perf_counter()
-        await asyncio.sleep(30)
+        await asyncio.sleep(60)
         idle = (time.process_time() - cpu) / (time.perf_counter() - began)
         after = await store.query("SELECT sum(value) FROM system.events WHERE event = 'InsertedRows'")
         # What it can do: a backlog, until all of it is there.

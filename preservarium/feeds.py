@@ -61,11 +61,10 @@ FETCH_WAIT_MS: Final = 100
 #: A feed that has had nothing to do for so long asks less often: ten fetches and twenty polls a second, for nothing, are
 #: 0.5 % of a core for each stage.
 IDLE_AFTER_S: Final = 3.0
-#: Then a fetch waits this long. It covers every partition, so that the first record of any still comes at once, and ends
-#: the poll. Half of the time-out of a request. What is asked after a rebalance does not wait for it: see `assign`.
-IDLE_FETCH_MS: Final = 30_000
-#: And a poll this long.
-IDLE_POLL_MS: Final = 10_000
+#: Then a fetch waits this long, and the poll with it. It covers every partition, so that the first record of any still comes
+#: at once. Half of a request's time-out, a third of the watchdog's. What is asked after a rebalance does not wait for it: see
+#: `assign`.
+IDLE_POLL_MS: Final = 30_000
 #: Heartbeats within a session's time-out. Three is what Kafka's documentation asks for, and each is what an idle feed costs.
 HEARTBEATS: Final = 3
 #: aiokafka looks whether there is something to fetch this often besides being told; 0.2 s is its own value.
@@ -352,8 +351,8 @@ class GroupFeed:
     def _set_pace(self, consumer: Any) -> None:
         # Hook: aiokafka reads these for every request and turn, and has no settings that can change.
         idle, fetcher = self._idle, consumer._fetcher
-        fetcher._fetch_max_wait_ms = IDLE_FETCH_MS if idle else FETCH_WAIT_MS
-        fetcher._fetcher_timeout = IDLE_FETCH_MS / 1000 if idle else FETCHER_TURN_S
+        fetcher._fetch_max_wait_ms = IDLE_POLL_MS if idle else FETCH_WAIT_MS
+        fetcher._fetcher_timeout = IDLE_POLL_MS / 1000 if idle else FETCHER_TURN_S
         consumer._client._metadata_max_age_ms = IDLE_METADATA_AGE_MS if idle and self.lanes else METADATA_AGE_MS
         self._held_back = self._held_back or idle
 

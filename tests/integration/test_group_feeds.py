@@ -107,7 +107,7 @@ async def test_an_idle_group_is_there_at_once_for_a_record_and_after_a_rebalance
         await until(lambda: stored == dict.fromkeys(range(PARTITIONS), 1), 10)
 
         async def idle(member: Member) -> None:
-            await until(lambda: member.feed._consumer._fetcher._fetch_max_wait_ms == feeds.IDLE_FETCH_MS, 10)
+            await until(lambda: member.feed._consumer._fetcher._fetch_max_wait_ms == feeds.IDLE_POLL_MS, 10)
             await asyncio.sleep(1.0)  # a short fetch ends, and a long one is under way
 
         await idle(first)

@@ -180,7 +180,7 @@ async def test_every_record_once_in_order_and_committed() -> None:
 
 async def test_a_feed_with_nothing_to_do_asks_rarely_and_comes_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeds, "IDLE_AFTER_S", 0.02)
-    rare = feeds.IDLE_POLL_MS, feeds.IDLE_FETCH_MS
+    rare = feeds.IDLE_POLL_MS, feeds.IDLE_POLL_MS
     async with Group({0: 5, 1: 0}) as group:
         assert group.consumer.asked_ms[:1] in ([], [(feeds.POLL_MS, feeds.FETCH_WAIT_MS)])
         await until(lambda: rare in group.consumer.asked_ms)
@@ -197,7 +197,7 @@ async def test_an_idle_feed_asks_often_again_from_a_rebalance_on(monkeypatch: py
     async with Group({0: 5}) as group:
         fetcher = group.consumer._fetcher
         for happens in (lambda: group.feed.assign([]), lambda: group.feed.revoke([])):
-            await until(lambda: fetcher._fetch_max_wait_ms == feeds.IDLE_FETCH_MS)
+            await until(lambda: fetcher._fetch_max_wait_ms == feeds.IDLE_POLL_MS)
             assert group.consumer._client._metadata_max_age_ms == feeds.IDLE_METADATA_AGE_MS
             waited = happens()
             if waited is not None:
@@ -219,7 +219,7 @@ async def test_only_an_assignment_after_idling_hangs_up_on_whoever_holds_an_answ
         group.consumer._client._conns = connections
         group.feed.assign([])
         assert closed == []
-        await until(lambda: group.consumer._fetcher._fetch_max_wait_ms == feeds.IDLE_FETCH_MS)
+        await until(lambda: group.consumer._fetcher._fetch_max_wait_ms == feeds.IDLE_POLL_MS)
         await group.feed.revoke([])
         assert closed == []
         group.feed.assign([])
@@ -234,7 +234,7 @@ async def test_where_an_idle_partition_ends_is_known_without_asking(monkeypatch:
         assert await group.feed.ends() == {0: 5, 1: 0}
         assert group.consumer.asked_ends == 1
         monkeypatch.setattr(feeds, "IDLE_AFTER_S", 0.05)
-        await until(lambda: group.consumer._fetcher._fetch_max_wait_ms == feeds.IDLE_FETCH_MS)
+        await until(lambda: group.consumer._fetcher._fetch_max_wait_ms == feeds.IDLE_POLL_MS)
         assert await group.feed.ends() == {0: 5, 1: 0}
         assert group.consumer.asked_ends == 1
         group.consumer.highwater = lambda tp: None if tp.partition else 5  # type: ignore[method-assign]
