@@ -6,7 +6,7 @@
 contestants of a run follow each other, so that a slow minute of the machine hits them all.
 
 - old: a pydantic model a message, execute_batch of 100 rows and a commit, wide table, its key and three indexes.
-- copy: our store over one connection, batches of `--batch` rows, offsets and latest values in the transaction; two batches
+- copy: our store over one connection, transactions of `--batch` rows, offsets and latest values in the transaction; two batches
   are under way, so that one is encoded while the other is stored. serial: one batch after the other.
 - copy2: the same over two connections. four: copy2 with four readings a message, as devices send them.
 - merge, unnest: what the store might do instead: a temporary table, arrays (each with ON CONFLICT DO NOTHING).
@@ -27,6 +27,7 @@ import bisect
 import gc
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -53,7 +54,7 @@ from preservarium.domain.stored import StoredMessage, parse_messages
 from preservarium.embedded.kafka import Kafka
 from preservarium.embedded.postgres import Postgres
 from preservarium.embedded.service import free_port
-from preservarium.settings import LiveSettings, load
+from preservarium.settings import LiveSettings, Sink, load
 from preservarium.stores.base import Move
 from preservarium.stores.migrate import migrate_postgres
 from preservarium.stores.timescale import TimescaleStore
@@ -63,8 +64,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SERVER = {"shared_buffers": "1GB", "max_wal_size": "8GB", "track_commit_timestamp": "on"}
 PARTITIONS = 12
 DAY_US = 86_400_000_000
-#: A poll for what is committed; latencies are known to this much.
-POLL_S = 0.01
 
 
 def inputs(rows: int, series: int, readings: int = 1, start_us: int | None = None) -> list[dict[str, Any]]:
@@ -456,47 +455,50 @@ async def run_kafka(
     return rate, cpu_us, delays
 
 
+def send(brokers: str, topic: str, rate: float, series: int, total: int, start_us: int) -> None:
+    """So many messages, evenly over time."""
+    keyed = [(m["device_id"].encode(), orjson.dumps(m)) for m in inputs(total, series, 1, start_us)]
+    producer = producer_of(brokers)
+    at, begin = 0, time.monotonic()
+    while at < total:
+        due = min(total, int((time.monotonic() - begin) * rate))
+        for n in range(at, due):
+            key, value = keyed[n]
+            producer.produce(topic, value, key, n % PARTITIONS)
+        at = due
+        producer.poll(0)
+        time.sleep(0.005)
+    producer.flush()
+
+
 async def delays_ms(
     kafka: Kafka, topic: str, connection: asyncpg.Connection, rate: float, series: int, seconds: float = 8.0
 ) -> list[float]:
-    """From the append of a record to the poll that finds it committed, for all records of so many seconds."""
-    messages = inputs(int(rate * seconds), series, 1, time.time_ns() // 1000)
-    values = [orjson.dumps(m) for m in messages]
+    """From the append of a record to the commit of its row, for all records of so many seconds.
+
+    The producer is a process of its own, as devices are, and the database says afterwards when each row was committed:
+    to look while they come takes the processors, and is late where they are busy.
+    """
+    total, start_us = int(rate * seconds), time.time_ns() // 1000
     held = "SELECT partition, next_offset FROM sink_offsets WHERE sink = 'sink'"
     starts: dict[int, int] = dict(await connection.fetch(held))
-
-    def send() -> None:
-        producer = producer_of(kafka.bootstrap_servers)
-        at, begin = 0, time.monotonic()
-        while at < len(values):
-            due = min(len(values), int((time.monotonic() - begin) * rate))
-            while at < due:
-                producer.produce(topic, values[at], messages[at]["device_id"].encode(), at % PARTITIONS)
-                at += 1
-            producer.poll(0)
-            time.sleep(0.005)
-        producer.flush()
-
-    sending = asyncio.create_task(asyncio.to_thread(send))
-    #: of each partition: when it was seen to be committed up to where
-    seen: dict[int, list[tuple[float, int]]] = {p: [(0.0, start)] for p, start in starts.items()}
-    deadline = time.monotonic() + seconds + 30
-    while sum(points[-1][1] - starts[p] for p, points in seen.items()) < len(values):
+    arguments = kafka.bootstrap_servers, topic, rate, series, total, start_us
+    sending = multiprocessing.get_context("spawn").Process(target=send, args=arguments)
+    sending.start()
+    deadline = time.monotonic() + seconds + 90
+    while sum(dict(await connection.fetch(held)).values()) - sum(starts.values()) < total:
         if time.monotonic() > deadline:
             raise SystemExit("not everything was stored")
-        rows = await connection.fetch(held)
-        now = time.time()
-        for partition, next_offset in rows:
-            if next_offset > seen[partition][-1][1]:
-                seen[partition].append((now, next_offset))
-        await asyncio.sleep(POLL_S)
-    await sending
-    delays: list[float] = []
-    for partition, appended in (await appended_at(kafka, topic, starts, len(values))).items():
-        points = seen[partition]
-        for (_, begin), (at, end) in itertools.pairwise(points):
-            delays += [(at - appended[offset]) * 1000 for offset in range(begin, end)]
-    return delays
+        await asyncio.sleep(0.5)
+    await asyncio.to_thread(sending.join)
+    appended = await appended_at(kafka, topic, starts, total)
+    commits = await connection.fetch(
+        "SELECT raw_partition, raw_offset, extract(epoch FROM pg_xact_commit_timestamp(xmin))::float8 FROM measurements"
+        " WHERE received_at > $1",
+        instant(start_us),
+    )
+    # The number of a message is its raw offset here, and its partitions take turns.
+    return [(at - appended[partition][starts[partition] + n // PARTITIONS]) * 1000 for partition, n, at in commits]
 
 
 async def appended_at(kafka: Kafka, topic: str, starts: dict[int, int], total: int) -> dict[int, dict[int, float]]:
@@ -554,7 +556,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--series", type=int, default=2_000)
-    parser.add_argument("--batch", type=int, default=5_000)
+    parser.add_argument("--batch", type=int, default=Sink().transaction_rows_max)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     logs.set_level("WARNING")

@@ -313,7 +313,14 @@ class Sink(_Section):
         ge=1,
         le=5_000,
         json_schema_extra=RELOAD,
-        description="Rows of one transaction; more would block the event loop.",
+        description="Rows of one batch, gathered of a partition; a larger one would block the event loop.",
+    )
+    batches_max: int = Field(
+        4,
+        ge=1,
+        le=8,
+        json_schema_extra=RELOAD,
+        description="Batches of readings that one transaction takes where so many wait, so that a backlog is stored faster.",
     )
     linger_s: float = Field(
         0.1, ge=0, le=60, json_schema_extra=RELOAD, description="A batch waits this long for more rows."
@@ -335,6 +342,11 @@ class Sink(_Section):
     generation: int = Field(
         0, ge=0, description="Offsets are kept for each; raise it to write what the topics hold once more."
     )
+
+    @property
+    def transaction_rows_max(self) -> int:
+        """Rows of one transaction of readings."""
+        return self.rows_max * self.batches_max
 
 
 class Sync(_Section):

@@ -5,6 +5,7 @@ stored is acknowledged by the store's own offsets, so a call that fails half-way
 lines are acknowledged by Kafka before the transaction that skips their input is committed.
 """
 
+import asyncio
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -113,45 +114,55 @@ class _Stage:
         if unknown:
             await self.on_assigned(unknown)
         effects = Effects()
-        rows_max = self._settings().sink.rows_max
         chunk = _Chunk()
+        records_max = self._settings().sink.rows_max
         for batch in batches:
             records = self._after(batch)
-            if not records:
-                continue
-            batch = Batch(batch.topic, batch.partition, records)
-            plain = self._parse_plain(records, rows_max)
-            if plain is not None:
-                lines, rows = plain
-                if chunk.rows and chunk.rows + rows > rows_max:
-                    await self._flush(chunk, effects)
-                    chunk = _Chunk()
-                chunk.sources.append(_Source(len(chunk.messages), batch, records, 0, 0))
-                chunk.messages += lines
-                chunk.rows += rows
-                chunk.nexts[batch.partition] = records[-1].offset + 1
-                continue
-            parsed, errors = self._parse(batch)
-            errors_by_offset: dict[int, list[ErrorLine]] = {}
-            for error in errors:
-                errors_by_offset.setdefault(error["offset"], []).append(error)
-            for record, lines in zip(records, parsed, strict=True):
-                part, rows = self._measure(batch, record, lines, errors_by_offset)
-                if chunk.rows and chunk.rows + rows > rows_max:
-                    await self._flush(chunk, effects)
-                    chunk = _Chunk()
-                if rows > rows_max:
-                    part = await self._flush_pieces(batch, record, part, rows_max, effects)
-                    rows = sum(self._rows(line) for _, _, line in part)
-                for piece in part:
-                    chunk.add(batch, record, piece)
-                chunk.rows += rows
-                if record.offset in errors_by_offset:
-                    chunk.errors += errors_by_offset[record.offset]
-                chunk.nexts[batch.partition] = record.offset + 1
+            for start in range(0, len(records), records_max):
+                await asyncio.sleep(0)  # so many are a few milliseconds of parsing
+                part = Batch(batch.topic, batch.partition, records[start : start + records_max])
+                chunk = await self._gather(part, chunk, effects)
         if chunk.nexts:
             await self._flush(chunk, effects)
         return effects
+
+    async def _gather(self, batch: Batch, chunk: _Chunk, effects: Effects) -> _Chunk:
+        """Add a batch to the chunk; where it has no room, that is stored before. Gives the chunk that is open."""
+        rows_max = self._rows_max()
+        records = batch.records
+        plain = self._parse_plain(records, rows_max)
+        if plain is not None:
+            lines, rows = plain
+            chunk = await self._with_room(chunk, rows, rows_max, effects)
+            chunk.sources.append(_Source(len(chunk.messages), batch, records, 0, 0))
+            chunk.messages += lines
+            chunk.rows += rows
+            chunk.nexts[batch.partition] = records[-1].offset + 1
+            return chunk
+        parsed, errors = self._parse(batch)
+        errors_by_offset: dict[int, list[ErrorLine]] = {}
+        for error in errors:
+            errors_by_offset.setdefault(error["offset"], []).append(error)
+        for record, lines in zip(records, parsed, strict=True):
+            part, rows = self._measure(batch, record, lines, errors_by_offset)
+            chunk = await self._with_room(chunk, rows, rows_max, effects)
+            if rows > rows_max:
+                part = await self._flush_pieces(batch, record, part, rows_max, effects)
+                rows = sum(self._rows(line) for _, _, line in part)
+            for piece in part:
+                chunk.add(batch, record, piece)
+            chunk.rows += rows
+            if record.offset in errors_by_offset:
+                chunk.errors += errors_by_offset[record.offset]
+            chunk.nexts[batch.partition] = record.offset + 1
+        return chunk
+
+    async def _with_room(self, chunk: _Chunk, rows: int, rows_max: int, effects: Effects) -> _Chunk:
+        """The chunk, or a new one once that is stored, where so many rows are too many for it."""
+        if not chunk.rows or chunk.rows + rows <= rows_max:
+            return chunk
+        await self._flush(chunk, effects)
+        return _Chunk()
 
     def _after(self, batch: Batch) -> Sequence[Record]:
         """The records that the store does not hold yet."""
@@ -264,6 +275,10 @@ class _Stage:
 
     # --- what differs
 
+    def _rows_max(self) -> int:
+        """Rows of one transaction."""
+        return self._settings().sink.rows_max
+
     def _parse_plain(self, records: Sequence[Record], rows_max: int) -> tuple[list[Any], int] | None:
         """The lines of records of one line each, and how many rows they are together; None where that is too simple."""
         return None
@@ -291,6 +306,9 @@ class _ReadingStage(_Stage):
     """Whatever becomes readings in the store."""
 
     store: Store
+
+    def _rows_max(self) -> int:
+        return self._settings().sink.transaction_rows_max
 
     def _rows(self, line: Any) -> int:
         readings = _readings(line)

@@ -92,7 +92,9 @@ _NULL: Final = struct.pack(">i", -1)
 _NULLS: Final = _NULL * len(_RARE_COLUMNS)
 _TAIL_BYTES: Final = _TAIL.size + _DERIVATION.size
 _RARE_AT: Final = _PREFIX.size + _VALUE.size  #: where the rare columns belong in a plain row
-_ROW: Final = struct.Struct(">12sqihidiqihiqii16s")  #: a plain row: prefix | _VALUE | _TAIL | _DERIVATION
+_ROW: Final = struct.Struct(">12sq10sdiq10sqii16s")  #: a plain row: prefix | _VALUE | _TAIL | _DERIVATION
+#: Quality and raw partition as a plain row has them, with the lengths around them: a pack of fewer parts is faster.
+_SHORTS: Final = {n: struct.pack(">ihi", 2, n, 8) for n in range(256)}
 _PLAIN: Final = struct.Struct(">4xi4xq4xh4xd4xq42x")  # series_id, timestamp, quality, value, received_at of a plain row
 assert _PLAIN.size == _ROW.size == _RARE_AT + _TAIL_BYTES, "a plain row is read as it is written"
 _TEXT_OID: Final = 25
@@ -173,7 +175,8 @@ RETURNING derivation_id, parser, config_rev, experiment_id"""
 class _Encoded:
     """The rows of a write."""
 
-    rows: _Rows = field(default_factory=dict)
+    plain: list[bytes] = field(default_factory=list)  #: of the live table, in the order of arrival
+    times: list[int] = field(default_factory=list)  #: their timestamps
     late: _Rows = field(default_factory=dict)
     corrections: _Rows = field(default_factory=dict)  #: of a later generation than the live one
     revisions: _Rows = field(default_factory=dict)  #: later verdicts on readings that stand
@@ -182,18 +185,32 @@ class _Encoded:
     rejected: list[Rejected] = field(default_factory=list)
     readings: int = 0
     missing: bool = False  #: a series or derivation is not known yet; the rest is incomplete
+    _rows: _Rows | None = None
     _message: "_CopyMessage | None" = None
     _latest: "_Latest | None" = None
     _sorted: list[bytes] | None = None
 
-    def prepare(self) -> None:
+    async def prepare(self) -> None:
         """Make what the transaction sends, so that no connection is held, and no lock, while Python works."""
         if not self.missing:
             self.message()
+            await asyncio.sleep(0)
             self.latest()
 
+    def rows(self) -> _Rows:
+        """The rows of the live table by key, of two with one key the last.
+
+        COPY does without: it meets the second one as it meets one that is stored, and then this is asked for.
+        """
+        if self._rows is None:
+            self._rows = {(row[: _PREFIX.size], at): row for row, at in zip(self.plain, self.times, strict=True)}
+            if len(self._rows) < len(self.plain):
+                self.plain, self.times = list(self._rows.values()), [at for _, at in self._rows]
+                self._message = self._latest = self._sorted = None
+        return self._rows
+
     def message(self) -> "_CopyMessage":
-        """The COPY of `rows`."""
+        """The COPY of the live table's rows."""
         if self._message is None:
             self._message = _copy_message(self._ordered())
         return self._message
@@ -201,26 +218,22 @@ class _Encoded:
     def _ordered(self) -> list[bytes]:
         """The rows by key, sorted once for all who need them so."""
         if self._sorted is None:
-            self._sorted = sorted(self.rows.values())
+            self._sorted = sorted(self.plain)
         return self._sorted
 
     def latest(self) -> "_Latest":
         """The newest values, and the changed ranges of time, of all parts."""
         if self._latest is None:
-            parts = [part for part, _ in self.parts()]
-            only_rows = not any(parts[1:])
-            newest = _newest_of(self._ordered()) if only_rows else _newest(parts)
-            self._latest = _latest(parts, newest)
+            others = self.others()
+            if any(part for part, _ in others):
+                self._latest = _latest([self.rows(), *(part for part, _ in others)])
+            else:
+                self._latest = _Latest.of(_newest_of(self._ordered()), self.times)
         return self._latest
 
-    def parts(self) -> tuple[tuple[_Rows, str], ...]:
-        """Rows with the statement that merges them, in the order in which one may overwrite the other."""
-        return (
-            (self.rows, _MERGE),
-            (self.late, _MERGE_LATE),
-            (self.corrections, _CORRECT),
-            (self.revisions, _REVISE),
-        )
+    def others(self) -> tuple[tuple[_Rows, str], ...]:
+        """Rows besides the live ones with the statement that merges them, in the order in which one may overwrite the other."""
+        return ((self.late, _MERGE_LATE), (self.corrections, _CORRECT), (self.revisions, _REVISE))
 
     def overwrite(self, part: _Rows, key: tuple[bytes, int], row: bytes, rank: tuple[int, ...]) -> None:
         """Add a correction or revision; of two of one key the higher rank stays, of equal ones the later."""
@@ -285,7 +298,7 @@ class TimescaleStore(OffsetStore):
             late=now_us - sink.compress_after_days * DAY_US if self._stages_late() else TIMESTAMP_MIN_US,
         )
         encoded = await _encode(sent.messages, self._series.get, self._tails.get, bounds, None)
-        encoded.prepare()
+        await encoded.prepare()
         async with self._pool.acquire() as connection, self._fence(connection, moves):
             if not self._merge_next:
                 try:
@@ -322,17 +335,18 @@ class TimescaleStore(OffsetStore):
             accepted = 0
             if how == "bisect":
                 stored = []
-                for part, statement in encoded.parts():
+                for part, statement in ((encoded.rows(), _MERGE), *encoded.others()):
                     accepted += await self._bisect(connection, sorted(part.items()), statement, refused)
                     stored.append({k: v for k, v in part.items() if k not in refused})
-                newest = await self._advance(connection, moves, _latest(stored, _newest(stored)))
+                newest = await self._advance(connection, moves, _latest(stored))
             else:
+                live = {} if how == "copy" else encoded.rows()
                 newest = await self._advance(connection, moves, encoded.latest())
-                for part, statement in encoded.parts():
-                    if part and how == "copy" and statement is _MERGE:
-                        await _copy(connection, "measurements", encoded.message())
-                        accepted += len(part)
-                    elif part:
+                if how == "copy" and encoded.plain:
+                    await _copy(connection, "measurements", encoded.message())
+                    accepted += len(encoded.plain)
+                for part, statement in ((live, _MERGE), *encoded.others()):
+                    if part:
                         accepted += await self._merge(connection, part.values(), statement)
             found = encoded.rejected
             if refused:
@@ -613,13 +627,14 @@ def _encode_slice(
 
     `first` is the index of the first message.
     """
-    rows, pack, epoch, negative, positive = out.rows, _ROW.pack, TIMESTAMP_MIN_US, float("-inf"), float("inf")
+    add, add_time, pack, shorts = out.plain.append, out.times.append, _ROW.pack, _SHORTS.get
+    epoch, negative, positive = TIMESTAMP_MIN_US, float("-inf"), float("inf")
     oldest, newest = max(bounds.oldest, bounds.late), bounds.newest
     last: Any = None
     derivation: bytes | None = None
+    out.readings += sum([len(message.readings) for message in messages])
     for index, message in enumerate(messages, first):
         readings, generation = message.readings, message.generation
-        out.readings += len(readings)
         origin = message.parser, message.config_rev, message.experiment_id, generation
         if origin != last:
             derivation = tails(origin)
@@ -632,7 +647,7 @@ def _encode_slice(
             out.rejected += [Rejected(index, n, ReasonCode.STORE_REJECTED, text) for n in range(len(readings))]
             continue
         device, mode, topic = message.device_id, message.connector_mode, message.topic
-        for position, reading in enumerate(readings):
+        for reading in readings:
             key = device, mode, reading.component_type, reading.pin_position
             known = series(key)
             if known is None:
@@ -640,7 +655,7 @@ def _encode_slice(
                     out.missing = True
                     return
                 text = series_fault(key, reading.unit, topic) or "series"
-                out.rejected.append(Rejected(index, position, ReasonCode.STORE_REJECTED, text))
+                out.rejected.append(Rejected(index, _place(readings, reading), ReasonCode.STORE_REJECTED, text))
                 continue
             prefix, series_unit, series_topic = known
             value, timestamp = reading.value, reading.timestamp
@@ -658,27 +673,38 @@ def _encode_slice(
                     and not reading.revised
                     and reading.value_text is None
                 ):
-                    # One call that makes the whole row: twice as fast as two whose bytes are joined.
-                    rows[prefix, timestamp] = pack(
-                        prefix, timestamp - epoch, 2, reading.quality, 8, value, 8, message.received_at - epoch, 2,
-                        message.raw_partition, 8, message.raw_offset, 4, message.raw_index, derivation,
-                    )  # fmt: skip
-                    continue
+                    quality, partition = shorts(reading.quality), shorts(message.raw_partition)
+                    if quality and partition:
+                        # One call that makes the whole row: twice as fast as two whose bytes are joined.
+                        add(pack(
+                            prefix, timestamp - epoch, quality, value, 8, message.received_at - epoch, partition,
+                            message.raw_offset, 4, message.raw_index, derivation,
+                        ))  # fmt: skip
+                        add_time(timestamp)
+                        continue
                 rare = _encode_rare(reading, timestamp, known, topic, bounds)
                 if isinstance(rare, bytes):
                     coordinates = message.received_at, message.raw_partition, message.raw_offset, message.raw_index
-                    received, partition, offset, line = coordinates
-                    row = rare + _TAIL.pack(8, received - epoch, 2, partition, 8, offset, 4, line) + derivation
+                    received, part, offset, line = coordinates
+                    row = rare + _TAIL.pack(8, received - epoch, 2, part, 8, offset, 4, line) + derivation
                     if reading.revised:
                         out.overwrite(out.revisions, (prefix, timestamp), row, (generation, *coordinates))
                     elif generation:
                         out.overwrite(out.corrections, (prefix, timestamp), row, (generation,))
+                    elif timestamp < bounds.late:
+                        out.late[prefix, timestamp] = row
                     else:
-                        (out.late if timestamp < bounds.late else rows)[prefix, timestamp] = row
+                        add(row)
+                        add_time(timestamp)
                     continue
             except (struct.error, OverflowError) as e:
                 rare = ReasonCode.STORE_REJECTED, f"{type(e).__name__}: {e}"
-            out.rejected.append(Rejected(index, position, *rare))
+            out.rejected.append(Rejected(index, _place(readings, reading), *rare))
+
+
+def _place(readings: Sequence[StoredReading], reading: StoredReading) -> int:
+    """Which of the readings this one is; equal ones are not the same. Counting would cost every reading."""
+    return next(n for n, other in enumerate(readings) if other is reading)
 
 
 def _encode_rare(
@@ -810,20 +836,25 @@ class _Latest:
     columns: list[Any]  #: of their newest rows, see `_columns`
     dirty: list[tuple[int, int]]  #: changed ranges of time, see `_dirty_ranges`
 
+    @classmethod
+    def of(cls, newest: dict[bytes, bytes], times: Iterable[int]) -> "_Latest":
+        """Of the newest row of each series, and the timestamps of all rows."""
+        columns = _columns(newest.values()) if newest else [(), (), (), (), (), ()]
+        return cls(frozenset(newest), columns, _dirty_ranges(times))
 
-def _latest(parts: Sequence[_Rows], newest: dict[bytes, bytes]) -> _Latest:
-    columns = _columns(newest.values()) if newest else [(), (), (), (), (), ()]
-    return _Latest(frozenset(newest), columns, _dirty_ranges(parts))
+
+def _latest(parts: Sequence[_Rows]) -> _Latest:
+    return _Latest.of(_newest(parts), (timestamp for part in parts for _, timestamp in part))
 
 
 #: Ranges of changed minutes in one write; beyond it hours are marked, then days: a back-fill touches thousands.
 _DIRTY_RANGES_MAX: Final = 64
 
 
-def _dirty_ranges(parts: Iterable[_Rows]) -> list[tuple[int, int]]:
-    """Changed time ranges, µs since 2000, in whole minutes, hours or days."""
+def _dirty_ranges(times: Iterable[int]) -> list[tuple[int, int]]:
+    """Time ranges, µs since 2000, in whole minutes, hours or days, that hold all `times`, µs since the epoch."""
     minute = 60_000_000
-    minutes = {timestamp // minute for part in parts for _, timestamp in part}
+    minutes = {timestamp // minute for timestamp in times}
     ranges: list[tuple[int, int]] = []
     for width in (1, 60, 1440):
         buckets = sorted({m // width for m in minutes})

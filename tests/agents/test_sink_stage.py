@@ -64,7 +64,7 @@ async def test_what_the_store_holds_is_skipped_wherever_kafka_stands(store, kafk
 
 
 async def test_a_call_that_failed_half_way_goes_on_where_the_store_stands(store, kafka):
-    sink = stage(store, kafka, rows_max=2)
+    sink = stage(store, kafka, rows_max=2, batches_max=1)
     await sink.on_assigned([0])
     batches = [batch(T, 0, [record(i, message("a", float(i), at=NOW_US + i)) for i in range(6)])]
     write, calls = store.write, []
@@ -117,8 +117,9 @@ async def test_a_writer_that_is_behind_goes_on_from_where_the_other_is(store, ka
     assert sorted(r["value"] for r in store.rows.values()) == [2.0, 3.0]
 
 
-async def test_flights_are_cut_by_rows_and_a_huge_record_is_several_transactions(store, kafka):
-    sink = stage(store, kafka, rows_max=10)
+@pytest.mark.parametrize(("rows_max", "batches_max"), [(10, 1), (5, 2)])
+async def test_flights_are_cut_by_rows_and_a_huge_record_is_several_transactions(store, kafka, rows_max, batches_max):
+    sink = stage(store, kafka, rows_max=rows_max, batches_max=batches_max)
     sizes, moved = [], []
     write = store.write
 
@@ -166,7 +167,7 @@ async def test_refused_readings_become_error_lines_with_their_coordinates(store,
 
 
 async def test_an_error_line_holds_what_came_and_not_only_what_is_stored(store, kafka):
-    sink = stage(store, kafka, rows_max=3)
+    sink = stage(store, kafka, rows_max=3, batches_max=1)
     sent = message("a", 1.0, 2.0, 3.0, 4.0, {"value_text": "x" * 20_000, "derived": True}, 6.0, clock="received")
     await sink([batch(T, 0, [record(0, sent)])])
     assert len(store.rows) == 5
