@@ -14,7 +14,7 @@ contestants of a run follow each other, so that a slow minute of the machine hit
 
 **kafka**: the same messages waiting in Kafka → committed rows: one worker with only the agent sink; the old service; a loop
 by hand (bench/peers/copy_loop.py). CPU is the consumer's, from its first row to its last. Then the worker at half of the rate
-it had: from a record's append to the poll that finds it committed.
+it had: from a record's append to the commit of its row.
 
 **backfill**: what a live write of 500 rows takes alone, and while a week of old rows is written as fast as it goes.
 
@@ -48,7 +48,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from bench.peers import old_sink
-from bench.producing import producer_of
+from bench.producing import paced, producer_of
 from preservarium import logs, topics
 from preservarium.domain.stored import StoredMessage, parse_messages
 from preservarium.embedded.kafka import Kafka
@@ -459,16 +459,12 @@ def send(brokers: str, topic: str, rate: float, series: int, total: int, start_u
     """So many messages, evenly over time."""
     keyed = [(m["device_id"].encode(), orjson.dumps(m)) for m in inputs(total, series, 1, start_us)]
     producer = producer_of(brokers)
-    at, begin = 0, time.monotonic()
-    while at < total:
-        due = min(total, int((time.monotonic() - begin) * rate))
-        for n in range(at, due):
-            key, value = keyed[n]
-            producer.produce(topic, value, key, n % PARTITIONS)
-        at = due
-        producer.poll(0)
-        time.sleep(0.005)
-    producer.flush()
+
+    def produce(n: int) -> None:
+        key, value = keyed[n]
+        producer.produce(topic, value, key, n % PARTITIONS)
+
+    paced(producer, produce, 0, total, rate)
 
 
 async def delays_ms(

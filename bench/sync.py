@@ -34,7 +34,7 @@ import orjson
 import psutil
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from bench.producing import producer_of
+from bench.producing import paced, producer_of
 from preservarium import sync, topics
 from preservarium.clock import SystemClock
 from preservarium.embedded.clickhouse import ClickHouse
@@ -335,18 +335,14 @@ async def until(condition: Callable[[], Awaitable[bool]], within_s: float) -> No
 def send(brokers: str, topic: str, partitions: int, first: int, end: int, rate: float = float("inf")) -> None:
     """Task events by number; the number tells the partition, `assigned_at` when it was sent."""
     producer = producer_of(brokers)
-    n, began = first, time.monotonic()
-    while n < end:
-        due = min(end, first + 1 + int(min((time.monotonic() - began) * rate, end)))
-        while n < due:
-            event = {
-                "file_id": f"L{n}", "stage": "scan", "status": "assigned", "employee_code": "E1", "assigned_at": time.time_ns() // 1000, "event_id": n,
-            }  # fmt: skip
-            producer.produce(topic, orjson.dumps(event), partition=n % partitions)
-            n += 1
-        producer.poll(0)
-        time.sleep(0.005)
-    producer.flush()
+
+    def produce(n: int) -> None:
+        event = {
+            "file_id": f"L{n}", "stage": "scan", "status": "assigned", "employee_code": "E1", "assigned_at": time.time_ns() // 1000, "event_id": n,
+        }  # fmt: skip
+        producer.produce(topic, orjson.dumps(event), partition=n % partitions)
+
+    paced(producer, produce, first, end, rate)
 
 
 async def running(settings: LiveSettings, store: ClickHouseStore, seconds: float) -> dict[str, Any]:

@@ -93,8 +93,9 @@ _NULLS: Final = _NULL * len(_RARE_COLUMNS)
 _TAIL_BYTES: Final = _TAIL.size + _DERIVATION.size
 _RARE_AT: Final = _PREFIX.size + _VALUE.size  #: where the rare columns belong in a plain row
 _ROW: Final = struct.Struct(">12sq10sdiq10sqii16s")  #: a plain row: prefix | _VALUE | _TAIL | _DERIVATION
-#: Quality and raw partition as a plain row has them, with the lengths around them: a pack of fewer parts is faster.
-_SHORTS: Final = {n: struct.pack(">ihi", 2, n, 8) for n in range(256)}
+#: Quality and raw partition as a plain row has them, with the lengths around them: a pack of fewer parts is faster. What is
+#: not here makes a row of the general kind. Few topics have so many partitions; half a megabyte.
+_SHORTS: Final = {n: struct.pack(">ihi", 2, n, 8) for n in range(4096)}
 _PLAIN: Final = struct.Struct(">4xi4xq4xh4xd4xq42x")  # series_id, timestamp, quality, value, received_at of a plain row
 assert _PLAIN.size == _ROW.size == _RARE_AT + _TAIL_BYTES, "a plain row is read as it is written"
 _TEXT_OID: Final = 25

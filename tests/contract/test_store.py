@@ -37,6 +37,18 @@ async def test_every_column_comes_back(under_test):
     ]
 
 
+@pytest.mark.parametrize("together", [True, False])
+async def test_raw_coordinates_of_every_size_come_back(under_test, together):
+    partitions = [0, 255, 256, 4_095, 4_096, 32_767]
+    sent = [message("a", 1.5, at=NOW_US + n, offset=2**62 + n, raw_partition=p) for n, p in enumerate(partitions)]
+    for part in [sent] if together else [[one] for one in sent]:
+        assert (await under_test.store.write(part, {})).accepted == len(part)
+    rows = await under_test.rows()
+    assert [(r["raw_partition"], r["raw_offset"], r["value"]) for r in rows] == [
+        (p, 2**62 + n, 1.5) for n, p in enumerate(partitions)
+    ]
+
+
 async def test_typed_messages_are_stored_as_dictionaries_are(under_test):
     sent = [
         message("a", 21.5, {"value_text": "open", "unit": ""}, {"value": None, "quality": 9, "flags": ["gap"]}),
