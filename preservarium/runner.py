@@ -279,6 +279,9 @@ class Runner:
                 callback()
             except Exception:
                 log.exception("after_effect_failed", stage=self.stage)
+        # The callbacks know the work that made these effects, and it knows them: what goes in a circle stays, with all
+        # the states that it read, until the cycle collector has a look at everything, which it seldom does.
+        effects.after.clear()
 
     def now_us(self) -> int:
         """The time by the runner's clock, µs since the epoch, UTC."""

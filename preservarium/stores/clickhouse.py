@@ -83,13 +83,14 @@ class ClickHouseStore:
         """
         names = list(columns)
         rows = len(columns[names[0]])
+        data = [columns[n] for n in names]
         started = self._clock.monotonic_s()
         async with self.breaker:
             client = await self._connected()
             try:
                 await client.insert(
                     table,
-                    [columns[n] for n in names],
+                    data,
                     column_names=names,
                     column_type_names=[types[n] for n in names],
                     column_oriented=True,
@@ -109,6 +110,8 @@ class ClickHouseStore:
                 await self._forget(client)
                 message = f"ClickHouse: {_short(e)}"
                 raise Retry(message) from e
+        # The client's own note of an insert goes in a circle, so it stays until the cycle collector comes; without the rows.
+        data.clear()
         metrics.STORE_SECONDS.labels("clickhouse").observe(self._clock.monotonic_s() - started)
         metrics.STORE_ROWS.labels("clickhouse", "stored").inc(rows)
 

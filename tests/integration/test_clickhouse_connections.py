@@ -1,6 +1,8 @@
 """What goes over the wire to ClickHouse: few connections, compressed, each insert answered for what it stored, in bounded time."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -110,6 +112,31 @@ async def test_inserts_share_few_connections_and_are_compressed_and_synchronous(
     assert {h.get("Content-Encoding") for _, h in inserts} == {"lz4"}
     # The last request was the query: its answer may be compressed, too.
     assert "lz4" in proxy.requests[-1][1]["Accept-Encoding"]
+    await store.close()
+
+
+class Column(list[Any]):
+    """A list that can be followed."""
+
+
+async def test_rows_are_free_when_they_are_stored_without_the_cycle_collector(clickhouse, clickhouse_database):
+    settings = live(clickhouse={"url": clickhouse, "database": clickhouse_database})
+    store = ClickHouseStore(settings)
+    await store.query("SELECT 1")
+    await store._client.command("CREATE TABLE t (a UInt64, b String) ENGINE = MergeTree ORDER BY a")
+
+    async def stored() -> list[weakref.ref[Column]]:
+        columns = {"a": Column(range(100)), "b": Column("x" * 100)}
+        await store.insert("t", columns, {"a": "UInt64", "b": "String"}, token="t")
+        return [weakref.ref(column) for column in columns.values()]
+
+    gc.disable()
+    try:
+        alive = [column() for column in await stored()]
+    finally:
+        gc.enable()
+    assert alive == [None, None]
+    assert (await store.query("SELECT count(), max(a), any(b) FROM t"))[0] == (100, 99, "x")
     await store.close()
 
 

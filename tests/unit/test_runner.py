@@ -1,7 +1,9 @@
 """What becomes of a batch: order of effects, retries, bisection, fuse."""
 
 import asyncio
+import gc
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -245,6 +247,36 @@ async def test_an_after_effect_that_raises_stops_nothing() -> None:
     effects.after.append(lambda: world.events.append("second"))
     await world.run(batch(1))
     assert world.events == ["ack", "second"]
+
+
+async def test_what_a_batch_took_is_free_when_it_is_done_without_the_cycle_collector() -> None:
+    class Work:
+        """As the stages have it: it knows its effects, and they call it."""
+
+        def __init__(self) -> None:
+            self.effects = Effects(after=[self.count])
+
+        def count(self) -> None:
+            counted.append(1)
+
+    counted: list[int] = []
+    works: list[weakref.ref[Work]] = []
+
+    def handler(_: Sequence[Batch]) -> Effects:
+        work = Work()
+        works.append(weakref.ref(work))
+        return work.effects
+
+    world = World(handler)
+    gc.disable()
+    try:
+        await world.run(batch(1))
+        await world.run(batch(2))
+        alive = [work() for work in works]
+    finally:
+        gc.enable()
+    assert counted == [1, 1]
+    assert alive == [None, None]
 
 
 async def test_the_fuse_stops_before_anything_is_sent_and_goes_on_when_reset() -> None:
