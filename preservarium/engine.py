@@ -41,7 +41,7 @@ from preservarium.publish import BATCH_BYTES_MAX, SESSION_SHARE, Publisher
 from preservarium.runner import Runner
 from preservarium.settings import Kafka, LiveSettings, SettingsError, load
 from preservarium.stage import Batch, Effects, GroupHandler, Handler, TickHandler
-from preservarium.state import ROCKSDB_OPTIONS, StateTable
+from preservarium.state import SharedMemory, StateTable
 from preservarium.stores.breaker import breakers
 from preservarium.topics import Topic
 from preservarium.transport import TICK_S, Stage, Stages
@@ -369,7 +369,6 @@ class App(faust.App):
                 value_type=bytes,
                 partitions=self.live().kafka.partitions,
                 help=help,
-                options=dict(ROCKSDB_OPTIONS),  # a copy: Faust takes entries out of it
             ),
             self.publisher,
         )
@@ -397,9 +396,15 @@ class App(faust.App):
         return [self.publisher, *super().on_init_dependencies()]
 
     async def on_first_start(self) -> None:
-        """Take a data directory before tables open theirs."""
+        """Take a data directory, and set a limit to the tables' memory, before they open theirs."""
         self._take_slot()
+        self._share_memory()
         await super().on_first_start()
+
+    def _share_memory(self) -> None:
+        memory = SharedMemory()
+        for table in self.state_tables.values():
+            table.share(memory)
 
     def _take_slot(self) -> None:
         """Workers of one machine share `data_dir`: each takes a directory in it that no other has.
@@ -477,7 +482,14 @@ class App(faust.App):
 
     def _stop_hangs(self, loop: asyncio.AbstractEventLoop) -> None:
         """From a thread of its own: the event loop may be what hangs."""
-        tasks = sorted(f"{task.get_name()}: {_place(task)}" for task in asyncio.all_tasks(loop))
+        # Kafka's consumer has a thread and a loop of its own.
+        consumer_loop = getattr(getattr(self._consumer, "_thread", None), "thread_loop", None)
+        tasks = sorted(
+            f"{task.get_name()}: {_place(task)}"
+            for each in (loop, consumer_loop)
+            if each is not None
+            for task in asyncio.all_tasks(each)
+        )
         log.error("worker_stop_hangs", tasks=tasks[:STACKS_MAX])
         self._give_up(f"it did not stop within {STOP_MAX_S:g} s")
 
@@ -745,12 +757,16 @@ def _credentials(kafka: Kafka) -> Credentials | None:
 
 
 def _place(task: asyncio.Task[Any]) -> str:
-    """Where a task waits: the innermost coroutine that can be seen."""
+    """Where a task waits: the coroutines that await one another, the outermost first, each with whose it is."""
+    places: list[str] = []
     coroutine: Any = task.get_coro()
-    while asyncio.iscoroutine(inner := getattr(coroutine, "cr_await", None)):
-        coroutine = inner
-    frame = getattr(coroutine, "cr_frame", None)
-    return f"{getattr(coroutine, '__qualname__', coroutine)}:{frame.f_lineno if frame else '?'}"
+    while inspect.iscoroutine(coroutine):
+        frame = coroutine.cr_frame
+        owner = frame.f_locals.get("self") if frame else None
+        of = f"{type(owner).__name__}." if owner is not None else ""
+        places.append(f"{of}{coroutine.__name__}:{frame.f_lineno if frame else '?'}")
+        coroutine = coroutine.cr_await
+    return " > ".join(places) or str(coroutine)
 
 
 async def _check_errors(coordinator: Any) -> None:

@@ -9,23 +9,53 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import orjson
+import rocksdict
 import structlog
+from faust.stores.rocksdb import RocksDBOptions
 
 from preservarium.domain.errors import Fatal
 
 log = structlog.get_logger(__name__)
 
-#: RocksDB keeps one database a table and partition; a worker may own 5 tables × 12 partitions. Faust's defaults would
-#: give each 2 GiB of cache and 192 MiB of write buffers. These keep the worst case of all below 1 GiB, the usual case
-#: (most tables small or quiet) below 100 MiB; states are small and recent, so the caches stay warm.
+#: RocksDB keeps one database a table and partition; a worker owns 7 tables × 12 partitions, or more. Faust's defaults would
+#: give each 2 GiB of cache and 192 MiB of write buffers. All of a worker's share one cache instead, which also counts their
+#: indexes, filters and what is not on disk yet. What is read again soon is hit; the rest is in the operating system's cache.
+MEMORY_BYTES_MAX: Final = 128 << 20
+#: Of it for what is not on disk yet: beyond, the table that is written to next writes its part out.
+UNWRITTEN_BYTES_MAX: Final = 48 << 20
 ROCKSDB_OPTIONS: Final[Mapping[str, Any]] = {
-    "block_cache_size": 8 << 20,
     "write_buffer_size": 4 << 20,
     "max_write_buffer_number": 2,
     "target_file_size_base": 16 << 20,
     "max_open_files": 128,
     "bloom_filter_size": 10,
 }
+#: A buffer grows by so much; RocksDB's own eighth of it, times some hundred tables, would be the whole limit.
+_ARENA_BYTES: Final = 64 << 10
+
+
+class SharedMemory(RocksDBOptions):
+    """Faust's options of a RocksDB table, with one limit of memory for all tables that are opened with them."""
+
+    def __init__(self) -> None:
+        super().__init__(**ROCKSDB_OPTIONS)
+        self.cache = rocksdict.Cache(MEMORY_BYTES_MAX)
+        self.unwritten = rocksdict.WriteBufferManager.new_write_buffer_manager_with_cache(
+            UNWRITTEN_BYTES_MAX, allow_stall=False, cache=self.cache
+        )
+
+    def as_options(self) -> Any:
+        """The options of one more database."""
+        options = super().as_options()
+        blocks = rocksdict.BlockBasedOptions()
+        blocks.set_bloom_filter(self.bloom_filter_size, False)
+        blocks.set_block_cache(self.cache)
+        blocks.set_cache_index_and_filter_blocks(True)
+        blocks.set_pin_l0_filter_and_index_blocks_in_cache(True)
+        options.set_block_based_table_factory(blocks)
+        options.set_write_buffer_manager(self.unwritten)
+        options.set_arena_block_size(_ARENA_BYTES)
+        return options
 
 
 class Appending(Protocol):
@@ -80,6 +110,11 @@ class StateTable:
         """The table's name."""
         return str(self.table.name)
 
+    def share(self, memory: SharedMemory) -> None:
+        """Open the table's databases within a limit that others keep, too; before the first is opened."""
+        if hasattr(self.table.data, "rocksdb_options"):
+            self.table.data.rocksdb_options = memory
+
     def get(self, partition: int, key: bytes) -> bytes | None:
         """The value of a key, a few µs; None where there is none. `partition` must be assigned to this worker."""
         store = self.table.data
@@ -124,8 +159,6 @@ def apply(store: Any, partition: int, items: Sequence[tuple[bytes, bytes | None]
             else:
                 store.data[key] = value
         return
-    import rocksdict
-
     batch = rocksdict.WriteBatch(raw_mode=True)
     for key, value in items:
         if value is None:

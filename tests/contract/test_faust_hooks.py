@@ -251,6 +251,8 @@ async def test_a_closed_batch_does_not_linger() -> None:
 
 def test_stores() -> None:
     assert rocksdb.USE_ROCKSDICT
+    assert "self.rocksdb_options.open(" in source(rocksdb.Store._open_for_partition)
+    assert "options=self.as_options()" in source(rocksdb.RocksDBOptions.open)
     assert rocksdb.Store.offset_key == b"__faust\0offset__"
     assert not hasattr(memory.Store, "_db_for_partition")
     assert "int(offset)" in source(rocksdb.Store.persisted_offset)

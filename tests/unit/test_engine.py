@@ -1,6 +1,8 @@
 """The app without a broker: declarations, watchdog, fences, reports."""
 
 import asyncio
+import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ from preservarium.domain.errors import Fatal, Retry
 from preservarium.engine import EXIT_UNHEALTHY, App
 from preservarium.settings import Kafka, LiveSettings, Settings
 from preservarium.stage import Effects
+from preservarium.state import MEMORY_BYTES_MAX, UNWRITTEN_BYTES_MAX, apply
 
 
 def make(**settings: Any) -> App:
@@ -49,10 +52,31 @@ def test_two_stages_of_one_name_are_refused() -> None:
         app.group_stage(topics.RAW, name="one", group="g")(nothing)
 
 
-def test_rocksdb_is_given_limits() -> None:
-    table = make().state_table("states")
-    assert table.table.options["block_cache_size"] <= 16 << 20
-    assert table.table.options["write_buffer_size"] <= 16 << 20
+def test_all_tables_of_a_worker_keep_one_limit_of_memory(tmp_path: Path) -> None:
+    app = make(data_dir=str(tmp_path))
+    tables = [app.state_table(name) for name in ("one", "two", "three")]
+    app._take_slot()
+    app._share_memory()
+    (memory,) = {table.table.data.rocksdb_options for table in tables}
+    stores = [table.table.data for table in tables]
+    values = random.Random(1)
+    most = 0
+    for turn in range(8):
+        for store in stores:
+            for partition in range(12):
+                items = [(b"%d-%d" % (turn, n), values.randbytes(4_096)) for n in range(64)]
+                apply(store, partition, items, turn)
+                most = max(most, memory.unwritten.get_usage())
+    # Written: 3 tables x 12 partitions x 2 MiB. A buffer that is being written out counts until it is.
+    assert most <= UNWRITTEN_BYTES_MAX * 1.2
+    for store in stores:
+        for partition in range(12):
+            for turn in range(8):
+                for n in range(64):
+                    assert len(store._db_for_partition(partition).get(b"%d-%d" % (turn, n))) == 4_096
+    assert UNWRITTEN_BYTES_MAX < memory.cache.get_usage() <= MEMORY_BYTES_MAX * 1.05
+    assert app._slot is not None
+    app._slot.close()
 
 
 def test_an_app_without_shared_stages_does_not_subscribe_to_nothing() -> None:
@@ -159,10 +183,11 @@ async def test_a_stop_that_hangs_ends_with_a_word(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(engine.log, "error", lambda event, **fields: said.append((event, fields)))
     app = make()
 
-    async def hangs_here() -> None:
-        await asyncio.Event().wait()
+    class Culprit:
+        async def hangs_here(self) -> None:
+            await asyncio.Event().wait()
 
-    task = asyncio.create_task(hangs_here(), name="the culprit")
+    task = asyncio.create_task(Culprit().hangs_here(), name="the culprit")
     await asyncio.sleep(0)
     await app.on_stop()
     await until(lambda: exits)
@@ -170,7 +195,8 @@ async def test_a_stop_that_hangs_ends_with_a_word(monkeypatch: pytest.MonkeyPatc
     assert exits == [EXIT_UNHEALTHY]
     ((event, fields),) = said
     assert event == "worker_stop_hangs"
-    assert any(each.startswith("the culprit: Event.wait:") for each in fields["tasks"]), fields
+    (place,) = [each for each in fields["tasks"] if each.startswith("the culprit: ")]
+    assert re.fullmatch(r"the culprit: Culprit\.hangs_here:\d+ > Event\.wait:\d+", place)
 
 
 async def test_a_stop_in_time_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
