@@ -456,6 +456,13 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         await super().on_start()
         kafka_clients.keep_as_parsed(self._consumer, lambda topic: bool(self.consumer.app.stages.of(topic)))
 
+    async def on_thread_stop(self) -> None:
+        """Stop the queue of calls and then the consumer, which may take so long and no longer."""
+        # Hook: Faust's own waits for aiokafka's consumer without limit, and the worker waits for this thread.
+        await super(driver.AIOKafkaConsumerThread, self).on_thread_stop()
+        if self._consumer is not None:
+            await kafka_clients.stop(self._consumer)
+
     async def give_back(self, spans: Mapping[TP, tuple[int, int]]) -> None:
         """Read (first, next) spans again: a rebalance came between their fetch and their delivery.
 

@@ -136,6 +136,7 @@ def test_consumer_attributes() -> None:
 
 
 def test_faust_gives_no_setting_for_the_fetch_wait() -> None:
+    assert "await self._consumer.stop()" in source(driver.AIOKafkaConsumerThread.on_thread_stop)
     assert "fetch_max_wait_ms=1500" in source(driver.AIOKafkaConsumerThread._create_worker_consumer)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from time import monotonic, time
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 from faust.types import TP
 from test_runner import Rec
 
+from preservarium import kafka_clients
 from preservarium.clock import SystemClock
 from preservarium.domain.errors import Fatal, Retry
 from preservarium.runner import Runner
 from preservarium.settings import Agents, LiveSettings, Settings
 from preservarium.stage import Batch, Effects, Tick
-from preservarium.transport import ON_THE_WAY_S, Fetched, Lane, Stage, Stages, _fetchable
+from preservarium.transport import ON_THE_WAY_S, BatchConsumerThread, Fetched, Lane, Stage, Stages, _fetchable
 
 
 class Feed:
@@ -373,3 +375,22 @@ async def test_a_tick_that_says_fatal_ends_the_worker() -> None:
     feed.stage.lane(0).start()
     await until(lambda: feed.stage._error is not None)
     assert isinstance(feed.stage._error, Fatal)
+
+
+async def test_the_consumers_thread_ends_also_where_the_consumer_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hangs:
+        ended = ""
+
+        async def stop(self) -> None:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.ended = "cancelled"
+                raise
+
+    monkeypatch.setattr(kafka_clients, "stop", partial(kafka_clients.stop, within_s=0.05))
+    thread = object.__new__(BatchConsumerThread)
+    thread._consumer = consumer = Hangs()
+    async with asyncio.timeout(5):
+        await thread.on_thread_stop()
+    assert consumer.ended == "cancelled"
