@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 ARGS ?=
+# Processes that share the test files; each starts the servers that its files need, so more than a few cost more than they bring.
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help
 help:  ## Show this list
@@ -44,11 +46,15 @@ lint: $(STAMP)  ## Check style, types and the direction of imports
 
 .PHONY: test
 test: packages $(STAMP) lint  ## Lint, then every test, against real services (ARGS="-k sink" for some)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 .PHONY: test-slow
 test-slow: packages $(STAMP)  ## The long property and endurance runs
 	$(BIN)/python -m pytest --slow -m slow --timeout=3600 $(ARGS)
+
+.PHONY: soak
+soak: packages $(STAMP)  ## Faults by the hundred against the whole system, and a check of every reading (ARGS="--minutes 30 --seed 7 --json run.json")
+	PYTHONPATH=tests/adversity $(BIN)/python -m soak $(ARGS)
 
 .PHONY: unit
 unit: $(STAMP)  ## Only the tests that need no server

@@ -32,7 +32,7 @@ def load() -> None:
     Raises:
         ValueError: the setting names an agent that there is not.
     """
-    from preservarium.engine import app
+    from preservarium.streaming.app import app
 
     enabled = app.live().agents.enabled
     chosen = [name.strip() for name in enabled.split(",") if name.strip()] or AGENTS

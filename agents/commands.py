@@ -6,9 +6,9 @@ time. Where the worker does not know a device that a request names, the database
 
 from agents.registry import catalogue, device_lookup
 from preservarium import topics
-from preservarium.commanding import TICK_S, Commanding
-from preservarium.engine import app
-from preservarium.stage import Batch, Effects
+from preservarium.stages.commands import TICK_S, Commanding
+from preservarium.streaming.app import app
+from preservarium.streaming.stage import Batch, Effects
 from tables.command_states import command_states
 
 _commanding = Commanding(
@@ -24,20 +24,30 @@ device_lookup.on_change(_commanding.profiles.forget)
 
 
 @app.stage(
-    topics.COMMANDS, name="commands", shares=command_states.name, on_tick=_commanding.tick, tick_s=lambda: TICK_S
+    topics.COMMANDS,
+    name="commands",
+    writes=(topics.COMMAND_EVENTS, topics.DOWNLINKS),
+    state=command_states,
+    on_tick=_commanding.tick,
+    tick_s=lambda: TICK_S,
 )
 async def commands(batch: Batch) -> Effects:
     """Queue commands, hand them over one at a time, take the reports of what became of them."""
     return await _commanding.lines(batch)
 
 
-@app.stage(topics.VALIDATED, name="command-uplinks", shares=command_states.name)
+@app.stage(
+    topics.VALIDATED,
+    name="command-uplinks",
+    writes=(topics.COMMAND_EVENTS, topics.DOWNLINKS),
+    state=command_states,
+)
 async def command_uplinks(batch: Batch) -> Effects:
     """Confirm commands by what devices say, and send to those that were asleep."""
     return await _commanding.uplinks(batch)
 
 
-@app.stage(topics.ALERTS, name="command-alarms")
+@app.stage(topics.ALERTS, name="command-alarms", writes=(topics.COMMANDS,))
 async def command_alarms(batch: Batch) -> Effects:
     """Ask for the commands that rules of alarms name."""
     return await _commanding.alarms(batch)

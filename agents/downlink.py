@@ -6,9 +6,9 @@ from agents.registry import catalogue
 from preservarium import topics
 from preservarium.connectors.commands import Broker
 from preservarium.connectors.mailbox import MailboxBroker
-from preservarium.downlinks import RECORDS_MAX, Downlinks
-from preservarium.engine import app
 from preservarium.sandbox.pool import Limits, SandboxPool
+from preservarium.stages.downlink import RECORDS_MAX, Downlinks
+from preservarium.streaming.app import app
 
 # Its own: normalize need not run in this worker, and its backlog must not hold up a command.
 _sandbox = app.resource(SandboxPool(Limits.of(app.live()), monotonic=app.clock.monotonic_s))
@@ -21,6 +21,7 @@ app.group_stage(
     topics.DOWNLINKS,
     name="downlink",
     group="downlink",
+    writes=(topics.COMMANDS, topics.MAILBOX, "MQTT broker"),
     records_max=lambda: RECORDS_MAX,
     linger_s=lambda: 0.0,
     planned=True,

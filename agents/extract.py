@@ -3,8 +3,8 @@
 No stage: a service that one worker at a time runs. Off unless `extract.url` names the database.
 """
 
-from preservarium.engine import app
 from preservarium.extract.service import ExtractService
+from preservarium.streaming.app import app
 
 if app.live().extract.url.get_secret_value():
     app.add_dependency(ExtractService(app.live, app.publisher))

@@ -4,12 +4,12 @@ import structlog
 
 from agents.registry import catalogue, device_lookup
 from preservarium import topics
-from preservarium.domain.errors import Retry
-from preservarium.engine import app
-from preservarium.normalizer import Normalizer
-from preservarium.proving import check_active
+from preservarium.errors import Retry
+from preservarium.registry.proving import check_active
 from preservarium.sandbox.pool import Limits, SandboxPool
-from preservarium.stage import Batch, Effects
+from preservarium.stages.normalize import Normalizer
+from preservarium.streaming.app import app
+from preservarium.streaming.stage import Batch, Effects
 
 _log = structlog.get_logger(__name__)
 
@@ -31,7 +31,7 @@ async def check_parsers() -> None:
     await check_active(list(catalogue.documents()["parser"].values()), app.live())
 
 
-@app.stage(topics.RAW, name="normalize")
+@app.stage(topics.RAW, name="normalize", writes=(topics.STANDARDIZED,))
 async def normalize(batch: Batch) -> Effects:
     """Decode each device's payloads, map fields to datatypes, convert units; what cannot be used becomes an error line."""
     return await _normalizer(batch)

@@ -8,15 +8,15 @@ from typing import Any
 
 from agents.registry import catalogue
 from preservarium import topics
-from preservarium.engine import app
 from preservarium.notices.channel import Channel
 from preservarium.notices.chat import AppriseChannel
 from preservarium.notices.grouping import Policies
 from preservarium.notices.links import acknowledge_link
-from preservarium.notices.mail import MailChannel
+from preservarium.notices.mail import DATA_S, TURN_S, MailChannel
 from preservarium.notices.outbox import RECORDS_MAX, Notifier
 from preservarium.notices.plot import Plotter
 from preservarium.notices.webhook import WebhookChannel
+from preservarium.streaming.app import app
 
 _policies = Policies(catalogue, app.live)
 
@@ -31,12 +31,13 @@ _webhook = app.resource(WebhookChannel(app.live, _link, app.clock))
 _apprise = AppriseChannel(app.live, _policies.zone_of, _link)
 
 
-def _stage(name: str, channels: Mapping[str, Channel]) -> None:
+def _stage(name: str, channels: Mapping[str, Channel], to: str) -> None:
     notifier = Notifier(name, channels, catalogue, app.live, app.clock)
     app.group_stage(
         topics.NOTICES,
         name=name,
         group=name,
+        writes=(topics.NOTICE_RECEIPTS, to),
         records_max=lambda: RECORDS_MAX,
         # No company is waited for: an alarm is to be told at once.
         linger_s=lambda: 0.0,
@@ -44,8 +45,10 @@ def _stage(name: str, channels: Mapping[str, Channel]) -> None:
         flights=app.live().kafka.partitions,
         planned=True,
         memory=notifier,
+        # For one notice: a turn at the server, its greeting, and its word for the mail.
+        patience_s=lambda: TURN_S + app.live().mail.timeout_s + DATA_S,
     )(notifier)
 
 
-_stage("notify", {"mail": _mail})
-_stage("notify-endpoints", {"webhook": _webhook, "apprise": _apprise})
+_stage("notify", {"mail": _mail}, "mail")
+_stage("notify-endpoints", {"webhook": _webhook, "apprise": _apprise}, "webhooks, Apprise")

@@ -4,14 +4,14 @@ Agents that need the registry import `catalogue` and `device_lookup` from here.
 """
 
 from preservarium import topics
-from preservarium.catalogue import Catalogue, header_rev
-from preservarium.device_lookup import DeviceLookup
-from preservarium.domain.errors import ReasonCode
-from preservarium.domain.registry import fold_devices
-from preservarium.engine import app
-from preservarium.records import error_line, error_send
-from preservarium.registry_relay import RelayService
-from preservarium.stage import Batch, Effects
+from preservarium.domain.registry.changes import fold_devices
+from preservarium.errors import ReasonCode
+from preservarium.registry.catalogue import Catalogue, header_rev
+from preservarium.registry.device_lookup import DeviceLookup
+from preservarium.registry.relay import RelayService
+from preservarium.streaming.app import app
+from preservarium.streaming.records import error_line, error_send
+from preservarium.streaming.stage import Batch, Effects
 from tables.device_configs import device_configs
 
 #: Started with the worker, before any batch is handed over.
@@ -23,7 +23,7 @@ device_lookup = DeviceLookup(device_configs.get, app.live, catalogue=catalogue, 
 app.resource(device_lookup)
 
 
-@app.stage(topics.DEVICE_REGISTRY, name="registry")
+@app.stage(topics.DEVICE_REGISTRY, name="registry", state=device_configs)
 async def registry(batch: Batch) -> Effects:
     """Keep the newest configuration of each device; then let caches forget the old one."""
     effects = Effects()

@@ -7,23 +7,30 @@ offsets say where each partition starts; a database that is down pauses these st
 import structlog
 
 from preservarium import metrics, topics
-from preservarium.domain.errors import Retry
-from preservarium.engine import app
-from preservarium.sink import EventSink, LegacySink, ReadingSink
-from preservarium.stores.breaker import Breaker
+from preservarium.breaker import Breaker
+from preservarium.errors import Retry
+from preservarium.stages.sink import EventSink, LegacySink, ReadingSink
 from preservarium.stores.event_tables import EventStore, EventTable
 from preservarium.stores.journal import ALARM_OPERATIONS, Journal
-from preservarium.stores.postgres import PostgresPool
+from preservarium.stores.postgres import PostgresPing, PostgresPool
 from preservarium.stores.tables import EVENT_TABLES
-from preservarium.stores.timescale import PREPARE, TimescaleStore
+from preservarium.stores.timescale import STAGING, TimescaleStore
+from preservarium.streaming.app import app
 
 _log = structlog.get_logger(__name__)
 
 #: Partitions, retention, roll-ups and the late lane are looked at this often.
 UPKEEP_S = 30.0
 
-_pool = app.resource(PostgresPool(app.live, prepare=PREPARE))
-_breaker = Breaker("postgres", lambda: app.live().breaker, clock=app.clock)
+_pool = app.resource(PostgresPool(app.live, temporary=STAGING))
+_ping = app.resource(PostgresPing(app.live))
+_breaker = Breaker("postgres", lambda: app.live().breaker, clock=app.clock, probe=_ping)
+
+
+def _patience_s() -> float:
+    """A transaction waits for a connection and then, in turn, for each of its statements; one or two of them may be slow."""
+    s = app.live().postgres
+    return s.connect_timeout_s + 2 * s.command_timeout_s
 
 
 def _store(sink: str) -> TimescaleStore:
@@ -40,10 +47,12 @@ app.group_stage(
     topics.VALIDATED,
     name="sink",
     group="sink",
+    writes=("PostgreSQL: measurements",),
     records_max=lambda: app.live().sink.transaction_rows_max,
     linger_s=lambda: app.live().sink.linger_s,
     flights=app.live().sink.flights,
     on_assigned=_readings.on_assigned,
+    patience_s=_patience_s,
 )(_readings)
 
 
@@ -58,10 +67,12 @@ def _event_stage(suffix: str, declared: EventTable) -> EventStore:
         declared.topic,
         name=name,
         group=name,
+        writes=(f"PostgreSQL: {', '.join(events.tables)}",),
         records_max=lambda: app.live().sink.rows_max,
         # An event is to be seen at once, and they are few.
         linger_s=lambda: 0.0,
         on_assigned=stage.on_assigned,
+        patience_s=_patience_s,
     )(stage)
     return events
 
@@ -73,10 +84,12 @@ if app.live().normalize.decoded_topic:
         topics.DECODED,
         name="sink-decoded",
         group="sink-decoded",
+        writes=("PostgreSQL: measurements",),
         records_max=lambda: app.live().sink.transaction_rows_max,
         linger_s=lambda: app.live().sink.linger_s,
         on_assigned=_decoded.on_assigned,
-        kafka_topic=app.live().kafka.topic_prefix + app.live().normalize.decoded_topic,
+        patience_s=_patience_s,
+        kafka_topic=app.live().normalize.decoded_topic,  # its owner is another system: the name is as it is given
     )(_decoded)
 
 

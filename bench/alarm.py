@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from quality import READINGS_A_MESSAGE, S, T, Table, messages
 
-from preservarium.alarming import DUE_A_TICK_MAX, Alarming
-from preservarium.catalogue import Catalogue
 from preservarium.clock import ManualClock
-from preservarium.domain.device_alarms import DeviceAlarms
-from preservarium.domain.rules import compile_rules
+from preservarium.domain.alarms.device import DeviceAlarms
+from preservarium.domain.alarms.rules import compile_rules
+from preservarium.registry.catalogue import Catalogue
 from preservarium.settings import LiveSettings, load
-from preservarium.stage import Tick
+from preservarium.stages.alarm import DUE_A_TICK_MAX, Alarming
+from preservarium.streaming.stage import Tick
 
 PARTITION = 0
 
@@ -138,7 +138,7 @@ async def deadlines(devices: int) -> dict[str, float]:
 def main(readings: int, devices: int, runs: int, as_json: bool) -> None:
     """Measure."""
     gc.freeze()
-    gc.set_threshold(100_000, 50, 50)  # as a worker has it (preservarium/engine.py)
+    gc.set_threshold(100_000, 50, 50)  # as a worker has it (preservarium/streaming/app.py)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in KINDS}
     for _ in range(runs):
         for name, docs in KINDS.items():

@@ -26,16 +26,17 @@ import orjson
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from preservarium.alarming import Alarming
-from preservarium.catalogue import Catalogue
 from preservarium.clock import ManualClock
-from preservarium.domain.device_alarms import DeviceAlarms, parse_action
-from preservarium.domain.rules import compile_rules
-from preservarium.engine import App
-from preservarium.publish import partition_of
+from preservarium.domain.alarms.action import parse_action
+from preservarium.domain.alarms.device import DeviceAlarms
+from preservarium.domain.alarms.rules import compile_rules
+from preservarium.registry.catalogue import Catalogue
 from preservarium.settings import LiveSettings, load
-from preservarium.stage import Tick
-from preservarium.state import StateTable, apply
+from preservarium.stages.alarm import Alarming
+from preservarium.streaming.app import App
+from preservarium.streaming.publish import partition_of
+from preservarium.streaming.stage import Tick
+from preservarium.streaming.state import StateTable
 
 S = 1_000_000
 T = 1_700_000_000 * S
@@ -124,10 +125,10 @@ def fill(directory: Path, series: int, rule_count: int) -> dict[str, Any]:
             batches[partition][key] = value
             if len(batches[partition]) >= DEVICES_A_BATCH:
                 offset += DEVICES_A_BATCH
-                apply(state.table.data, partition, batches[partition].items(), offset)
+                state.table.data.put(partition, batches[partition].items(), offset)
                 batches[partition] = {}
     for partition, batch in enumerate(batches):
-        apply(state.table.data, partition, batch.items(), offset)
+        state.table.data.put(partition, batch.items(), offset)
     # Faust closes them by forgetting them.
     for db in state.table.data._dbs.values():
         db.close()

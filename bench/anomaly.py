@@ -17,8 +17,8 @@ import orjson
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from preservarium.domain.anomaly import detector_of, judge, new_series
-from preservarium.river_models import RiverModel
+from preservarium.domain.quality.anomaly import detector_of, judge, new_series
+from preservarium.stages.river_models import RiverModel
 
 WEEK_US = 7 * 86_400 * 1_000_000
 

@@ -30,8 +30,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from preservarium import backtest
 from preservarium.embedded.postgres import Postgres
+from preservarium.operations import backtest
 from preservarium.settings import load
 from preservarium.stores.history import EPOCH_US
 from preservarium.stores.migrate import migrate_postgres

@@ -12,7 +12,9 @@ from typing import Any
 
 import orjson
 
-from preservarium.domain.commands import OPEN_MAX, DeviceCommands, Profile, Turn, parse_line
+from preservarium.domain.commands.device import OPEN_MAX, DeviceCommands, Turn
+from preservarium.domain.commands.lines import parse_line
+from preservarium.domain.commands.profile import Profile
 
 DEVICES = 1_000
 T = 1_700_000_000_000_000

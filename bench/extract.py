@@ -32,10 +32,10 @@ from preservarium.embedded.postgres import Postgres
 from preservarium.extract.ledger import Ledger
 from preservarium.extract.postgres import PostgresSource
 from preservarium.extract.service import Extractor, ExtractService
-from preservarium.publish import Publisher
 from preservarium.settings import LiveSettings, load
-from preservarium.stage import Send
 from preservarium.stores.migrate import MIGRATIONS, migrate_postgres
+from preservarium.streaming.publish import Publisher
+from preservarium.streaming.stage import Send
 
 PARTITIONS = 4
 #: Rows after which a process has everything that it needs: connections, caches, modules.

@@ -22,17 +22,18 @@ import orjson
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from preservarium import topics
-from preservarium.aggregation import Aggregation
-from preservarium.alarming import Alarming
-from preservarium.catalogue import Catalogue
 from preservarium.clock import ManualClock
-from preservarium.detection import Detection
-from preservarium.domain.device_alarms import DeviceAlarms
-from preservarium.domain.quality import Limits, compile_checks, new_state, validate
-from preservarium.domain.rules import compile_rules
+from preservarium.domain.alarms.device import DeviceAlarms
+from preservarium.domain.alarms.rules import compile_rules
+from preservarium.domain.quality.checks import compile_checks
+from preservarium.domain.quality.validation import Limits, new_state, validate
+from preservarium.registry.catalogue import Catalogue
 from preservarium.settings import LiveSettings, load
-from preservarium.stage import Batch
-from preservarium.validation import Validation
+from preservarium.stages.aggregate import Aggregation
+from preservarium.stages.alarm import Alarming
+from preservarium.stages.anomaly import Detection
+from preservarium.stages.validate import Validation
+from preservarium.streaming.stage import Batch
 
 S = 1_000_000
 T = 1_700_000_000 * S
@@ -195,7 +196,7 @@ def stage(readings: int, which: str, tests: dict[str, Any]) -> tuple[float, floa
 @click.option("--json", "as_json", is_flag=True, help="Figures as JSON.")
 def main(readings: int, runs: int, as_json: bool) -> None:
     """Measure."""
-    # As a worker has it (preservarium/engine.py).
+    # As a worker has it (preservarium/streaming/app.py).
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)
     range_only = {"fail_span": FIVE_TESTS["fail_span"]}

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from preservarium import records
-from preservarium.stage import Batch
+from preservarium.streaming import records
+from preservarium.streaming.stage import Batch
 
 NOW_US = 1_700_000_000_000_000
 RUNS = 7

@@ -15,13 +15,14 @@ import time
 
 from preservarium import topics
 from preservarium.clock import SystemClock
-from preservarium.domain.decoders import compile_any, examples
-from preservarium.normalizer import Normalizer, script_call
-from preservarium.records import raw_line
+from preservarium.domain.decoders import examples
+from preservarium.domain.decoders.kinds import compile_any
 from preservarium.sandbox.javascript import JavaScript
 from preservarium.sandbox.pool import TRUST_CALLS, Limits, SandboxPool
 from preservarium.settings import LiveSettings, Settings
-from preservarium.stage import Batch
+from preservarium.stages.normalize import Normalizer, script_call
+from preservarium.streaming.records import raw_line
+from preservarium.streaming.stage import Batch
 
 NOW = 1_717_243_200_000_000
 PAYLOAD = bytes.fromhex("03670110046850057401410067ff10")

@@ -50,7 +50,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from bench.peers import old_sink
 from bench.producing import paced, producer_of
 from preservarium import logs, topics
-from preservarium.domain.stored import StoredMessage, parse_messages
+from preservarium.domain.readings.stored import StoredMessage, parse_messages
 from preservarium.embedded.kafka import Kafka
 from preservarium.embedded.postgres import Postgres
 from preservarium.embedded.service import free_port
@@ -187,7 +187,7 @@ async def latency_ms(store: TimescaleStore, messages: list[StoredMessage]) -> li
 
 
 def calm() -> None:
-    """What the worker does at its start (preservarium/engine.py), for every contestant in this process."""
+    """What the worker does at its start (preservarium/streaming/app.py), for every contestant in this process."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)

@@ -35,17 +35,18 @@ import psutil
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from bench.producing import paced, producer_of
-from preservarium import sync, topics
+from preservarium import topics
 from preservarium.clock import SystemClock
 from preservarium.embedded.clickhouse import ClickHouse
 from preservarium.embedded.kafka import Kafka
-from preservarium.feeds import GroupFeed
-from preservarium.runner import Runner
 from preservarium.settings import LiveSettings, load
-from preservarium.stage import Batch
+from preservarium.stages import sync
 from preservarium.stores.clickhouse import ClickHouseStore
 from preservarium.stores.dashboards import DASHBOARDS
 from preservarium.stores.migrate import migrate_clickhouse
+from preservarium.streaming.feeds import GroupFeed
+from preservarium.streaming.runner import Runner
+from preservarium.streaming.stage import Batch
 
 STAGES = ("receive", "scan", "index", "ocr", "verify", "repair", "export", "archive")
 DAY_US = 86_400_000_000

@@ -44,10 +44,10 @@ def finish():
 
 if mode.startswith("batch"):
     from preservarium import topics
-    from preservarium.engine import app
-    from preservarium.stage import Effects, Send
+    from preservarium.streaming.app import app
+    from preservarium.streaming.stage import Effects, Send
 
-    @app.stage(topics.RAW, name="bench")
+    @app.stage(topics.RAW, name="bench", writes=(topics.STANDARDIZED,))
     async def bench(batch):
         count(len(batch.records))
         effects = Effects()
@@ -85,9 +85,9 @@ async def fill(records: int) -> None:
     from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
     from preservarium import topics
-    from preservarium.publish import Publisher
     from preservarium.settings import LiveSettings, load
-    from preservarium.stage import Send
+    from preservarium.streaming.publish import Publisher
+    from preservarium.streaming.stage import Send
 
     live = LiveSettings(load())
     settings = live().kafka

@@ -56,8 +56,15 @@ RECORDS_SKIPPED = _counter(
 )
 RECORDS_SENT = _counter("records_sent_total", "Kafka records that a stage produced, acknowledged.", "stage", "topic")
 READINGS = _counter("readings_total", "Readings that a stage passed on.", "stage")
+CLOCK_SKEW_SECONDS = _gauge(
+    "clock_skew_seconds",
+    "How far this worker's clock is ahead of Kafka's; beyond agents.clock_skew_max_s no tick runs.",
+)
 DUPLICATES = _counter("duplicates_total", "Lines that a stage skipped, because it had applied them before.", "stage")
 REPEATED = _counter("repeated_total", "Messages whose device, or a network on the way, sent them twice.")
+WITHOUT_PAYLOAD = _counter(
+    "messages_without_payload_total", "Raw messages that carried nothing of their device: nothing is stored of them."
+)
 REFUSED = _counter("refused_total", "Inputs that went to iot_errors.", "stage", "code")
 BATCH_SECONDS = _histogram("batch_seconds", "Time from handing over a batch to its acknowledgement.", "stage")
 BATCH_RETRIES = _counter("batch_retries_total", "Batches tried again.", "stage", "kind")
@@ -65,14 +72,24 @@ PENDING_RECORDS = _gauge("pending_records", "Records fetched and not yet acknowl
 LAG_RECORDS = _gauge(
     "lag_records", "Records in Kafka that a stage has not acknowledged.", "stage", "topic", "partition"
 )
-COMMIT_AGE_SECONDS = _gauge("commit_age_seconds", "Time since a stage last committed, while it has work.", "stage")
+COMMIT_AGE_SECONDS = _gauge(
+    "commit_age_seconds", "How long the oldest record that a stage was given has not been committed.", "stage"
+)
 PARTITIONS_PAUSED = _gauge("partitions_paused", "Partitions paused for a dependency or a fuse.", "stage")
+PARTITIONS_UNREAD = _gauge(
+    "partitions_unread", "Partitions that somebody added to a topic, and that no stage with state may read.", "topic"
+)
 REBALANCES = _counter("rebalances_total", "Group rebalances seen.", "group")
 WATCHDOG = _counter("watchdog_total", "What the group watchdog did.", "action")
 
 # --- dependencies ---
 BREAKER_STATE = _gauge("breaker_state", "0 closed, 1 half-open, 2 open.", "dependency")
 BREAKER_OPENED = _counter("breaker_opened_total", "Times a circuit breaker opened.", "dependency")
+DEPENDENCY_ANSWERS = _gauge(
+    "dependency_answers",
+    "1 while a server answers when it is asked for nothing else, 0 while it does not.",
+    "dependency",
+)
 FUSE_BLOWN = _gauge("fuse_blown", "1 while a stage is stopped because too much of its input is refused.", "stage")
 CACHE = _counter("cache_total", "Look-ups by outcome.", "cache", "outcome")
 
@@ -97,6 +114,11 @@ CONNECTOR_REFUSED = _counter("connector_refused_total", "Device messages refused
 CONNECTOR_RECONNECTS = _counter(
     "connector_reconnects_total", "Connections lost or given up for a redelivery.", "connector"
 )
+
+# --- state ---
+STATE_DAMAGED = _counter("state_damaged_total", "Local stores that were damaged, set aside and restored.", "table")
+STATE_FENCED = _counter("state_fenced_total", "Writes of state that were not this worker's to make any more.", "table")
+STATE_REPAIRED = _counter("state_repaired_total", "Values written again over those of a stale worker.", "table")
 
 # --- stores ---
 STORE_ROWS = _counter("store_rows_total", "Rows by outcome: stored, duplicate, rejected.", "store", "outcome")
@@ -141,6 +163,12 @@ ALARM_FLOOD = _gauge(
     "alarm_flood", "1 while the recipient has a flood: above 10 in 10 minutes, until below 5.", "recipient"
 )
 NOTICES = _counter("notices_total", "Notices by outcome: sent, retried, refused, skipped.", "channel", "outcome")
+NOTICE_NUMBERS = _counter(
+    "notice_numbers_total",
+    "Notices whose number does not follow the one before: after a gap (notices are missing, or their plan was lost), or back (state of the group stage was lost). They are sent all the same.",
+    "stage",
+    "what",
+)
 NOTICE_SECONDS = _histogram(
     "notice_seconds",
     "Time from planning a notice until its channel took or refused it.",

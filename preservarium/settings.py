@@ -3,19 +3,25 @@
 Names are `PRESERVARIUM_<SECTION>__<FIELD>` in the environment or in `.env`; a secret may stand in a file named by the
 same variable with `_FILE` behind it. `preservarium config` prints `.env.example` from this module.
 Fields marked `reload` change on SIGHUP without a restart.
+
+It is one file, although a long one: most of it is a list, and whoever looks for a setting searches in one place.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
-from urllib.parse import quote, unquote, urlencode, urlsplit
+from urllib.parse import quote, unquote, urlencode
 
 from dotenv import dotenv_values
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from preservarium import urls
+from preservarium.errors import reason
 
 PREFIX = "PRESERVARIUM_"
 
@@ -36,6 +42,21 @@ SASL_FIELDS = ("sasl_username", "sasl_password")
 
 def _given(value: str | SecretStr) -> bool:
     return bool(value.get_secret_value() if isinstance(value, SecretStr) else value)
+
+
+def _checked(url: SecretStr, *schemes: str, alone: str = "", several: bool = False) -> SecretStr:
+    """A URL that reads as it is meant, or is empty.
+
+    Raises:
+        ValueError: one sentence that says what to do, and nothing of the URL.
+    """
+    if given := url.get_secret_value():
+        try:
+            urls.read(given, *schemes, wants_host=not several, many=several)
+        except ValueError as e:
+            message = f"{e}{f', or the password stands alone in {alone}' if alone else ''}"
+            raise ValueError(message) from None
+    return url
 
 
 class Kafka(_Section):
@@ -74,7 +95,13 @@ class Kafka(_Section):
     )
     fetch_bytes_max: int = Field(262_144, ge=65_536, description="Most bytes of one partition in one fetch.")
     record_bytes_max: int = Field(1_000_000, ge=10_000, description="Largest record; brokers take 1 MiB by default.")
-    compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field("lz4", description="Of what we produce.")
+    compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field("zstd", description="Of what we produce.")
+
+    @field_validator("bootstrap_servers")
+    @classmethod
+    def _servers(cls, bootstrap_servers: str) -> str:
+        urls.places(",".join(entry for entry in bootstrap_servers.split(",") if entry.strip()))
+        return bootstrap_servers
 
     @property
     def tls(self) -> bool:
@@ -124,6 +151,10 @@ class Postgres(_Section):
     url: SecretStr = Field(
         SecretStr(""), description="A postgresql:// URL, with ?sslmode=… where need be; wins over the fields above."
     )
+    direct_url: SecretStr = Field(
+        SecretStr(""),
+        description="Where `url` or `host` is a pooler in transaction mode: the server itself, for what needs a session of its own (migrate, relay, extract, reports).",
+    )
     pool_max: int = Field(6, ge=1, le=100, description="Connections a worker may hold.")
     command_timeout_s: float = Field(30.0, gt=0, description="A statement that takes longer is cancelled.")
     connect_timeout_s: float = Field(5.0, gt=0, description="A connection must stand within this time.")
@@ -132,7 +163,7 @@ class Postgres(_Section):
     def dsn(self) -> str:
         """A postgresql:// URL with the password in it: for drivers, never for logs."""
         if url := self.url.get_secret_value():
-            return url
+            return urls.escaped(url)
         auth = quote(self.user, safe="")
         if password := self.password.get_secret_value():
             auth += ":" + quote(password, safe="")
@@ -140,7 +171,24 @@ class Postgres(_Section):
             return f"postgresql://{auth}@/{quote(self.database, safe='')}?host={quote(self.host, safe='/')}&port={self.port}"
         ssl = {"sslmode": "" if self.ssl_mode == "prefer" else self.ssl_mode, "sslrootcert": self.ssl_ca_file}
         query = urlencode({name: value for name, value in ssl.items() if value}, quote_via=quote, safe="/")
-        return f"postgresql://{auth}@{self.host}:{self.port}/{quote(self.database, safe='')}{query and '?'}{query}"
+        place = f"{urls.bracketed(self.host)}:{self.port}"
+        return f"postgresql://{auth}@{place}/{quote(self.database, safe='')}{query and '?'}{query}"
+
+    @property
+    def session_dsn(self) -> str:
+        """Where a session of one's own is to be had: `direct_url`, where it is given."""
+        direct = self.direct_url.get_secret_value()
+        return urls.escaped(direct) if direct else self.dsn
+
+    @field_validator("host")
+    @classmethod
+    def _host(cls, host: str) -> str:
+        return host if host.startswith("/") else urls.host(host)
+
+    @field_validator("url", "direct_url")
+    @classmethod
+    def _read(cls, url: SecretStr) -> SecretStr:
+        return _checked(url, "postgresql", "postgres", alone="PRESERVARIUM_POSTGRES__PASSWORD", several=True)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -157,7 +205,14 @@ class ClickHouse(_Section):
     """ClickHouse over HTTP: a server, a cluster, or the embedded engine."""
 
     enabled: bool = Field(True, description="Off where there is no ClickHouse: sync does not run.")
-    url: SecretStr = Field(SecretStr("http://localhost:8123"), description="http(s)://[user[:password]@]host:port.")
+    url: SecretStr = Field(
+        SecretStr("http://localhost:8123"),
+        description="http(s)://[user[:password]@]host:port; its user and password win over the fields below.",
+    )
+    user: str = Field("default", description="User.")
+    password: SecretStr = Field(
+        SecretStr(""), description="Password; better in PRESERVARIUM_CLICKHOUSE__PASSWORD_FILE."
+    )
     ssl_ca_file: str = Field("", description="PEM of an authority that is trusted besides the system's, for https.")
     database: str = Field("preservarium", description="Database; migrations make it.")
     cluster: str = Field("", description="Cluster name for ON CLUSTER and replicated engines; empty for one server.")
@@ -166,20 +221,27 @@ class ClickHouse(_Section):
 
     @property
     def parts(self) -> tuple[str, int, str, str, bool]:
-        """(host, port, user, password, secure) of the URL."""
-        u = urlsplit(self.url.get_secret_value())
-        secure = u.scheme == "https"
-        port = u.port or (8443 if secure else 8123)
-        return (
-            u.hostname or "localhost",
-            port,
-            unquote(u.username or "default"),
-            unquote(u.password or ""),
-            secure,
-        )
+        """(host, port, user, password, secure)."""
+        url = urls.read(self.url.get_secret_value(), "http", "https")
+        user, password = urls.user_of(url)
+        secure = url.scheme == "https"
+        port = url.port or (8443 if secure else 8123)
+        if password is None and not user:
+            password = self.password.get_secret_value()
+        return (url.hostname or "localhost", port, user or self.user, password or "", secure)
+
+    @field_validator("url")
+    @classmethod
+    def _read(cls, url: SecretStr) -> SecretStr:
+        return _checked(url, "http", "https", alone="PRESERVARIUM_CLICKHOUSE__PASSWORD")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if not self.enabled:
+            return self
+        if not _given(self.url):
+            message = "url is empty: http(s)://host:port, or enabled=false where there is no ClickHouse"
+            raise ValueError(message)
         if self.ssl_ca_file and not self.parts[-1]:
             message = "ssl_ca_file is given, but url is not of https://"
             raise ValueError(message)
@@ -396,6 +458,17 @@ class Extract(_Section):
         description="Every key is compared so often: finds rows that were deleted, and changes that left updated_at alone.",
     )
 
+    @field_validator("url")
+    @classmethod
+    def _read(cls, url: SecretStr) -> SecretStr:
+        return _checked(url, "postgresql", "postgres", "mongodb", "mongodb+srv", several=True)
+
+    @property
+    def dsn(self) -> str:
+        """The URL as drivers take it, never for logs; empty where nothing is extracted."""
+        url = self.url.get_secret_value()
+        return url and urls.escaped(url)
+
 
 class Fuse(_Section):
     """Stops a partition when so much of it is refused that the fault must be ours."""
@@ -442,6 +515,12 @@ class Agents(_Section):
     )
     backoff_s: float = Field(0.2, gt=0, description="First wait between tries; waits double, with jitter.")
     backoff_max_s: float = Field(10.0, gt=0, description="Longest wait between tries.")
+    clock_skew_max_s: float = Field(
+        60.0,
+        ge=0,
+        json_schema_extra=RELOAD,
+        description="A worker whose clock differs more from Kafka's does nothing for reasons of time until it is back; 0: it does.",
+    )
     enabled: str = Field("", description="Names of the agents to run in this worker, separated by commas; empty: all.")
 
 
@@ -520,6 +599,12 @@ class Notices(_Section):
     )
     limit_window_s: float = Field(3_600.0, ge=1, json_schema_extra=RELOAD, description="That window.")
     timezone: str = Field("UTC", description="Time zone of quiet hours, digests and the times in notices.")
+    private_destinations: str = Field(
+        "",
+        json_schema_extra=RELOAD,
+        description="Networks, addresses and host names, separated by commas, that webhooks and Apprise may reach though they are private, loopback "
+        "or link-local: `10.0.0.0/8, tickets.lan, .cluster.local`. Public addresses need no entry.",
+    )
     webhook_secret: SecretStr = Field(
         SecretStr(""),
         description="Signs webhooks, 16 characters or more; each recipient's key is made of it (`preservarium notices key`).",
@@ -541,6 +626,12 @@ class Notices(_Section):
     plot_timeout_s: float = Field(
         2.0, gt=0, description="The database must have answered within this time, or the mail goes without the picture."
     )
+
+    @field_validator("private_destinations")
+    @classmethod
+    def _read(cls, private_destinations: str) -> str:
+        urls.networks_and_names(private_destinations)
+        return private_destinations
 
     @field_validator("webhook_secret")
     @classmethod
@@ -574,10 +665,15 @@ class Mqtt(_Section):
     inflight_max: int = Field(1_000, ge=1, le=65_535, description="Messages taken and not yet acknowledged.")
     keepalive_s: int = Field(60, ge=5, le=65_535, description="A silent connection is tested after this time.")
 
+    @field_validator("url")
+    @classmethod
+    def _read(cls, url: SecretStr) -> SecretStr:
+        return _checked(url, "mqtt", "mqtts")
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         given = [name for name in TLS_FIELDS if _given(getattr(self, name))]
-        if given and urlsplit(self.url.get_secret_value()).scheme != "mqtts":
+        if given and not self.url.get_secret_value().lower().startswith("mqtts://"):
             message = f"{given[0]} is given, but url is not of mqtts://"
             raise ValueError(message)
         if "ssl_cert_file" not in given and (useless := [name for name in given if "key" in name]):
@@ -590,9 +686,23 @@ class Http(_Section):
     """The HTTP connector: POST /ingest."""
 
     enabled: bool = Field(True, description="Serve POST /ingest on the worker's web port.")
-    body_bytes_max: int = Field(5_000_000, ge=1_000, description="Largest body; more is refused with 413.")
-    inflight_max: int = Field(64, ge=1, description="Requests under way at once; more are refused with 429.")
-    token: SecretStr = Field(SecretStr(""), description="Bearer token that senders must show; empty: none is asked.")
+    body_bytes_max: int = Field(
+        5_000_000, ge=1_000, json_schema_extra=RELOAD, description="Largest body, unpacked; more is refused with 413."
+    )
+    inflight_max: int = Field(
+        64, ge=1, json_schema_extra=RELOAD, description="Requests under way at once; more are refused with 429."
+    )
+    client_inflight_max: int = Field(
+        32,
+        ge=1,
+        json_schema_extra=RELOAD,
+        description="Of one client address (IPv6: /64), so that none takes all; behind a proxy, which is one, as inflight_max.",
+    )
+    token: SecretStr = Field(
+        SecretStr(""),
+        json_schema_extra=RELOAD,
+        description="Bearer token that senders must show; empty: none is asked.",
+    )
 
 
 class Web(_Section):
@@ -603,18 +713,33 @@ class Web(_Section):
         description="Address the worker's web server binds; 0.0.0.0 to be reachable from outside.",
     )
     port: int = Field(6066, ge=1, le=65535, description="Port of the worker's web server.")
+    allowed_hosts: str = Field(
+        "",
+        json_schema_extra=RELOAD,
+        description="Names under which the web ports are asked for, separated by commas, besides localhost, this machine's, that of public_url, "
+        "and addresses; `.example.org`: all names below it; `*`: any, which lets in pages of strangers.",
+    )
+    client_connections_max: int = Field(
+        256,
+        ge=1,
+        json_schema_extra=RELOAD,
+        description="Connections of one client address (IPv6: /64); behind a proxy, which is one, as many as it opens.",
+    )
     operator_token: SecretStr = Field(
         SecretStr(""),
-        description="Token for operator actions and table inspection; empty: those are served to loopback only.",
+        json_schema_extra=RELOAD,
+        description="Token of operators whose actions are recorded under the name that they give.",
     )
     operators: SecretStr = Field(
         SecretStr(""),
-        description="Operators with a token each, `name:token`, separated by commas: what they do is recorded under that name.",
+        json_schema_extra=RELOAD,
+        description="Operators with a token each, `name:token`, separated by commas: what they do is recorded under that name. With neither of "
+        "the two, everybody may read, and this machine alone may act.",
     )
     public_url: str = Field(
         "",
         description="https://host under which people reach this web port, for links in notices; empty: no links.",
-        pattern=r"^(https?://[^\s?#]+)?$",
+        pattern=r"^(https?://[^\s?#@]+)?$",
     )
     link_secret: SecretStr = Field(
         SecretStr(""),
@@ -629,6 +754,33 @@ class Web(_Section):
         """Name -> token of each operator."""
         entries = (entry.partition(":") for entry in self.operators.get_secret_value().split(",") if entry.strip())
         return {name.strip(): token.strip() for name, _, token in entries}
+
+    @property
+    def any_token(self) -> str:
+        """A token that opens what is for operators, for programs of our own; "" where none is asked for."""
+        return self.operator_token.get_secret_value() or next(iter(self.operator_tokens.values()), "")
+
+    @property
+    def allowed_names(self) -> tuple[str, ...]:
+        """Entries of `allowed_hosts`."""
+        entries = (entry.strip().lower().rstrip(".") for entry in self.allowed_hosts.split(","))
+        return tuple(entry for entry in entries if entry)
+
+    @field_validator("public_url")
+    @classmethod
+    def _public(cls, public_url: str) -> str:
+        if public_url:
+            urls.read(public_url, "http", "https")
+        return public_url
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _names(cls, allowed_hosts: str) -> str:
+        for entry in filter(None, (entry.strip() for entry in allowed_hosts.split(","))):
+            if entry != "*" and not re.fullmatch(r"\.?[\w-]+(\.[\w-]+)*\.?", entry):
+                message = f"{entry!r} is no name: give host names without scheme and port, separated by commas"
+                raise ValueError(message)
+        return allowed_hosts
 
     @field_validator("operators")
     @classmethod
@@ -748,8 +900,18 @@ class _Nested(PydanticBaseSettingsSource):
 def _variables() -> dict[str, str]:
     """`.env` (or the file that PRESERVARIUM_ENV_FILE names) under the environment."""
     file = os.environ.get(f"{PREFIX}ENV_FILE", ".env")
-    found = {k: v for k, v in dotenv_values(file).items() if v is not None} if Path(file).is_file() else {}
-    return {**found, **os.environ}
+    try:
+        found = {k: v for k, v in dotenv_values(file).items() if v is not None} if Path(file).is_file() else {}
+    except (OSError, UnicodeDecodeError) as e:
+        message = f"{PREFIX}ENV_FILE: cannot read {file!r}: {reason(e)}"
+        raise SettingsError(message) from e
+    variables = {**found, **os.environ}
+    for name in (name for name in variables if name.startswith(PREFIX) or name in LEGACY_NAMES):
+        # Bytes that are no UTF-8 come as half surrogate pairs, which nothing can be written with.
+        if not variables[name].isprintable() and any("\ud800" <= sign <= "\udfff" for sign in variables[name]):
+            message = f"{name}: is not UTF-8"
+            raise SettingsError(message)
+    return variables
 
 
 def _own(variables: Mapping[str, str]) -> dict[str, Any]:
@@ -763,9 +925,10 @@ def _own(variables: Mapping[str, str]) -> dict[str, Any]:
         if path.endswith("_file") and not _is_field(path):
             path = path.removesuffix("_file")
             try:
-                text = Path(value).read_text(encoding="utf-8").strip()
+                # An editor's line end is no part of a secret; a blank may be.
+                text = Path(value).read_text(encoding="utf-8").rstrip("\r\n")
             except (OSError, UnicodeDecodeError) as e:
-                message = f"{name}: cannot read {value!r}: {e.__class__.__name__}"
+                message = f"{name}: cannot read {value!r}: {reason(e)}"
                 raise SettingsError(message) from e
         section, separator, field = path.partition("__")
         if not separator:
@@ -791,9 +954,9 @@ def _legacy(variables: Mapping[str, str]) -> dict[str, Any]:
     for name, (section, field) in LEGACY_NAMES.items():
         if name in variables:
             value = variables[name]
-            if name == "BATCH_SIZE" and value.isdigit():
+            if name == "BATCH_SIZE" and value.isascii() and value.isdigit():
                 # The old service took any size; ours is limited because a larger batch blocks the event loop.
-                value = str(min(int(value), 5_000))
+                value = str(min(int((value.lstrip("0") or "0")[:9]), 5_000))
             values.setdefault(section, {})[field] = value
     return values
 
@@ -814,10 +977,33 @@ def load(**overrides: Any) -> Settings:
         # Of an unknown name nobody knows whether it holds a secret, and a whole section holds some.
         secret = unknown or isinstance(first.get("input"), (Mapping, BaseModel))
         secret |= any(word in name.lower() for word in ("password", "url", "token", "secret", "operators"))
+        # An address with a password in it may have been given to a setting that takes none.
+        secret |= "@" in str(first.get("input"))
         given = "" if secret else f" (given: {first.get('input')!r})"
         more = f"; {len(e.errors()) - 1} more are wrong" if len(e.errors()) > 1 else ""
         message = f"{name}: {what}{given}{more}"
         raise SettingsError(message) from None
+
+
+def secrets(settings: Settings) -> list[str]:
+    """Everything that no text for people may hold: secrets, and passwords in URLs, as they are meant and as they are written.
+
+    The longest come first, so that none is replaced in part. What is shorter than four characters is no secret and would
+    be found in every word.
+    """
+    found: set[str] = set()
+    for field in fields():
+        value = (
+            getattr(getattr(settings, field.section), field.name) if field.section else getattr(settings, field.name)
+        )
+        if not isinstance(value, SecretStr):
+            continue
+        text = value.get_secret_value()
+        found.add(text)
+        if "://" in text:
+            written = text.partition("://")[2].rpartition("@")[0].partition(":")[2]
+            found |= {written, unquote(written)}
+    return sorted((text for text in found if len(text) > 3), key=len, reverse=True)
 
 
 @dataclass(frozen=True, slots=True)

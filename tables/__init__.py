@@ -1,4 +1,7 @@
-"""State tables: declarations only. Run from a checkout or an editable install; no wheel carries this name."""
+"""State tables: declarations only. A stage names the one that is its state, and the app lets nobody else write it.
+
+Run from a checkout or an editable install; no wheel carries this name.
+"""
 
 from pathlib import Path
 

@@ -4,30 +4,32 @@
 |---|---|---|
 | `kafka` | session | bootstrap servers of a real Apache Kafka |
 | `kafka_service` | session | its object: `stop()`, `kill()`, `start()`; leave it running |
+| `own_kafka` | test | a broker that the test may harm |
 | `topic_prefix` | test | a prefix that no other test has: topics and groups of the shared broker do not meet |
 | `postgres` | session | DSN of the maintenance database of a real PostgreSQL |
 | `postgres_service` | session | its object |
 | `pg_dsn` | test | DSN of a fresh, empty database |
 | `pg_dsn_module` | module | the same, shared by the tests of a module |
+| `dsn` | test | DSN of a fresh database with the whole schema |
 | `clickhouse` | session | URL (with user and password) of ClickHouse's engine behind its HTTP interface |
 | `clickhouse_service` | session | its object |
 | `clickhouse_database` | test | name of a fresh, empty database |
 | `mosquitto` | session | mqtt:// URL of a real Mosquitto |
 | `mosquitto_service` | session | its object |
 | `mongodb_service` | session | a server that speaks MongoDB's protocol with change streams; not MongoDB's own (tests/mongodb_support.py) |
+| `told` | test | says a line in the summary at the end |
 | `smtp` | test | a real SMTP server: `.host`, `.port`, `.messages`, `.refuse` |
 
 A server given in the environment is used instead of the embedded one: TEST_KAFKA_BOOTSTRAP_SERVERS, TEST_POSTGRES_URL,
 TEST_CLICKHOUSE_URL. What is not to be had on the machine skips with "missing: …", and the summary names it.
 """
 
-import asyncio
 import os
 import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.message import EmailMessage
 from email.parser import BytesParser
@@ -38,6 +40,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 import structlog
+from thread_support import in_thread
 
 from preservarium.embedded.service import Service, ServiceUnavailable, free_port
 from preservarium.settings import LEGACY_NAMES, PREFIX
@@ -55,6 +58,8 @@ for _name in [*os.environ]:
     if _name.startswith(PREFIX) or _name in LEGACY_NAMES:
         del os.environ[_name]
 os.environ[f"{PREFIX}ENV_FILE"] = os.devnull
+# Nor must the `preservarium up` that may run in the checkout: commands look for one in the data directory.
+os.environ[f"{PREFIX}DATA_DIR"] = str(Path(tempfile.gettempdir()) / "preservarium-tests-of-no-system")
 
 # structlog's own default draws tracebacks with local variables: a second each.
 structlog.configure(
@@ -75,13 +80,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 _MARKS = {
     "kafka_service": "kafka",
     "kafka": "kafka",
+    "own_kafka": "kafka",
     "postgres": "postgres",
     "clickhouse": "clickhouse",
     "mosquitto_service": "mosquitto",
 }
 
 
+#: What needs no server comes first, so that a mistake shows early; then what takes longest, so that the processes that share the
+#: files end together.
+_FIRST = ("unit", "agents", "cases", "migrations", "contract", "adversity", "browser")
+
+
+def _turn(item: pytest.Item) -> int:
+    folder = item.path.relative_to(Path(__file__).parent).parts[0]
+    return _FIRST.index(folder) if folder in _FIRST else len(_FIRST)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=_turn)
     for item in items:
         for fixture in getattr(item, "fixturenames", ()):
             if fixture in _MARKS:
@@ -93,7 +110,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items[:] = [i for i in items if i not in slow]
 
 
+@pytest.fixture
+def told(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Tells a line at the end of the run, whichever process the test ran in."""
+    return lambda line: record_property(TOLD, line)
+
+
+TOLD = "told"
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            if said := [line for name, line in getattr(report, "user_properties", ()) if name == TOLD]:
+                terminalreporter.section(report.nodeid, sep="-")
+                for line in said:
+                    terminalreporter.line(line)
     lines: dict[str, list[str]] = {}
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -131,25 +163,6 @@ def running(service: Service) -> Iterator[Any]:
     service.stop()
 
 
-def in_thread(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine to its end from a synchronous fixture, without touching the test's own event loop."""
-    result: list[Any] = []
-    error: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            result.append(asyncio.run(coroutine))
-        except BaseException as e:
-            error.append(e)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if error:
-        raise error[0]
-    return result[0]
-
-
 # --- Kafka
 
 
@@ -167,6 +180,14 @@ def kafka(request: pytest.FixtureRequest) -> str:
     """Bootstrap servers of a real Apache Kafka."""
     given = os.environ.get("TEST_KAFKA_BOOTSTRAP_SERVERS")
     return given or request.getfixturevalue("kafka_service").bootstrap_servers
+
+
+@pytest.fixture
+def own_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Kafka"]:
+    """A broker of this test's own, for tests that harm it."""
+    from preservarium.embedded.kafka import Kafka
+
+    yield from running(Kafka(tmp_path_factory.mktemp("kafka")))
 
 
 @pytest.fixture
@@ -209,6 +230,15 @@ def _fresh_database(maintenance_dsn: str) -> Iterator[str]:
     in_thread(execute(f'CREATE DATABASE "{name}"'))
     yield urlunsplit(urlsplit(maintenance_dsn)._replace(path=f"/{name}"))
     in_thread(execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))
+
+
+@pytest.fixture
+def dsn(postgres: str) -> Iterator[str]:
+    """DSN of a database of this test's own with the whole schema."""
+    from sink_support import migrated_database
+
+    with migrated_database(postgres) as made:
+        yield made
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from preservarium import topics
 from preservarium.domain.tasks import employee_row, event_order, task_rows
 from preservarium.extract.ledger import Ledger
 from preservarium.extract.service import Extractor, source_of
-from preservarium.publish import Publisher
+from preservarium.streaming.publish import Publisher
 
 
 class World:

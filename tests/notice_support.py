@@ -8,18 +8,22 @@ import orjson
 from quality_support import World, batch, catalogue, lines, live, record
 
 from preservarium import topics
+from preservarium.domain.alarms.machine import SUPERSEDED, TRANSITION_NAMES
 from preservarium.domain.notices import Event
 from preservarium.notices.grouping import Grouping
-from preservarium.stage import Effects, Tick
+from preservarium.streaming.stage import Effects, Tick
 
 S = 1_000_000
 US = 1_700_000_000 * S
+#: Each transition of an alarm has an id of its own.
+NAMES = ("raised", *sorted({*TRANSITION_NAMES.values(), SUPERSEDED} - {"raised"}))
 
 
 def transition(number: int = 1, **fields: Any) -> dict[str, Any]:
     """A line of iot_alerts: alarm `number` of the rule `hot`, of a device of its own."""
+    name = fields.get("transition", "raised")
     return {
-        "alarm_id": f"{number:032x}", "transition_id": f"{number + 1000:032x}", "sequence": 1, "device_id": f"dev-{number}",
+        "alarm_id": f"{number:032x}", "transition_id": f"{NAMES.index(name):08x}{number + 1000:024x}", "sequence": 1, "device_id": f"dev-{number}",
         "device_name": "Attic", "rule": "hot", "rule_rev": 1, "component_type": "temp", "pin_position": "-1",
         "severity": "major", "transition": "raised", "state": "unacknowledged", "occurred_at": US, "detected_at": US,
         "cleared_at": None, "transition_at": US, "value": 31.5, "unit": "°C", "threshold": 30.0,
@@ -123,12 +127,8 @@ class GroupStage:
         return self.sent[before:]
 
     def deliveries(self) -> list[dict[str, Any]]:
-        """What whoever skips known numbers sees."""
-        seen: list[dict[str, Any]] = []
-        for delivery in self.sent:
-            if not seen or delivery["number"] > seen[-1]["number"]:
-                seen.append(delivery)
-        return seen
+        """What whoever skips known ids sees."""
+        return list({d["delivery_id"]: d for d in reversed(self.sent)}.values())[::-1]
 
     def document(self, recipient: str = "ops") -> dict[str, Any]:
         value = self.world.tables["notice_states", self.partition, recipient.encode()]

@@ -11,12 +11,13 @@ import aiohttp
 import orjson
 from worker_support import ROOT, until
 
-from preservarium import topics, topics_admin
+from preservarium import topics
 from preservarium.embedded.service import free_port
-from preservarium.publish import Publisher
 from preservarium.settings import LiveSettings, load
-from preservarium.stage import Send
 from preservarium.stores.migrate import migrate_postgres
+from preservarium.streaming import topics_admin
+from preservarium.streaming.publish import Publisher
+from preservarium.streaming.stage import Send
 
 PARTITIONS = 3
 

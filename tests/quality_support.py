@@ -6,10 +6,12 @@ from typing import Any
 import orjson
 
 from preservarium import topics
-from preservarium.catalogue import Catalogue
 from preservarium.clock import ManualClock
+from preservarium.domain.quality.checks import compile_checks
+from preservarium.domain.quality.validation import Limits, new_state, validate
+from preservarium.registry.catalogue import Catalogue
 from preservarium.settings import LiveSettings, load
-from preservarium.stage import Batch, Effects
+from preservarium.streaming.stage import Batch, Effects
 from preservarium.topics import Topic
 
 S = 1_000_000
@@ -116,3 +118,33 @@ def lines(sends: list[Any], topic: Topic) -> list[Any]:
 
 def errors(sends: list[Any]) -> list[tuple[str, str]]:
     return [(e["code"], e["message"]) for e in lines(sends, topics.ERRORS)]
+
+
+class Meter:
+    """A counter's readings, judged one after the other."""
+
+    limits = Limits(future_skew_us=300 * S, store_failed=False, series_max=3)
+
+    def __init__(self, **counter: Any) -> None:
+        self.datatype = {
+            "name": "meter", "rev": 1, "kind": "number", "unit": "m³", "counter": counter, "fail_span": {"min": 0, "max": 1e6},
+        }  # fmt: skip
+        self.checks = compile_checks(None, lambda name: self.datatype if name == "meter" else None)  # type: ignore[arg-type, return-value]
+        self.state, self.offset = new_state(), 0
+
+    def reads(self, seconds: float, value: Any, **fields: Any) -> list[Any]:
+        """What validate tells of one reading, `seconds` after T: at most one reading of consumption."""
+        self.offset += 1
+        one = message(
+            self.offset,
+            reading(value, "meter", "m³", **fields),
+            timestamp=T + round(seconds * S),
+            received_at=T + 10**6 * S,
+        )
+        self.outcome = validate(one, self.checks, self.state, self.limits)
+        return [r for r in one["readings"] if r.get("derived")]
+
+    def all(self, *values: Any) -> list[tuple[float, list[str]]]:
+        """(consumption, flags) of readings a minute apart, but for the first."""
+        told = [r for value in values for r in self.reads((self.offset + 1) * 60, value)]
+        return [(round(r["value"], 9), r.get("flags", [])) for r in told]

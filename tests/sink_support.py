@@ -1,10 +1,9 @@
 """Messages, records and databases for the tests of the stores and their agents."""
 
 import asyncio
-import threading
 import time
 import uuid
-from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,11 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import orjson
+from thread_support import in_thread
 
 from preservarium.settings import LiveSettings, load
-from preservarium.stage import Batch
 from preservarium.stores.migrate import migrate_postgres
+from preservarium.streaming.stage import Batch
 
 NOW_US = time.time_ns() // 1_000_000_000 * 1_000_000
 SECOND_US = 1_000_000
@@ -92,23 +92,6 @@ async def fetch(dsn: str, query: str, *arguments: Any) -> list[Any]:
 
 def on_server(maintenance_dsn: str, database: str) -> str:
     return urlunsplit(urlsplit(maintenance_dsn)._replace(path=f"/{database}"))
-
-
-def in_thread(coroutine: Coroutine[Any, Any, Any]) -> None:
-    """Run a coroutine to its end from a synchronous fixture, without touching the test's own event loop."""
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            asyncio.run(coroutine)
-        except BaseException as e:
-            errors.append(e)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
 
 
 _templates: dict[str, str] = {}

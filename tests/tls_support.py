@@ -40,8 +40,8 @@ class Authority:
             "-addext", "keyUsage=critical,keyCertSign,cRLSign",
         )  # fmt: skip
 
-    def sign(self, name: str, *, hosts: str = "", password: str = "") -> Identity:
-        """A certificate for `name`; `hosts` as openssl's subjectAltName, e.g. `DNS:localhost`."""
+    def sign(self, name: str, *, hosts: str = "", password: str = "", days: str = DAYS) -> Identity:
+        """A certificate for `name`; `hosts` as openssl's subjectAltName, e.g. `DNS:localhost`; -1 `days`: it has expired."""
         _openssl(
             self.directory, "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
             "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr",
@@ -53,7 +53,7 @@ class Authority:
         )
         _openssl(
             self.directory, "x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
-            "-days", DAYS, "-extfile", extensions.name, "-out", f"{name}.pem",
+            "-days", days, "-extfile", extensions.name, "-out", f"{name}.pem",
         )  # fmt: skip
         if password:
             key = f"{name}.key"

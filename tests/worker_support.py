@@ -1,6 +1,7 @@
 """Worker processes for tests that need a whole worker: started, watched and killed as an operator would."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -14,18 +15,24 @@ import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
+from preservarium import topics
+from preservarium.settings import LiveSettings, load
+from preservarium.streaming.publish import Publisher
+from preservarium.streaming.stage import Send
 from preservarium.topics import Topic
 
 ROOT = Path(__file__).parents[1]
 READY = "worker_ready"
+#: Of the topics of `Worker`.
+PARTITIONS = 3
 
 
-async def make_topics(kafka: str, prefix: str, partitions: int, topics: list[Topic]) -> None:
+async def make_topics(kafka: str, prefix: str, partitions: int, wanted: list[Topic]) -> None:
     """Make topics, without waiting for anything but the answer."""
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
     await admin.start()
     try:
-        await admin.create_topics([NewTopic(topic.full(prefix), partitions, 1) for topic in topics])
+        await admin.create_topics([NewTopic(topic.full(prefix), partitions, 1) for topic in wanted])
     finally:
         await admin.close()
 
@@ -82,6 +89,65 @@ class Workers:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+
+
+class Worker:
+    """Topics, settings and processes of one test; WORKER_MODE says which stages the worker_app has."""
+
+    def __init__(self, kafka: str, prefix: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kafka, self.prefix, self.directory = kafka, prefix, directory
+        self.report_file = directory / "report.json"
+        self.env_file = directory / "worker.env"
+        environment = {
+            "PRESERVARIUM_KAFKA__BOOTSTRAP_SERVERS": kafka,
+            "PRESERVARIUM_KAFKA__TOPIC_PREFIX": prefix,
+            "PRESERVARIUM_KAFKA__GROUP": f"{prefix}worker",
+            "PRESERVARIUM_KAFKA__PARTITIONS": str(PARTITIONS),
+            "PRESERVARIUM_KAFKA__SESSION_TIMEOUT_S": "6",
+            "PRESERVARIUM_KAFKA__COMMIT_INTERVAL_S": "0.3",
+            "PRESERVARIUM_AGENTS__BACKOFF_S": "0.05",
+            "PRESERVARIUM_AGENTS__BACKOFF_MAX_S": "0.2",
+            "PRESERVARIUM_DATA_DIR": str(directory / "data"),
+            "PRESERVARIUM_LOG_FORMAT": "json",
+            "PRESERVARIUM_ENV_FILE": str(self.env_file),
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        self.live = LiveSettings(load())
+        self.workers = Workers(
+            ROOT / "tests" / "integration" / "streaming" / "worker_app.py",
+            {**environment, "WORKER_REPORT": str(self.report_file)},
+            directory,
+        )
+
+    async def make_topics(self) -> None:
+        used = [topics.RAW, topics.STANDARDIZED, topics.VALIDATED, topics.ERRORS]
+        await make_topics(self.kafka, self.prefix, PARTITIONS, used)
+
+    async def publish(self, sends: list[Send]) -> None:
+        publisher = Publisher(self.live)
+        try:
+            for start in range(0, len(sends), 5_000):
+                await publisher.publish(sends[start : start + 5_000])
+        finally:
+            await publisher.stop()
+
+    def report(self) -> dict[str, Any]:
+        return json.loads(self.report_file.read_text()) if self.report_file.exists() else {}
+
+    def stage(self, name: str) -> dict[str, Any]:
+        return self.report().get("stages", {}).get(name, {})
+
+    async def ready(self, mode: str, **extra: str) -> int:
+        self.report_file.unlink(missing_ok=True)
+        number = self.workers.start(WORKER_MODE=mode, **extra)
+        await self.workers.ready(number)
+        await until(self.report_file.exists, 10)
+        return number
+
+    async def stop(self, number: int) -> None:
+        self.workers.signal(number, signal.SIGTERM)
+        assert await self.workers.ended(number) == 0, self.workers.log(number)[-3_000:]
 
 
 async def until(

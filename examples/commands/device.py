@@ -2,7 +2,7 @@
 
     python examples/commands/device.py relay-1 [--url mqtt://localhost:1883] [--deaf]
 
-With --deaf it says nothing, as a device that is out of reach.
+Without --url it speaks to the broker of the settings, or of the `preservarium up --mqtt` that runs here. With --deaf it says nothing, as a device that is out of reach.
 """
 
 import argparse
@@ -11,6 +11,8 @@ import contextlib
 from urllib.parse import urlsplit
 
 import aiomqtt
+
+from preservarium.cli.system import load
 
 
 async def play(address: str, url: str, deaf: bool) -> None:
@@ -29,8 +31,8 @@ async def play(address: str, url: str, deaf: bool) -> None:
 if __name__ == "__main__":
     options = argparse.ArgumentParser(description="A simulated relay.")
     options.add_argument("address")
-    options.add_argument("--url", default="mqtt://localhost:1883")
+    options.add_argument("--url", default="")
     options.add_argument("--deaf", action="store_true")
     given = options.parse_args()
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(play(given.address, given.url, given.deaf))
+        asyncio.run(play(given.address, given.url or load().mqtt.url.get_secret_value(), given.deaf))

@@ -12,16 +12,17 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import click
 
+from preservarium.cli.instants import shown
 from preservarium.cli.output import console, print_json
-from preservarium.domain.device_alarms import SHELVE_S_DEFAULT
-from preservarium.domain.errors import PreservariumError
-from preservarium.domain.rules import SEVERITIES
-from preservarium.settings import Settings, load
+from preservarium.cli.system import load
+from preservarium.domain.alarms.action import SHELVE_S_DEFAULT
+from preservarium.domain.alarms.rule import SEVERITIES, measured
+from preservarium.errors import PreservariumError, reason
+from preservarium.settings import Settings
 
 EXIT_REFUSED: Final = 1
 EXIT_NO_ANSWER: Final = 3
@@ -51,7 +52,7 @@ async def _board(settings: Settings) -> AsyncIterator[Any]:
     """The board, read to its end and followed until the block is left."""
     from aiokafka.errors import KafkaError
 
-    from preservarium.operating import Board, follow
+    from preservarium.operations.alarm_board import Board, follow
 
     board = Board()
     following = asyncio.create_task(
@@ -67,7 +68,7 @@ async def _board(settings: Settings) -> AsyncIterator[Any]:
             raise AlarmsError(message)
         yield board
     except (KafkaError, OSError) as e:
-        message = f"Kafka cannot be reached at {settings.kafka.bootstrap_servers}: {e or type(e).__name__}"
+        message = f"Kafka cannot be reached at {settings.kafka.bootstrap_servers}: {reason(e)}"
         raise AlarmsError(message) from None
     finally:
         for task in (ready, following):
@@ -84,16 +85,8 @@ def _span_s(_context: Any, _parameter: Any, text: str | float) -> float:
     return float(found[1]) * _SECONDS[found[2]]
 
 
-def _instant(us: Any) -> str:
-    return datetime.fromtimestamp(us / 1e6, UTC).strftime("%Y-%m-%d %H:%M:%SZ") if us else ""
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _filter(state: str, severity: str, device: str, rule: str, q: str) -> Any:
-    from preservarium.operating import STATES, Filter
+    from preservarium.operations.alarm_board import STATES, Filter
 
     words = [word.strip().replace("-", "_") for word in state.split(",")]
     severities = frozenset(word.strip() for word in severity.split(",") if word.strip())
@@ -147,12 +140,12 @@ def list_(state: str, severity: str, device: str, rule: str, q: str, sort: str, 
         table.add_column(name, overflow="fold")
     for a in page.alarms:
         pin = "" if a["pin_position"] == "-1" else f" [{a['pin_position']}]"
-        until = f" until {_instant(a['shelved_until'])}" if a.get("shelved_until") else ""
+        until = f" until {shown(a['shelved_until'])}" if a.get("shelved_until") else ""
         marks = "".join(
             f" ({word})" for word, field in (("first out", "first_out"), ("chattering", "chattering")) if a.get(field)
         )
-        cells = (a["severity"], a["state"].replace("_", " ") + until, _instant(a["occurred_at"] or a["transition_at"]), a["device_id"],
-                 a["rule"] + pin, f"{_text(a['value'])} {a['unit']}".strip(), _text(a["threshold"]), a["message"] + marks)  # fmt: skip
+        cells = (a["severity"], a["state"].replace("_", " ") + until, shown(a["occurred_at"] or a["transition_at"]), a["device_id"],
+                 a["rule"] + pin, measured(a["value"], a["unit"]), measured(a["threshold"], a["unit"]), a["message"] + marks)  # fmt: skip
         table.add_row(*(escape(str(cell)) for cell in cells))
     console().print(table)
     if page.total > len(page.alarms):
@@ -166,7 +159,7 @@ def list_(state: str, severity: str, device: str, rule: str, q: str, sort: str, 
 @_json
 def show(device: str, rule: str, pin: str, as_json: bool) -> None:
     """Show one alarm as it stands, and its history where the database can be asked."""
-    from preservarium.domain.errors import Retry
+    from preservarium.errors import Retry
     from preservarium.stores.views import Views
 
     async def read() -> Any:
@@ -184,6 +177,8 @@ def show(device: str, rule: str, pin: str, as_json: bool) -> None:
     alarm, history, note = asyncio.run(read())
     if note:
         click.echo(note, err=True)
+    if alarm is not None:
+        device = alarm["device_id"]
     if as_json:
         print_json({"device_id": device, "rule": rule, "pin_position": pin, "state": alarm["state"] if alarm else "normal",
                     "alarm": alarm, "history": history})  # fmt: skip
@@ -195,16 +190,16 @@ def show(device: str, rule: str, pin: str, as_json: bool) -> None:
         click.echo(f"{device} {rule}: normal")
     else:
         click.echo(f"{device} {rule}: {alarm['state'].replace('_', ' ')} ({alarm['severity']}) since "
-                   f"{_instant(alarm['occurred_at'] or alarm['transition_at'])}\n{alarm['message']}")  # fmt: skip
+                   f"{shown(alarm['occurred_at'] or alarm['transition_at'])}\n{alarm['message']}")  # fmt: skip
         if alarm["shelved_until"]:
-            click.echo(f"shelved until {_instant(alarm['shelved_until'])}")
+            click.echo(f"shelved until {shown(alarm['shelved_until'])}")
     if history:
         table = Table(box=None, pad_edge=False)
         for name in ("at", "what", "state", "who", "comment"):
             table.add_column(name, overflow="fold")
         for line in history:
             said = line["comment"] or ""
-            cells = (_instant(line["at"]), line["name"], line["state"].replace("_", " "), line["actor"] or "",
+            cells = (shown(line["at"]), line["name"], line["state"].replace("_", " "), line["actor"] or "",
                      f"refused: {line['reason']} {said}" if line["reason"] else said)  # fmt: skip
             table.add_row(*(escape(str(cell)) for cell in cells))
         console().print(table)
@@ -215,9 +210,9 @@ def show(device: str, rule: str, pin: str, as_json: bool) -> None:
 
 def _act(line: dict[str, Any], timeout_s: float, as_json: bool) -> None:
     """Send an action, wait for its answer, say it, and exit."""
-    from preservarium.operating import Board, Desk
-    from preservarium.publish import Publisher
+    from preservarium.operations.alarm_board import Board, Desk
     from preservarium.settings import LiveSettings
+    from preservarium.streaming.publish import Publisher
 
     async def send(board: Any, settings: Settings) -> str:
         publisher = Publisher(LiveSettings(settings))
@@ -257,9 +252,9 @@ def _act_on_many(
     word: str, wanted: dict[str, str], line: dict[str, Any], *, limit: int, yes: bool, timeout_s: float, as_json: bool
 ) -> None:
     """Find alarms, say how many, ask, send an action for each, say what became of them, and exit."""
-    from preservarium.operating import BULK, Desk, tally
-    from preservarium.publish import Publisher
+    from preservarium.operations.alarm_board import BULK, Desk, tally
     from preservarium.settings import LiveSettings
+    from preservarium.streaming.publish import Publisher
 
     found = _filter(**{**wanted, "state": wanted["state"] or BULK[word]})
     request_id = line.pop("action_id", None) or uuid.uuid4().hex

@@ -9,10 +9,10 @@ import click
 from preservarium.cli.alarms import alarms
 from preservarium.cli.instants import now_us, shown, shown_span, when
 from preservarium.cli.output import console, print_json
-from preservarium.settings import load
+from preservarium.cli.system import load
 
 if TYPE_CHECKING:
-    from preservarium.backtest import Result, Test
+    from preservarium.operations.backtest import Result, Test
 
 #: Alarms that the printed table names; --json has a thousand.
 ALARMS_SHOWN_MAX = 20
@@ -73,7 +73,7 @@ def backtest(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from preservarium import backtest as work
+    from preservarium.operations import backtest as work
     from preservarium.stores.migrate import MigrationError, connect_postgres
 
     settings = load()
@@ -275,9 +275,9 @@ def suggest(device: str, rule: str, from_: str, to: str | None, as_json: bool) -
     import asyncpg
     from rich.markup import escape
 
+    from preservarium.operations.suggesting import Suggested
+    from preservarium.operations.suggesting import suggest as work
     from preservarium.stores.migrate import MigrationError, connect_postgres
-    from preservarium.suggesting import Suggested
-    from preservarium.suggesting import suggest as work
 
     from_us, to_us = _times(from_, to)
 

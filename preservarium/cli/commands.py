@@ -1,6 +1,7 @@
 """`preservarium commands`: ask devices to do something, and see what became of it.
 
-`send`, `cancel` and waiting need Kafka alone; `list` and `show` read PostgreSQL.
+`send`, `cancel` and waiting need Kafka alone, but where PostgreSQL answers, `send` refuses a device that the registry does not
+know; `list` and `show` read PostgreSQL.
 
 Exit codes: 0 done; 1 it ended otherwise than successful, was refused, or a service cannot be reached; 2 wrong
 arguments; 3 no end came within the time to wait.
@@ -13,16 +14,19 @@ import getpass
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import click
 import orjson
 
+from preservarium.cli.instants import readable, shown
 from preservarium.cli.output import console, print_json
-from preservarium.domain.commands import CONFIRM_WORDS, OVER, PRIORITY_MAX, State
-from preservarium.domain.errors import PreservariumError
-from preservarium.settings import LiveSettings, load
+from preservarium.cli.system import load
+from preservarium.domain.commands.confirm import CONFIRM_WORDS
+from preservarium.domain.commands.lines import PRIORITY_MAX
+from preservarium.domain.commands.machine import OVER, State
+from preservarium.errors import PreservariumError, reason
+from preservarium.settings import LiveSettings
 
 EXIT_FAILED: Final = 1
 EXIT_NO_END: Final = 3
@@ -40,21 +44,19 @@ def group() -> None:
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def _instant(us: Any) -> str:
-    return datetime.fromtimestamp(us / 1e6, UTC).strftime("%Y-%m-%d %H:%M:%SZ") if us else ""
-
-
 @asynccontextmanager
 async def _desk() -> AsyncIterator[tuple[Any, Any]]:
-    from preservarium.command_desk import CommandDesk
-    from preservarium.publish import Publisher
+    from preservarium.operations.command_desk import CommandDesk
+    from preservarium.stores.views import Views
+    from preservarium.streaming.publish import Publisher
 
     live = LiveSettings(load())
-    publisher = Publisher(live)
+    publisher, views = Publisher(live), Views(lambda: live().postgres)
     await publisher.start()
     try:
-        yield CommandDesk(publisher.publish), live()
+        yield CommandDesk(publisher.publish, registered=views.registered), live()
     finally:
+        await views.close()
         await publisher.stop()
 
 
@@ -84,7 +86,7 @@ def _content(fields: tuple[str, ...], payload: str | None, hexadecimal: str | No
         try:
             return {"payload_b64": base64.b64encode(binascii.unhexlify(hexadecimal.replace(" ", ""))).decode()}
         except binascii.Error as e:
-            message = f"--hex: {e}"
+            message = f"--hex: not hexadecimal: {reason(e)}"
             raise click.UsageError(message) from None
     return {}
 
@@ -141,14 +143,14 @@ def send(
 async def _send(
     device: str, asked: dict[str, Any], wait_s: float | None, *, quiet: bool
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    from preservarium.command_desk import watching
+    from preservarium.operations.command_desk import watching
 
     events: list[dict[str, Any]] = []
     async with _desk() as (desk, settings):
         desk.prepared(device, asked)  # what is wrong with it is said before anything is connected
         if wait_s is None:
             return await desk.request(device, asked), events
-        async with watching(settings, device) as watch:
+        async with watching(settings) as watch:
             made: dict[str, str] = await desk.request(device, asked)
             try:
                 async with asyncio.timeout(wait_s):
@@ -162,9 +164,9 @@ async def _send(
 
 
 def _show_event(event: dict[str, Any]) -> None:
-    reason = f"  {event['reason']}" if event["reason"] else ""
+    why = f"  {readable(event['reason'])}" if event["reason"] else ""
     actor = f"  by {event['actor']}" if event["actor"] else ""
-    click.echo(f"{_instant(event['at'])}  {event['event']:<10} {event['state']:<10}{actor}{reason}")
+    click.echo(f"{shown(event['at'])}  {event['event']:<10} {event['state']:<10}{actor}{why}")
 
 
 @group.command("cancel")
@@ -179,9 +181,9 @@ def cancel(device: str, command_id: str, actor: str | None, wait_s: float, as_js
     """Cancel the command COMMAND_ID of DEVICE; what is being sent at this moment cannot be."""
 
     async def ask() -> list[dict[str, Any]]:
-        from preservarium.command_desk import watching
+        from preservarium.operations.command_desk import watching
 
-        async with _desk() as (desk, settings), watching(settings, device) as watch:
+        async with _desk() as (desk, settings), watching(settings) as watch:
             await desk.cancel(device, command_id, actor or getpass.getuser())
             events: list[dict[str, Any]] = []
             try:
@@ -233,7 +235,7 @@ def list_(device: str, states: tuple[str, ...], limit: int, as_json: bool) -> No
     table = Table("requested", "device", "command", "state", "tries", "by", "reason", "id")
     for each in found["commands"]:
         table.add_row(
-            _instant(each["requested_at"]),
+            shown(each["requested_at"]),
             *(
                 escape(str(each[name]))
                 for name in ("device_id", "command", "state", "attempt", "requested_by", "reason")

@@ -6,7 +6,8 @@ import click
 from pydantic import SecretStr
 
 from preservarium.cli.output import print_json
-from preservarium.settings import env_example, fields, load
+from preservarium.cli.system import load
+from preservarium.settings import env_example, fields
 
 MASK = "********"
 

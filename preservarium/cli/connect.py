@@ -13,7 +13,7 @@ from preservarium.cli.output import print_json
 if TYPE_CHECKING:
     from preservarium.cli.process import Process
     from preservarium.connectors.files import Columns, Totals
-    from preservarium.domain.errors import Retry
+    from preservarium.errors import Retry
 
 #: The worker's own port has the console on it; a connector alone stands beside it.
 HTTP_PORT: Final = 8080
@@ -58,6 +58,7 @@ def http(host: str | None, port: int, as_json: bool) -> None:
     from preservarium.connectors.base import RawProducer
     from preservarium.connectors.http import CONNECTOR, Fetch, Ingest
     from preservarium.connectors.mailbox import Mailbox, MailboxFollower
+    from preservarium.serving import server
 
     started = time.monotonic()
 
@@ -74,9 +75,9 @@ def http(host: str | None, port: int, as_json: bool) -> None:
         mailbox = Mailbox()
         follower = MailboxFollower(mailbox, process.live)
         fetch = Fetch(process.publisher, process.live, process.clock, mailbox)
-        app.add_routes([web.get("/ingest/commands", fetch.commands)])
+        app.add_routes(fetch.routes())
         app.add_routes([web.get("/health", health), web.get("/metrics", metrics)])
-        runner = web.AppRunner(app, access_log=None)
+        runner = server.install(app, process.live, bound=host)
         await runner.setup()
         try:
             site = web.TCPSite(runner, host or process.live().web.host, port)
@@ -110,6 +111,7 @@ def http(host: str | None, port: int, as_json: bool) -> None:
 @click.option("--port", help="Column of the port.")
 @click.option("--mode", default="FILE", show_default=True, help="Connector mode.")
 @click.option("--delimiter", default=",", show_default=True, help=r"Of CSV; \t for a tabulator.")
+@click.option("--encoding", help="Of the file; default: UTF-8, or UTF-16 where a byte order mark says so.")
 @click.option(
     "--rate", type=click.FloatRange(min=0, min_open=True), help="Rows a second; default: as Kafka takes them."
 )
@@ -130,6 +132,7 @@ def files(
     port: str | None,
     mode: str,
     delimiter: str,
+    encoding: str | None,
     rate: float | None,
     restart: bool,
     dry_run: bool,
@@ -142,6 +145,7 @@ def files(
     name. Exit 1 where rows were refused (they stand in iot_errors) or the back-fill was interrupted.
     """
     from preservarium.connectors.files import Columns
+    from preservarium.domain.decoders.base import encoding_of
 
     if device is not None and device_id is not None:
         _usage("--device or --device-id, not both")
@@ -150,6 +154,11 @@ def files(
     delimiter = delimiter.replace("\\t", "\t")
     if len(delimiter) != 1 or delimiter in '"\r\n':
         _usage("the delimiter is one character")
+    if encoding is not None:
+        try:
+            encoding = encoding_of(encoding)
+        except ValueError as e:
+            _usage(str(e))
     mapping = Columns(
         device=device,
         device_id=device_id,
@@ -160,6 +169,7 @@ def files(
         port=port,
         mode=mode,
         delimiter=delimiter,
+        encoding=encoding,
         columns=columns,
     )
     _files(paths, form, mapping, rate, restart, dry_run, state, as_json)
@@ -180,7 +190,7 @@ def _files(
 
     from preservarium.connectors import files as connector
     from preservarium.connectors.base import Limits, RawProducer
-    from preservarium.domain.errors import Retry
+    from preservarium.errors import Retry
 
     started = time.monotonic()
     forms = {path: connector.format_of(path) if form is None else cast(connector.Format, form) for path in paths}
@@ -195,10 +205,10 @@ def _files(
     )
 
     async def back_fill(process: "Process | None") -> list[dict[str, Any]]:
+        from preservarium.cli.system import load_alone
         from preservarium.clock import SystemClock
-        from preservarium.settings import load
 
-        settings = process.live() if process else load()
+        settings = process.live() if process else load_alone()
         stop = process.stop if process else asyncio.Event()
         producer = RawProducer(process.publisher, connector.CONNECTOR) if process else None
         positions = connector.Positions(state or Path(settings.data_dir) / "files") if process else None

@@ -8,6 +8,7 @@ import binascii
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,25 +17,33 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import click
 import orjson
 
-from preservarium import codecs, topics
+from preservarium import topics
 from preservarium.cli.output import print_json
-from preservarium.domain.decoders import KINDS, Decoded, Decoder, ParserError, ScriptParser, compile_any, examples
+from preservarium.cli.system import load, load_alone
+from preservarium.domain.decoders import examples
+from preservarium.domain.decoders.base import Decoded, Decoder, ParserError, sorted_out
+from preservarium.domain.decoders.kinds import KINDS, compile_any
 from preservarium.domain.decoders.mbus import MbusDecoder
-from preservarium.domain.decoders.scripts import FUNCTIONS
-from preservarium.domain.device import DeviceDoc, DeviceTypeDoc, ParserDoc
-from preservarium.domain.errors import Reject
-from preservarium.domain.instant import instant_us
-from preservarium.domain.normalize import Normalized, compile_device, standardize
-from preservarium.domain.reading import RawMessage
-from preservarium.normalizer import script_call, script_fields
-from preservarium.proving import prove
-from preservarium.records import parse_raw
-from preservarium.registry_file import RegistryFileError, plain_file, read, source_hash
+from preservarium.domain.decoders.scripts import FUNCTIONS, ScriptParser
+from preservarium.domain.readings import json_text
+from preservarium.domain.readings.instant import instant_us
+from preservarium.domain.readings.normalize import Normalized, compile_device, standardize
+from preservarium.domain.readings.number import shown
+from preservarium.domain.readings.reading import RawMessage
+from preservarium.domain.registry.checks import RegistryFileError
+from preservarium.domain.registry.device import DeviceDoc, DeviceTypeDoc, ParserDoc
+from preservarium.domain.registry.documents import source_hash
+from preservarium.errors import Reject, reason
+from preservarium.registry import codecs
+from preservarium.registry.file import read
+from preservarium.registry.proving import prove
+from preservarium.registry.yaml_tree import editor, parse, plain_file
 from preservarium.sandbox.pool import Limits, Outcome, SandboxPool
-from preservarium.settings import load
+from preservarium.stages.normalize import script_call, script_fields
+from preservarium.streaming.records import parse_raw
 
 if TYPE_CHECKING:
-    from preservarium.dlq import Letter
+    from preservarium.operations.dlq import Letter
 
 #: Compiled codecs kept in a batch run, which goes through thousands of examples of some hundreds of files.
 CODECS_MAX: Final = 1_000
@@ -56,7 +65,7 @@ class _Refused(click.ClickException):
 
 def parser_file(path: Path, kind: str = "auto", *, with_examples: bool = True) -> ParserDoc:
     """A parser document from a file: a parser file (`kind`, `source`, `examples`), a script or a codec bundle
-    (`preservarium.codecs`), or a bare source of `kind`.
+    (`preservarium.registry.codecs`), or a bare source of `kind`.
 
     Args:
         path: the file.
@@ -119,8 +128,9 @@ def _bundle(bundle: codecs.Bundle, kind: str) -> ParserDoc:
 
 def _guessed(source: dict[str, Any]) -> str:
     """The kind of a bare source, by what only that kind has."""
+    fields = source.get("fields")
     if "ports" in source or any(
-        "type" in f or "repeat" in f for f in source.get("fields") or [] if isinstance(f, dict)
+        "type" in f or "repeat" in f for f in (fields if isinstance(fields, list) else ()) if isinstance(f, dict)
     ):
         return "table"
     return "json" if "fields" in source or "each" in source else "table"
@@ -144,7 +154,7 @@ def parser_of(codec: str, kind: str) -> ParserDoc:
     }  # fmt: skip
 
 
-def as_data(decoded: list[Decoded]) -> dict[str, Any]:
+def as_data(decoded: Sequence[Decoded]) -> dict[str, Any]:
     """Decoded fields as one object; several of one name as a list, in their order."""
     counts: dict[str, int] = {}
     for field in decoded:
@@ -152,9 +162,9 @@ def as_data(decoded: list[Decoded]) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for field in decoded:
         if counts[field.name] == 1:
-            data[field.name] = field.value
+            data[field.name] = shown(field.value)
         else:
-            data.setdefault(field.name, []).append(field.value)
+            data.setdefault(field.name, []).append(shown(field.value))
     return data
 
 
@@ -176,37 +186,52 @@ def _tasks_done(tasks: Sequence[_Task], outcomes: Sequence[Outcome], *, readings
             yield orjson.dumps({"data": {}, "warnings": [], "errors": [task.refused]})
             continue
         result: Any = {"data": {}, "warnings": [], "errors": []}
+        decoded: Sequence[Decoded | Reject]
         try:
             if isinstance(task.parser, ScriptParser):
                 outcome = next(ran)
                 if outcome.text is not None:
                     if not readings:
-                        yield outcome.text.encode()
+                        yield _strict(outcome.text)
                         continue
-                    shown = orjson.loads(outcome.text)
-                    result = shown if isinstance(shown, dict) else {"data": shown}
+                    returned = json_text.loads(outcome.text.encode())
+                    result = returned if isinstance(returned, dict) else {"data": returned}
                 decoded = script_fields(task.parser, outcome)
             else:
                 decoded = task.parser.decode(task.raw)
                 # A frame's records say more than its fields.
                 result["data"] = (
-                    task.parser.records(task.raw) if isinstance(task.parser, MbusDecoder) else as_data(decoded)
+                    task.parser.records(task.raw)
+                    if isinstance(task.parser, MbusDecoder)
+                    else as_data(sorted_out(decoded)[0])
                 )
+            _, refused = sorted_out(decoded)
             if readings:
                 done = _readings(task.doc, task.parser, task.raw, decoded)
                 result["readings"] = done.message["readings"]
-                if done.refused:
-                    result["warnings"] = [*(result.get("warnings") or ()), *map(str, done.refused)]
+                refused = [*done.refused]
+            if refused:
+                result["warnings"] = [*(result.get("warnings") or ()), *map(str, refused)]
         except (Reject, orjson.JSONDecodeError) as e:
             # What the script itself reports stands in its result already.
             if not result.get("errors"):
                 result["errors"] = [f"{e.code}: {e}" if isinstance(e, Reject) else str(e)]
             if readings:
                 result["readings"] = []
-        yield orjson.dumps(result, option=orjson.OPT_NON_STR_KEYS)
+        yield json_text.dumps(result, not_finite="null")
 
 
-def _readings(doc: ParserDoc, parser: Decoder | ScriptParser, raw: RawMessage, decoded: list[Decoded]) -> Normalized:
+def _strict(text: str) -> bytes:
+    """A script's result as it returned it, but for numbers that are not finite: they are null to whoever reads JSON."""
+    if "NaN" in text or "Infinity" in text:
+        with suppress(orjson.JSONDecodeError, UnicodeEncodeError):
+            return json_text.dumps(json_text.loads(text.encode()), not_finite="null")
+    return text.encode()
+
+
+def _readings(
+    doc: ParserDoc, parser: Decoder | ScriptParser, raw: RawMessage, decoded: Sequence[Decoded | Reject]
+) -> Normalized:
     device: DeviceDoc = {"device_id": raw["device"], "rev": 0, "type": doc["name"], "enabled": True}
     kind: DeviceTypeDoc = {"name": doc["name"], "rev": 0, "manufacturer": "", "parser": doc["name"]}
     return standardize(raw, compile_device(device, kind, doc, lambda name: None, parser), decoded)
@@ -216,7 +241,7 @@ class _Runner:
     """Decodes tasks, scripts among them in one round trip."""
 
     def __init__(self) -> None:
-        limits = Limits.of(load())
+        limits = Limits.of(load_alone())
         # Each payload stands for itself here: the sandbox sets no version aside before many of them were tried.
         self._limits = replace(
             limits,
@@ -329,7 +354,7 @@ def decode(
         payload = data.decode("utf-8", "replace") if text_file is not None else data
     if json_file is not None:
         try:
-            payload = orjson.loads(payload)
+            payload = json_text.loads(payload)
         except orjson.JSONDecodeError as e:
             message = f"{json_file}: {e}"
             raise _Refused(message) from None
@@ -344,7 +369,7 @@ def decode(
     if isinstance(task.parser, ScriptParser) and not readings:
         click.echo(line)
     else:
-        print_json(orjson.loads(line))
+        print_json(json_text.loads(line))
     sys.exit(1 if _failed(line) else 0)
 
 
@@ -389,7 +414,7 @@ def _task(
     compiled: dict[bytes, tuple[ParserDoc, Decoder | ScriptParser]],
 ) -> _Task:
     try:
-        item = orjson.loads(line)
+        item = json_text.loads(line)
         path, variables = str(item.get("codec") or codec), item.get("variables")
         payload = bytes.fromhex(item["hex"]) if "hex" in item else item["json"]
         given = item.get("time", item.get("recvTime"))
@@ -406,7 +431,7 @@ def _task(
                 docs[path] = parser_of(path, item.get("format") or kind)
             compiled[key] = docs[path], _compiled(docs[path], variables)
     except (ValueError, KeyError, TypeError, AttributeError, binascii.Error, click.ClickException) as e:
-        text = e.message if isinstance(e, click.ClickException) else f"{type(e).__name__}: {e}"
+        text = e.message if isinstance(e, click.ClickException) else reason(e)
         return _Task(None, None, None, text)
     doc, parser = compiled[key]
     return _Task(doc, parser, examples.raw_message(payload, port=item.get("port", item.get("fPort")), received_at=at))
@@ -468,7 +493,7 @@ def add_example(identity: str, codec: Path) -> None:
     What the parser makes of it now is what the example expects: look at it. A parser file (YAML with `kind`) gets it at the
     end of its `examples`; elsewhere it is printed.
     """
-    from preservarium.dlq import letter
+    from preservarium.operations.dlq import letter
 
     found = asyncio.run(letter(load(), identity))
     raw = _captured(found)
@@ -526,12 +551,12 @@ async def _example(task: _Task) -> dict[str, Any]:
         broken = isinstance(result, dict) and any(str(e).startswith("script_") for e in result.get("errors") or ())
         return {**example, "reject": True} if broken else {**example, "output": result}
     try:
-        decoded = task.parser.decode(raw) if task.parser is not None else []
+        decoded, _ = sorted_out(task.parser.decode(raw) if task.parser is not None else ())
     except Reject:
         return {**example, "reject": True}
     expect: dict[str, Any] = {}
     for field in decoded:
-        entry: dict[str, Any] = {"value": field.value}
+        entry: dict[str, Any] = {"value": shown(field.value)}
         if field.unit:
             entry["unit"] = field.unit
         if field.pin is not None:
@@ -542,12 +567,8 @@ async def _example(task: _Task) -> dict[str, Any]:
 
 def _append_example(path: Path, example: dict[str, Any]) -> None:
     """Put an example at the end of a parser file's, and leave the rest of the file as it is written."""
-    from ruamel.yaml import YAML
-
-    yaml = YAML()
-    yaml.width = 160
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    tree = yaml.load(path.read_text(encoding="utf-8"))
+    yaml = editor()
+    tree = parse(yaml, path.read_text(encoding="utf-8"))
     if not isinstance(tree, dict) or "kind" not in tree:
         message = f"{path}: a bare source has no place for examples; give it `kind` and `source`"
         raise _Refused(message)
@@ -562,7 +583,7 @@ def _append_example(path: Path, example: dict[str, Any]) -> None:
 
 async def _proven(docs: Sequence[ParserDoc]) -> list[list[examples.Outcome]]:
     # A failing example is a finding, not a reason to set its script aside.
-    sandbox = SandboxPool(replace(Limits.of(load()), hard_faults_max=1_000, soft_faults_max=1 << 62))
+    sandbox = SandboxPool(replace(Limits.of(load_alone()), hard_faults_max=1_000, soft_faults_max=1 << 62))
     try:
         return await prove(docs, sandbox)
     finally:

@@ -5,10 +5,10 @@ from typing import Any
 
 import click
 
-from preservarium.cli.instants import now_us, shown, when
+from preservarium.cli.instants import now_us, readable, shown, when, with_iso
 from preservarium.cli.output import console, print_json
-from preservarium.domain.errors import ReasonCode
-from preservarium.settings import load
+from preservarium.cli.system import load
+from preservarium.errors import ReasonCode
 
 
 def _selection(function: Any) -> Any:
@@ -36,7 +36,7 @@ def dlq() -> None:
 @_json
 def list_(codes: tuple[str, ...], device: str | None, since: str | None, limit: int | None, as_json: bool) -> None:
     """List error lines, oldest first within a partition.  [default limit: 100]"""
-    from preservarium.dlq import Select, letters
+    from preservarium.operations.dlq import Select, letters
 
     select = Select(codes, device, when(since, "--since") if since else 0, limit or 100)
 
@@ -45,7 +45,7 @@ def list_(codes: tuple[str, ...], device: str | None, since: str | None, limit: 
 
     found = asyncio.run(collect())
     if as_json:
-        print_json([{"id": each.id, **each.line} for each in found])
+        print_json([{"id": each.id, **with_iso(each.line)} for each in found])
         return
     from rich.markup import escape
     from rich.table import Table
@@ -56,7 +56,7 @@ def list_(codes: tuple[str, ...], device: str | None, since: str | None, limit: 
     for each in found:
         line = each.line
         cells = (each.id, shown(line.get("first_seen")), line.get("stage"), line.get("code"), line.get("device_id") or "",
-                 line.get("attempt", 1), line.get("message"))  # fmt: skip
+                 line.get("attempt", 1), readable(line.get("message")))  # fmt: skip
         table.add_row(*(escape(str(cell)) for cell in cells))
     console().print(table)
 
@@ -65,10 +65,10 @@ def list_(codes: tuple[str, ...], device: str | None, since: str | None, limit: 
 @click.argument("identity", metavar="ID")
 def show(identity: str) -> None:
     """Print the error line ID (PARTITION:OFFSET) as JSON."""
-    from preservarium.dlq import letter
+    from preservarium.operations.dlq import letter
 
     found = asyncio.run(letter(load(), identity))
-    print_json({"id": found.id, **found.line})
+    print_json({"id": found.id, **with_iso(found.line)})
 
 
 @dlq.command()
@@ -82,12 +82,13 @@ def redrive(
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from preservarium.dlq import Redriven, Select
-    from preservarium.dlq import redrive as run
+    from preservarium.operations.dlq import Redriven, Select
+    from preservarium.operations.dlq import redrive as run
 
     select = Select(codes, device, when(since, "--since") if since else 0, limit)
     columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} sent"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=as_json) as bar:
+    errors = Console(stderr=True)
+    with Progress(*columns, console=errors, transient=True, disable=as_json or not errors.is_terminal) as bar:
         task = bar.add_task("redrive", total=None)
 
         def progress(so_far: Redriven) -> None:

@@ -9,17 +9,21 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import click
 
+from preservarium import urls
+from preservarium.cli import system
 from preservarium.cli.output import console, print_json
-from preservarium.settings import PREFIX, Settings, load
+from preservarium.embedded.running import find, named
+from preservarium.errors import PreservariumError, reason
+from preservarium.settings import PREFIX, Settings, SettingsError, secrets
+from preservarium.stores import connections
 
 PYTHON_MIN: Final = (3, 11)
 #: Kafka and PostgreSQL stop on a full disk; half of what one hour of a busy site writes is the last warning.
@@ -92,7 +96,10 @@ def check_files() -> Finding:
 def check_disk(data_dir: str | Path) -> Finding:
     """Free space where RocksDB (and, under `up`, everything else) writes."""
     directory = Path(data_dir).absolute()
-    existing = next(p for p in (directory, *directory.parents) if p.exists())
+    try:
+        existing = next(p for p in (directory, *directory.parents) if p.exists())
+    except OSError as e:
+        return Finding("disk", State.RED, f"{str(data_dir)[:100]!r}: {e.strerror}", f"Set {PREFIX}DATA_DIR.")
     usage = shutil.disk_usage(existing)
     found = f"{usage.free / 2**30:.1f} GiB free of {usage.total / 2**30:.1f} GiB at {existing}"
     if not os.access(existing, os.W_OK):
@@ -186,12 +193,28 @@ def check_memory() -> Finding:
     return Finding("memory", State.GREEN, found)
 
 
+def check_system(settings: Settings) -> Finding:
+    """Whose servers are looked at."""
+    where = system.shown(Path(settings.data_dir).absolute())
+    found = find(Path(settings.data_dir).absolute())
+    if found is not None and found.state != "running":
+        return Finding(
+            "system", State.YELLOW, f"`preservarium up` is {found.state} in {where}", "Try again in a moment."
+        )
+    if found is not None and system.running(settings) is not None:
+        return Finding("system", State.GREEN, f"`preservarium up` runs in {where}: {found.web}")
+    if found is not None:
+        return Finding("system", State.GREEN, f"the settings' own servers; another one runs in {where}: {found.web}")
+    given = sorted(named(settings))
+    whose = f"given for {', '.join(given)}" if given else "given for none, so the defaults are looked at"
+    return Finding("system", State.GREEN, f"no `preservarium up` runs in {where}; addresses are {whose}")
+
+
 async def check_kafka(settings: Settings) -> list[Finding]:
     """Brokers, and whether our topics are there."""
     from aiokafka.admin import AIOKafkaAdminClient
 
-    from preservarium import kafka_clients
-    from preservarium.topics import TOPICS
+    from preservarium.streaming import kafka_clients
 
     servers = settings.kafka.bootstrap_servers
     # Its log repeats each refused connection; the finding says it once.
@@ -200,7 +223,6 @@ async def check_kafka(settings: Settings) -> list[Finding]:
     try:
         await asyncio.wait_for(admin.start(), PROBE_S)
         brokers = (await asyncio.wait_for(admin.describe_cluster(), PROBE_S))["brokers"]
-        topics = set(await asyncio.wait_for(admin.list_topics(), PROBE_S))
     except Exception as e:
         advice = f"Start Kafka, or set {PREFIX}KAFKA__BOOTSTRAP_SERVERS; `preservarium up` brings its own."
         if settings.kafka.security_protocol != "PLAINTEXT":
@@ -217,24 +239,45 @@ async def check_kafka(settings: Settings) -> list[Finding]:
     if settings.kafka.replication > len(brokers):
         advice = f"{PREFIX}KAFKA__REPLICATION={settings.kafka.replication} needs as many brokers."
         found[0] = Finding("kafka", State.RED, found[0].found, advice)
-    absent = [t.name for t in TOPICS if t.full(settings.kafka.topic_prefix) not in topics]
+    return [*found, await _topics(settings)]
+
+
+async def _topics(settings: Settings) -> Finding:
+    """Whether our topics are there, with what they need."""
+    from preservarium.streaming import topics_admin
+
+    try:
+        async with asyncio.timeout(2 * PROBE_S):
+            compared = await topics_admin.compare(settings)
+    except (PreservariumError, TimeoutError) as e:
+        return Finding("topics", State.YELLOW, f"not told: {_cause(e)}")
+    total, absent = len(compared.topics), len(compared.missing)
     if absent:
-        found.append(
-            Finding("topics", State.YELLOW, f"{len(absent)} of {len(TOPICS)} are missing", "Run: preservarium migrate")
+        return Finding("topics", State.YELLOW, f"{absent} of {total} are missing", "Run: preservarium migrate")
+    if needs := compared.needs():
+        text = "; ".join(
+            f"{name} needs {', '.join(f'{k}={v}' for k, v in each.items())}" for name, each in needs.items()
         )
-    else:
-        found.append(Finding("topics", State.GREEN, f"all {len(TOPICS)} are there"))
-    return found
+        advice = "`preservarium migrate` sets it, where its user may (AlterConfigs); else Kafka's own tools do."
+        return Finding("topics", State.YELLOW, text, advice)
+    return Finding("topics", State.GREEN, f"all {total} are there")
 
 
 async def check_postgres(settings: Settings) -> list[Finding]:
     """PostgreSQL, TimescaleDB and its background jobs, the clocks."""
     import asyncpg
 
-    u = urlsplit(settings.postgres.dsn)
-    place = f"{u.hostname or settings.postgres.host}:{u.port or 5432}{u.path}"
+    url = urls.read(settings.postgres.dsn, "postgresql", "postgres", wants_host=False, many=True)
+    hosts = urls.places(url.netloc.rpartition("@")[2], wants_host=False)
+    place = ",".join(f"{host or settings.postgres.host}:{port or 5432}" for host, port in hosts) + url.path
     try:
-        connection = await asyncpg.connect(settings.postgres.dsn, timeout=PROBE_S, command_timeout=PROBE_S)
+        connections.forget()
+        link = await connections.look(settings.postgres.dsn, timeout=PROBE_S)
+        # One transaction, without statements that outlive it: that works through every pooler.
+        connection = await asyncpg.connect(
+            settings.postgres.dsn, timeout=PROBE_S, command_timeout=PROBE_S, statement_cache_size=0
+        )
+        await connection.execute("BEGIN")
     except Exception as e:
         advice = f"Start PostgreSQL, or set {PREFIX}POSTGRES__HOST, __DATABASE, __USER, __PASSWORD (or __URL)."
         return [Finding("postgres", State.RED, f"{place} does not answer ({_cause(e)})", advice)]
@@ -245,6 +288,7 @@ async def check_postgres(settings: Settings) -> list[Finding]:
         version = await connection.fetchval("SHOW server_version")
         tls = await connection.fetchval("SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid() AND ssl")
         found = [Finding("postgres", State.GREEN, f"PostgreSQL {version} at {place}, {tls or 'not encrypted'}")]
+        found.append(await _link(settings, link))
         row = await connection.fetchrow(
             "SELECT default_version, installed_version FROM pg_available_extensions WHERE name = 'timescaledb'"
         )
@@ -261,6 +305,26 @@ async def check_postgres(settings: Settings) -> list[Finding]:
         return found
     finally:
         await connection.close()
+
+
+async def _link(settings: Settings, link: connections.Link) -> Finding:
+    """Whether a pooler stands before the server, and what that means."""
+    reached = f"reached {link}"
+    if link is not connections.Link.TRANSACTION:
+        return Finding("pooler", State.GREEN, reached)
+    needs = "migrate, registry, relay of its changes, extract, late roll-ups and reports need a session of their own"
+    if not settings.postgres.direct_url.get_secret_value():
+        advice = f"Rows are stored; {needs}: set {PREFIX}POSTGRES__DIRECT_URL to the server itself."
+        return Finding("pooler", State.YELLOW, reached, advice)
+    try:
+        direct = await connections.look(settings.postgres.session_dsn, timeout=PROBE_S)
+    except Exception as e:
+        advice = f"{PREFIX}POSTGRES__DIRECT_URL does not answer ({_cause(e)}): {needs}."
+        return Finding("pooler", State.RED, reached, advice)
+    if direct is connections.Link.TRANSACTION:
+        advice = f"{PREFIX}POSTGRES__DIRECT_URL leads to a pooler in transaction mode, too: {needs}."
+        return Finding("pooler", State.RED, reached, advice)
+    return Finding("pooler", State.GREEN, f"{reached}; sessions {direct}")
 
 
 async def _timescale_jobs(connection: Any, version: str) -> Finding:
@@ -310,11 +374,15 @@ async def check_mqtt(settings: Settings) -> list[Finding]:
         return []
     from preservarium.connectors.mqtt import tls_context
 
-    u = urlsplit(settings.mqtt.url.get_secret_value())
-    place = f"{u.hostname}:{u.port or (8883 if u.scheme == 'mqtts' else 1883)}"
     try:
-        secure = tls_context(settings.mqtt) if u.scheme == "mqtts" else None
-        _, writer = await asyncio.wait_for(asyncio.open_connection(*place.rsplit(":", 1), ssl=secure), PROBE_S)
+        url = urls.read(settings.mqtt.url.get_secret_value(), "mqtt", "mqtts")
+    except ValueError as e:
+        return [Finding("mqtt", State.RED, f"{PREFIX}MQTT__URL {e}", f"Set {PREFIX}MQTT__URL.")]
+    host, port = url.hostname, url.port or (8883 if url.scheme == "mqtts" else 1883)
+    place = f"{host}:{port}"
+    try:
+        secure = tls_context(settings.mqtt) if url.scheme == "mqtts" else None
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port, ssl=secure), PROBE_S)
     except Exception as e:
         return [Finding("mqtt", State.RED, f"{place} does not answer ({_cause(e)})", f"Set {PREFIX}MQTT__URL.")]
     writer.close()
@@ -323,33 +391,62 @@ async def check_mqtt(settings: Settings) -> list[Finding]:
 
 
 def _cause(e: BaseException) -> str:
-    """A short reason, on one line, without a URL that may hold a password."""
-    if isinstance(e, TimeoutError):
-        return "no answer in time"
-    text = " ".join(str(e).split()).split(" (for url ")[0]
-    return text[:160] or type(e).__name__
+    """A short reason, on one line."""
+    return reason(e).split(" (for url ")[0][:160]
 
 
 async def examine(settings: Settings, *, up: bool) -> list[Finding]:
-    """Every check, the remote ones at once."""
-    found = [
-        check_python(),
-        check_versions(),
-        check_clock(),
-        check_disk(settings.data_dir),
-        check_files(),
-    ]
+    """Every check, the remote ones at once. What one stumbles over is a finding, and the others are made all the same."""
+    here: dict[str, Callable[[], Finding]] = {
+        "python": check_python,
+        "packages": check_versions,
+        "clock": check_clock,
+        "disk": lambda: check_disk(settings.data_dir),
+        "open files": check_files,
+    }
     if up:
-        return [*found, check_memory(), check_java(), check_engines()]
-    checks: list[Callable[[Settings], Awaitable[list[Finding]]]] = [
-        check_kafka,
-        check_postgres,
-        check_clickhouse,
-        check_mqtt,
-    ]
-    for findings in await asyncio.gather(*(check(settings) for check in checks)):
-        found += findings
-    return found
+        here |= {"memory": check_memory, "java": check_java, "engines": check_engines}
+    else:
+        here["system"] = lambda: check_system(settings)
+    found: list[Finding] = []
+    for name, check in here.items():
+        try:
+            found.append(check())
+        except Exception as e:
+            found.append(_stumbled(name, e))
+    remote: dict[str, Callable[[Settings], Awaitable[list[Finding]]]] = {
+        "kafka": check_kafka,
+        "postgres": check_postgres,
+        "clickhouse": check_clickhouse,
+        "mqtt": check_mqtt,
+    }
+
+    async def ask(name: str, check: Callable[[Settings], Awaitable[list[Finding]]]) -> list[Finding]:
+        try:
+            return await check(settings)
+        except Exception as e:
+            return [_stumbled(name, e)]
+
+    if not up:
+        for findings in await asyncio.gather(*(ask(name, check) for name, check in remote.items())):
+            found += findings
+    return [_without_secrets(finding, secrets(settings)) for finding in found]
+
+
+def _stumbled(name: str, e: Exception) -> Finding:
+    """A check that could not be made: whatever it is, the doctor says it in a line."""
+    if isinstance(e, SettingsError):
+        return Finding(name, State.RED, str(e), "Set it right: docs/OPERATING.md.")
+    advice = f"See the settings of {name}; where they are right, this is a fault of the doctor's own."
+    return Finding(name, State.RED, f"cannot be checked: {_cause(e)}", advice)
+
+
+def _without_secrets(finding: Finding, known: Iterable[str]) -> Finding:
+    """Drivers put into their errors what they were given; nothing else that is said here is a driver's."""
+    found = finding.found
+    for secret in known if finding.state == State.RED else ():
+        found = found.replace(secret, "…")
+    return replace(finding, found=found)
 
 
 MARKS: Final = {State.GREEN: "[green]●[/]", State.YELLOW: "[yellow]▲[/]", State.RED: "[red]■[/]"}
@@ -360,7 +457,11 @@ MARKS: Final = {State.GREEN: "[green]●[/]", State.YELLOW: "[yellow]▲[/]", St
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(up: bool, as_json: bool) -> None:
     """Check versions, servers, disk and clock; say what to do. Exit code 1 where something is red."""
-    findings = asyncio.run(examine(load(), up=up))
+    try:
+        settings = system.load_alone() if up else system.load()
+    except system.SystemNotReady:
+        settings = system.load_alone()  # what it finds says so
+    findings = asyncio.run(examine(settings, up=up))
     worst = max(findings, key=lambda f: list(State).index(f.state)).state
     if as_json:
         print_json({"state": worst, "findings": [asdict(f) for f in findings]})

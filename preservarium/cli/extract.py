@@ -7,8 +7,11 @@ from typing import Any
 
 import click
 
+from preservarium.cli.instants import shown, told
 from preservarium.cli.output import console, print_json
-from preservarium.settings import Settings, load
+from preservarium.cli.system import load
+from preservarium.errors import reason
+from preservarium.settings import Settings
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -32,10 +35,10 @@ def status(as_json: bool) -> None:
 
     out = console()
     table = Table(box=None, pad_edge=False)
-    for name in ("table", "rows", "gone", "on their way", "moved (UTC)", "all keys compared (UTC)", "position"):
+    for name in ("table", "rows", "gone", "on their way", "moved", "all keys compared", "position"):
         table.add_column(name, justify="right" if name in {"rows", "gone", "on their way"} else "left", overflow="fold")
     for t in found.tables:
-        position = "-" if t.position is None else ", ".join(f"{k} {v}" for k, v in t.position.items())
+        position = "-" if t.position is None else ", ".join(f"{k} {told(v)}" for k, v in t.position.items())
         table.add_row(
             t.table, f"{t.rows:,}", f"{t.gone:,}", f"{t.pending:,}", _time(t.moved_at), _time(t.compared_at), position
         )
@@ -60,7 +63,7 @@ def check(as_json: bool) -> None:
     for f in found:
         click.echo(f"{f.table}: " + ("no row" if f.example is None else "as it would be sent"))
         for name, value in (f.example or {}).items():
-            click.echo(f"  {name:<16}{value}")
+            click.echo(f"  {name:<16}{told(value)}")
 
 
 @extract.command()
@@ -98,7 +101,8 @@ def _answer(asked: Coroutine[Any, Any, Any]) -> Any:
     try:
         return asyncio.run(asked)
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as e:
-        raise click.ClickException(str(e) or "the database did not answer in time") from e
+        message = f"the database cannot be asked: {reason(e)}"
+        raise click.ClickException(message) from e
     except Exception as e:
         # PyMongo by its name: it is an extra.
         if not type(e).__module__.startswith("pymongo."):
@@ -108,7 +112,7 @@ def _answer(asked: Coroutine[Any, Any, Any]) -> Any:
 
 
 def _time(at: Any) -> str:
-    return "-" if at is None else at.isoformat(sep=" ")[:19]
+    return shown(at) or "-"
 
 
 commands: list[click.Command] = [extract]

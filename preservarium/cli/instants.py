@@ -1,4 +1,4 @@
-"""Instants as people give them to commands: ISO 8601, or so long ago."""
+"""Instants as people give them to commands, and as commands show them: ISO 8601, UTC."""
 
 import re
 import time
@@ -7,9 +7,18 @@ from typing import Any, Final
 
 import click
 
-from preservarium.domain.instant import instant_us
+from preservarium.domain.readings.instant import instant_us
 
-_SPAN: Final = re.compile(r"(\d+)([smhd])")
+_SPAN: Final = re.compile(r"([0-9]+)([smhd])")
+#: Instants in whole microseconds between these are told: 2000 to 2100. No other number of ours is of that size.
+INSTANT_MIN_US: Final = 946_684_800_000_000
+INSTANT_MAX_US: Final = 4_102_444_800_000_000
+#: Behind a field's name: the instant in ISO 8601.
+ISO: Final = "_iso"
+#: What devices send is theirs: nothing is added to it.
+THEIRS: Final = frozenset({"payload", "meta"})
+
+_INSTANT: Final = re.compile(r"(?<![\w.])\d{15,16}(?![\w.]*\d)")
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
@@ -41,9 +50,48 @@ def when(text: str, option: str) -> int:
     return at
 
 
-def shown(us: Any) -> str:
-    """An instant in µs for people, to the second; nothing where there is none."""
-    return datetime.fromtimestamp(us / 1e6, UTC).isoformat(timespec="seconds") if isinstance(us, int) else ""
+def shown(at: Any) -> str:
+    """An instant (µs since the epoch, or a datetime) for people, to the second; nothing where there is none."""
+    if isinstance(at, int | float):
+        at = datetime.fromtimestamp(at / 1e6, UTC)
+    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if isinstance(at, datetime) else ""
+
+
+def iso(us: int) -> str:
+    """An instant in ISO 8601, to the millisecond, or to the microsecond where it has one."""
+    at = datetime.fromtimestamp(us // 1_000_000, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    rest = us % 1_000_000
+    return f"{at}.{rest:06d}Z" if rest % 1_000 else f"{at}.{rest // 1_000:03d}Z"
+
+
+def with_iso(value: Any) -> Any:
+    """A message with each instant in ISO 8601 beside it, under the field's name and `_iso`."""
+    if isinstance(value, dict):
+        found: dict[str, Any] = {}
+        for name, each in value.items():
+            found[name] = each if name in THEIRS else with_iso(each)
+            if type(each) is int and INSTANT_MIN_US <= each < INSTANT_MAX_US and f"{name}{ISO}" not in value:
+                found[f"{name}{ISO}"] = iso(each)
+        return found
+    if isinstance(value, list):
+        return [with_iso(each) for each in value]
+    return value
+
+
+def told(value: Any) -> Any:
+    """A value for people: an instant with what it means, anything else as it is."""
+    instant = type(value) is int and INSTANT_MIN_US <= value < INSTANT_MAX_US
+    return f"{value} ({iso(value)})" if instant else value
+
+
+def readable(text: Any) -> str:
+    """A message for people, with the instants in it (µs since the epoch) in ISO 8601."""
+
+    def instant(found: "re.Match[str]") -> str:
+        us = int(found[0])
+        return iso(us) if INSTANT_MIN_US <= us < INSTANT_MAX_US else found[0]
+
+    return _INSTANT.sub(instant, str(text or ""))
 
 
 def shown_span(seconds: float | None) -> str:

@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
+from preservarium.cli.instants import shown
 from preservarium.cli.output import console, print_json
-from preservarium.settings import Settings, load
+from preservarium.cli.system import load
+from preservarium.settings import Settings
 
 
 def _document(report: Any) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def _print_report(report: Any) -> None:
             f.file,
             f"[{style}]{status}[/]",
             str(f.statements),
-            f.applied_at.isoformat(timespec="seconds") if f.applied_at else "",
+            shown(f.applied_at),
             "" if f.duration_ms is None else str(f.duration_ms),
         )
     out = console()
@@ -69,8 +71,8 @@ def migrate(
 async def _migrate(
     settings: Settings, wait_s: float, dry_run: bool, allow_blocking: bool, only: tuple[str, ...], as_json: bool
 ) -> None:
-    from preservarium import topics_admin
     from preservarium.stores.migrate import Store, migrate_all
+    from preservarium.streaming import topics_admin
 
     stores: list[Store] = [s for s in ("postgres", "clickhouse") if not only or s in only]
     say = (lambda _: None) if as_json else (lambda file: click.echo(f"applied {file}"))
@@ -92,6 +94,8 @@ async def _migrate(
         verb = "missing" if dry_run else "created"
         names = topics.missing if dry_run else topics.created
         click.echo(f"Kafka: {len(topics.topics)} topics, {len(names)} {verb}{': ' if names else ''}{', '.join(names)}")
+        for line in topics.altered:
+            click.echo(f"  altered: {line}")
         for line in topics.differences():
             click.echo(f"  differs: {line}")
 

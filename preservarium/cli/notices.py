@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from preservarium.cli.output import print_json
-from preservarium.domain.errors import PreservariumError, Reject, Retry
-from preservarium.settings import load
+from preservarium.cli.system import load
+from preservarium.errors import PreservariumError, Reject, Retry, reason
 
 
 @click.group("notices")
@@ -36,7 +36,6 @@ def test(recipient: str, as_json: bool) -> None:
 
 
 async def _test(recipient: str) -> dict[str, Any]:
-    from preservarium.catalogue import Catalogue
     from preservarium.clock import SystemClock
     from preservarium.notices.channel import Notice, RefusedForNow
     from preservarium.notices.chat import AppriseChannel
@@ -44,6 +43,7 @@ async def _test(recipient: str) -> dict[str, Any]:
     from preservarium.notices.mail import MailChannel
     from preservarium.notices.routing import resolve
     from preservarium.notices.webhook import WebhookChannel
+    from preservarium.registry.catalogue import Catalogue
     from preservarium.settings import LiveSettings
 
     live = LiveSettings(load())
@@ -82,14 +82,14 @@ def _no_link(_line: Any, _recipient: str) -> None:
 
 async def _registered(name: str) -> dict[str, Any] | None:
     """The recipient as the registry's database has it; a mail address needs none."""
-    import asyncpg
     import orjson
 
+    from preservarium.stores.connections import session
     from preservarium.stores.postgres import INFRASTRUCTURE_ERRORS
 
     settings = load().postgres
     try:
-        connection = await asyncpg.connect(settings.dsn, timeout=settings.connect_timeout_s)
+        connection = await session(settings, "reading the recipient")
         try:
             row = await connection.fetchrow("SELECT rev, doc FROM recipients WHERE name = $1", name)
         finally:
@@ -97,7 +97,7 @@ async def _registered(name: str) -> dict[str, Any] | None:
     except INFRASTRUCTURE_ERRORS as e:
         if "@" in name:
             return None
-        message = f"the registry cannot be read: {type(e).__name__}: {e}"
+        message = f"the registry cannot be read: {reason(e)}"
         raise PreservariumError(message) from e
     if row is None:
         return None
@@ -106,7 +106,7 @@ async def _registered(name: str) -> dict[str, Any] | None:
 
 
 def _delivery(recipient: str) -> dict[str, Any]:
-    from preservarium.domain.lineage import identity
+    from preservarium.domain.readings.lineage import identity
 
     now_us = time.time_ns() // 1_000
     line = {

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from preservarium.cli.instants import iso
 from preservarium.cli.output import console, print_json
-from preservarium.settings import load
+from preservarium.cli.system import load, load_alone
 
 if TYPE_CHECKING:
-    from preservarium.registry_file import RegistryFile
+    from preservarium.domain.registry.checks import RegistryFile
     from preservarium.stores.registry import Change, Plan
 
 #: Long values are cut in the printed difference; --json has them whole.
@@ -83,7 +84,7 @@ def _change_document(change: "Change") -> dict[str, Any]:
 @_json
 def apply(file: Path, dry_run: bool, prune: bool, actor: str | None, wait_s: float, as_json: bool) -> None:
     """Bring the registry to what FILE says. Applying it again changes nothing."""
-    from preservarium.registry import apply as apply_file
+    from preservarium.registry.apply import apply as apply_file
 
     done = asyncio.run(apply_file(load(), file, actor=actor, prune=prune, dry_run=dry_run, wait_s=wait_s))
     if as_json:
@@ -130,13 +131,13 @@ def apply(file: Path, dry_run: bool, prune: bool, actor: str | None, wait_s: flo
 @_json
 def check(file: Path, with_registry: bool, as_json: bool) -> None:
     """Say everything that is wrong with FILE; exit 1 where something is."""
-    from preservarium.proving import check_scripts
-    from preservarium.registry_file import read
+    from preservarium.registry.file import read
+    from preservarium.registry.proving import check_scripts
     from preservarium.stores import registry as store
 
     found = read(file)
     if not found.errors:
-        asyncio.run(check_scripts(found, load()))
+        asyncio.run(check_scripts(found, load_alone()))
     if with_registry:
         asyncio.run(_plan_only(found))
     else:
@@ -159,8 +160,8 @@ def check(file: Path, with_registry: bool, as_json: bool) -> None:
 
 
 async def _plan_only(file: "RegistryFile") -> None:
-    from preservarium.registry import connect
-    from preservarium.registry_file import RegistryFileError
+    from preservarium.domain.registry.checks import RegistryFileError
+    from preservarium.registry.apply import connect
     from preservarium.stores import registry as store
 
     connection = await connect(load())
@@ -173,7 +174,7 @@ async def _plan_only(file: "RegistryFile") -> None:
 
 
 async def _with_connection(work: Any) -> Any:
-    from preservarium.registry import connect
+    from preservarium.registry.apply import connect
 
     connection = await connect(load())
     try:
@@ -186,7 +187,8 @@ async def _with_connection(work: Any) -> Any:
 @_json
 def export(as_json: bool) -> None:
     """Print the registry as a file that `apply` takes."""
-    from preservarium.registry_file import DERIVED, SECTIONS, dump
+    from preservarium.domain.registry.documents import DERIVED, SECTIONS
+    from preservarium.registry.file import dump
     from preservarium.stores import registry as store
 
     documents = asyncio.run(_with_connection(store.export))
@@ -209,7 +211,11 @@ def get(device: str, as_json: bool) -> None:
     """Print DEVICE with its type, parser, datatypes, rules and recipients."""
     from preservarium.stores import registry as store
 
-    found = asyncio.run(_with_connection(lambda c: store.composite(c, [device]))).get(device)
+    async def ask(connection: Any) -> Any:
+        name = await store.spelled(connection, device)
+        return (await store.composite(connection, [name])).get(name)
+
+    found = asyncio.run(_with_connection(ask))
     if found is None:
         message = f"there is no device {device!r}"
         raise store.RegistryError(message)
@@ -224,12 +230,9 @@ def get(device: str, as_json: bool) -> None:
     if as_json:
         print_json(parts)
         return
-    from ruamel.yaml import YAML
+    from preservarium.registry.yaml_tree import editor
 
-    yaml = YAML()
-    yaml.width = 160
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.dump({k: v for k, v in parts.items() if v}, sys.stdout)
+    editor().dump({k: v for k, v in parts.items() if v}, sys.stdout)
 
 
 @registry.command()
@@ -242,7 +245,13 @@ def history(stream: str, as_json: bool) -> None:
     from preservarium.stores import events
     from preservarium.stores import registry as store
 
-    found = asyncio.run(_with_connection(lambda c: store.history(c, stream)))
+    async def ask(connection: Any) -> Any:
+        kind, slash, name = stream.partition("/")
+        if kind == "device":
+            name = await store.spelled(connection, name)
+        return await store.history(connection, f"{kind}{slash}{name}")
+
+    found = asyncio.run(_with_connection(ask))
     if not found:
         message = f"there is no stream {stream!r}"
         raise store.RegistryError(message)
@@ -253,7 +262,7 @@ def history(stream: str, as_json: bool) -> None:
 
     out = console()
     for e in found:
-        at = events.instant(e.at_us).isoformat(timespec="milliseconds")
+        at = iso(e.at_us)
         out.print(
             f"[bold]{escape(e.stream_id)}[/] {e.version}  {at}  {e.type} by {escape(e.actor)}  [dim]{e.hash[:12]}[/]"
         )

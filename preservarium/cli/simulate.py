@@ -47,8 +47,8 @@ def simulate(
     A synthetic fleet (--devices) must be registered to be decoded:
     `preservarium simulate --devices 500 --print-devices > fleet.yaml`, `preservarium registry apply fleet.yaml`.
     """
-    from preservarium import registry_file
     from preservarium.connectors import simulator
+    from preservarium.registry import file as registry_file
 
     catalogue = load(registry)
     if devices is None and (types or print_devices):
@@ -67,8 +67,8 @@ def load(path: Path) -> "Catalogue":
     Raises:
         RegistryFileError: the file has errors.
     """
-    from preservarium import registry_file
     from preservarium.connectors.simulator import Catalogue
+    from preservarium.registry import file as registry_file
 
     file = registry_file.read(path)
     file.raise_for_errors()

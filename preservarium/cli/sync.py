@@ -2,8 +2,6 @@
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, date, datetime
 from functools import partial
@@ -11,12 +9,14 @@ from typing import Any, Final
 
 import click
 
-from preservarium.cli.output import console, print_json
-from preservarium.settings import Settings, load
+from preservarium.cli.instants import shown
+from preservarium.cli.output import bar, console, print_json
+from preservarium.cli.system import load
+from preservarium.settings import Settings
 
 #: Differences that are printed; all of them are in the JSON.
 PRINTED_MAX: Final = 50
-#: Of preservarium/verification.py, which is not imported before it is needed.
+#: Of preservarium/operations/verification.py, which is not imported before it is needed.
 TABLE_NAMES: Final = (
     "measurements",
     "alarm_events",
@@ -51,7 +51,7 @@ def sync() -> None:
 @_json
 def status(as_json: bool) -> None:
     """Say how each sync stage and its table stand; exit 1 where a table is missing or ignores tokens."""
-    from preservarium.sync_status import status as ask
+    from preservarium.operations.sync_status import status as ask
 
     settings = _enabled()
     found = asyncio.run(ask(settings))
@@ -73,7 +73,7 @@ def status(as_json: bool) -> None:
             "table",
             "rows",
             "MB",
-            "last insert (UTC)",
+            "last insert",
             "tokens",
         ):
             table.add_column(
@@ -87,7 +87,7 @@ def status(as_json: bool) -> None:
             )
             table.add_row(
                 s.stage, s.topic, f"{s.lag:,}", bounds or "-", s.table if s.exists else f"{s.table} (missing)",
-                f"{s.rows:,}", f"{s.bytes / 1e6:,.1f}", s.last_insert.isoformat(sep=" ")[:19] if s.last_insert else "-",
+                f"{s.rows:,}", f"{s.bytes / 1e6:,.1f}", shown(s.last_insert) or "-",
                 f"{s.dedup_window:,}",
             )  # fmt: skip
         out = console()
@@ -128,21 +128,22 @@ async def _verify(
     settle_s: float,
     quiet: bool,
 ) -> Any:
-    from preservarium import replaying
-    from preservarium.sync_status import settled, written
-    from preservarium.verification import ALL_TABLES, TABLES, Verdict, Verifier
+    from preservarium.operations import topic_comparison
+    from preservarium.operations.compared_tables import ALL_TABLES, TABLES
+    from preservarium.operations.sync_status import settled, written
+    from preservarium.operations.verification import Verdict, Verifier
 
     title = "repair" if repair else "verify"
     async with Verifier(settings, settled=partial(settled, settings), settle_s=settle_s) as verifier:
         verdict = Verdict()
         if tables := [TABLES[n] for n in names or TABLES if n in TABLES]:
             begin, end = _days(verifier.default_range(), first, last)
-            with _bar(title, quiet) as progress:
+            with bar(title, quiet) as progress:
                 verdict = await verifier.verify(tables, begin, end, repair=repair, progress=progress)
         for name in names or ALL_TABLES:
-            if name in replaying.TABLES:
-                replayed = replaying.TABLES[name]
-                with _bar(f"{title} {name}", quiet) as progress:
+            if name in topic_comparison.TABLES:
+                replayed = topic_comparison.TABLES[name]
+                with bar(f"{title} {name}", quiet) as progress:
                     ends = await written(settings, replayed)
                     await verifier.verify_topic(replayed, ends, verdict, repair=repair, progress=progress)
         return verdict
@@ -158,9 +159,10 @@ def rebuild(names: tuple[str, ...], first: datetime | None, last: datetime | Non
     Into tables of tasks and employees, all that Kafka holds is inserted again, whatever the days; what it holds no more stays.
     Where it was interrupted, start it again --from the day that it was at: what came before is done.
     """
-    from preservarium import replaying
-    from preservarium.sync_status import settled, written
-    from preservarium.verification import ALL_TABLES, SETTLE_S, TABLES, Verifier
+    from preservarium.operations import topic_comparison
+    from preservarium.operations.compared_tables import ALL_TABLES, TABLES
+    from preservarium.operations.sync_status import settled, written
+    from preservarium.operations.verification import SETTLE_S, Verifier
 
     settings = _enabled()
     if not yes and not as_json:
@@ -173,11 +175,11 @@ def rebuild(names: tuple[str, ...], first: datetime | None, last: datetime | Non
         async with Verifier(settings, settled=partial(settled, settings)) as verifier:
             begin, end = _days(verifier.default_range(), first, last)
             for name in names or ALL_TABLES:
-                with _bar(f"rebuild {name}", as_json) as progress:
+                with bar(f"rebuild {name}", as_json) as progress:
                     if name in TABLES:
                         made[name] = await verifier.rebuild(TABLES[name], begin, end, progress=progress)
                         continue
-                    replayed = replaying.TABLES[name]
+                    replayed = topic_comparison.TABLES[name]
                     ends = await written(settings, replayed)
                     made[name] = {"all": await verifier.replay(replayed, ends, progress=progress)}
             if end >= datetime.now(UTC).date():
@@ -216,23 +218,6 @@ def _days(kept: tuple[date, date], first: datetime | None, last: datetime | None
         message = f"no day between them is kept by PostgreSQL, which has {kept[0]} to {kept[1]}"
         raise click.UsageError(message)
     return begin, end
-
-
-@contextmanager
-def _bar(title: str, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
 
 
 def _document(verdict: Any) -> dict[str, Any]:

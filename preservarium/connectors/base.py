@@ -10,12 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+import orjson
 import structlog
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
-from preservarium.domain.errors import ReasonCode, Reject, Retry
-from preservarium.records import (
+from preservarium.domain.readings.address import canonical_address
+from preservarium.errors import ReasonCode, Reject, Retry
+from preservarium.settings import Settings
+from preservarium.streaming.records import (
     DEVICE_CHARS_MAX,
     TOPIC_CHARS_MAX,
     error_line,
@@ -23,8 +26,7 @@ from preservarium.records import (
     parse_envelope,
     raw_line,
 )
-from preservarium.settings import Settings
-from preservarium.stage import Send
+from preservarium.streaming.stage import Send
 
 log = structlog.get_logger(__name__)
 
@@ -70,7 +72,7 @@ class Limits:
 def message_send(
     device: str, payload: Any, limits: Limits, connector: str, mode: str, received_at: int, **fields: Any
 ) -> Send:
-    """The record of one raw message, keyed by device.
+    """The record of one raw message, keyed by device: by its canonical address, however it is spelled here.
 
     Args:
         device: the address.
@@ -93,7 +95,7 @@ def message_send(
         payload_bytes_max=limits.payload_bytes_max,
         **fields,
     )
-    key = device.encode()
+    key = canonical_address(device).encode()
     if (size := len(line) + len(key) + RECORD_OVERHEAD_BYTES) > limits.record_bytes_max:
         raise Reject(ReasonCode.ENVELOPE_TOO_LARGE, f"a record of {size} bytes; Kafka takes {limits.record_bytes_max}")
     return Send(topics.RAW, key, line)
@@ -140,6 +142,11 @@ def envelope_send(
         meta=meta,
         experiment_id=fields["experiment_id"],
     )
+
+
+def report_send(line: Mapping[str, Any]) -> Send:
+    """The record of what a network server, or a device that fetches, says of a downlink: keyed as the device's raw messages."""
+    return Send(topics.COMMANDS, canonical_address(line["device_id"]).encode(), orjson.dumps(line))
 
 
 def refused_send(

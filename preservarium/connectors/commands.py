@@ -15,11 +15,12 @@ from urllib.parse import unquote, urlsplit
 import aiomqtt
 import structlog
 
+from preservarium.breaker import Breaker
 from preservarium.clock import Clock
 from preservarium.connectors.mqtt import DEFAULT_PORT, tls_context
-from preservarium.domain.errors import Retry
+from preservarium.errors import Retry
 from preservarium.settings import LiveSettings, Settings, SettingsError
-from preservarium.stores.breaker import Breaker
+from preservarium.waiting import alive
 
 log = structlog.get_logger(__name__)
 
@@ -78,6 +79,7 @@ class Broker:
                 async with places:
                     await client.publish(topic, payload, qos=qos, timeout=settings.commands.puback_timeout_s)
                 acknowledged[number] = True
+                alive()
 
             everything = asyncio.gather(*(one(n) for n in range(len(messages))), return_exceptions=True)
             try:

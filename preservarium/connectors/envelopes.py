@@ -7,7 +7,10 @@
 | ChirpStack v3 | `devEUI` and `fPort` or `data` | `data`, base64; `devEUI` hexadecimal or, with the `json` marshaler, base64 |
 
 Sources: The Things Stack, "Data Formats"; ChirpStack, `api/proto/integration/integration.proto` (v4) and
-`as/integration/integration.proto` (v3). Both leave out empty fields, so a missing payload is an empty one.
+`as/integration/integration.proto` (v3). Both leave out empty fields.
+
+What carries no payload of the device (joins, acknowledgements, states, locations, uplinks of MAC commands alone) is an event of the network
+and no message: nothing is stored of it, and it is no fault.
 
 What they say about the radio goes into `meta`: `network`, `time` (µs: when the network received it), `rssi` (dBm) and
 `snr` (dB) of the gateway that heard it best, `gateway`, `gateways` (how many heard it), `f_cnt`, `dr` or `sf`,
@@ -19,12 +22,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from preservarium.connectors.instants import instant_us
-from preservarium.domain.errors import ReasonCode, Reject
+from preservarium.domain.readings.address import same_address
+from preservarium.domain.readings.instant import required_instant_us
+from preservarium.errors import ReasonCode, Reject
 
 LORAWAN: Final = "LoRaWAN"
 #: Gateways looked at for the best signal; a message heard by more is a network server's mistake.
 GATEWAYS_MAX: Final = 1_000
+#: An event of a network server that is no uplink: nothing to store, and no fault.
+NOT_UPLINK: Final = "not_uplink"
 #: EUI-64 is 8 bytes.
 _EUI_BYTES: Final = 8
 
@@ -33,15 +39,32 @@ _EUI_BYTES: Final = 8
 class Uplink:
     """One device message out of a network server's envelope."""
 
-    device: str  #: DevEUI as sent; the network's device name where it sends no EUI
+    device: str  #: DevEUI as sent, in whatever spelling; the network's device name where it sends no EUI
     payload: bytes
     port: int | None
     meta: dict[str, Any]
     mode: str = LORAWAN
 
 
+def is_network_event(value: Any) -> bool:
+    """Whether a parsed JSON value is an event that a network server publishes, with or without a payload.
+
+    What a network server has decoded itself is left to the parsers, where it is all that there is.
+    """
+    if not isinstance(value, dict):
+        return False
+    message, info = value.get("uplink_message"), value.get("deviceInfo")
+    if isinstance(value.get("end_device_ids"), dict):
+        return not (isinstance(message, dict) and message.get("decoded_payload") and not message.get("frm_payload"))
+    if value.get("object") and not value.get("data"):
+        return False
+    if isinstance(info, dict):
+        return isinstance(info.get("devEui"), str)
+    return "devEUI" in value and "applicationID" in value
+
+
 def uplink_of(value: Any) -> Uplink | None:
-    """The uplink in a parsed JSON value; None where it is no network server's uplink.
+    """The uplink in a parsed JSON value; None where it is no network server's uplink, or one without a payload.
 
     Raises:
         Reject: it is one, and a field of it is broken.
@@ -55,15 +78,30 @@ def uplink_of(value: Any) -> Uplink | None:
     return None
 
 
+def comes_by(topic: str, named: str, device: str, event: Mapping[str, Any]) -> bool:
+    """Whether an event of `device` may come by an MQTT topic in which `named` stands for the device.
+
+    Who may publish under the topic of one device must not speak for another by what it publishes there. The Things Stack's own topics,
+    `v3/APPLICATION/devices/DEVICE/…`, name a device by the id that it has in its application; only that network server publishes there.
+    """
+    if same_address(named, device):
+        return True
+    levels, known_as = topic.split("/"), _inner(event, "end_device_ids").get("device_id")
+    return any(
+        level == "v3" and levels[i + 2 : i + 4] == ["devices", known_as] and known_as == named
+        for i, level in enumerate(levels)
+    )
+
+
 def ttn(value: Mapping[str, Any]) -> Uplink | None:
-    """The Things Stack's application uplink; None for its other events (join, ack, downlink, location, …).
+    """The Things Stack's application uplink; None for one without a payload, and for its other events.
 
     Raises:
         Reject: a field is broken.
     """
     ids = value.get("end_device_ids")
     message = value.get("uplink_message")
-    if not isinstance(ids, dict) or not isinstance(message, dict):
+    if not isinstance(ids, dict) or not isinstance(message, dict) or not message.get("frm_payload"):
         return None
     device = ids.get("dev_eui") or ids.get("device_id")
     if not isinstance(device, str):
@@ -89,20 +127,19 @@ def ttn(value: Mapping[str, Any]) -> Uplink | None:
 
 
 def chirpstack(value: Mapping[str, Any]) -> Uplink | None:
-    """ChirpStack's uplink event, v4 or v3; None for its other events (join, ack, status, log, …).
+    """ChirpStack's uplink event, v4 or v3; None for one without a payload, and for its other events.
 
     Raises:
         Reject: a field is broken.
     """
     info = value.get("deviceInfo")
     if isinstance(info, dict):
-        # A join has no counter and no port; status and log events have neither data nor port.
-        if "data" not in value and "fPort" not in value:
+        if not value.get("data"):
             return None
         device = info.get("devEui")
         name, application, data_rate = info.get("deviceName"), info.get("applicationName"), value.get("dr")
     elif "devEUI" in value:
-        if "data" not in value and "fPort" not in value:
+        if not value.get("data"):
             return None
         device = _eui(value["devEUI"])
         name, application = value.get("deviceName"), value.get("applicationName")
@@ -178,7 +215,7 @@ def _time(value: Any) -> int | None:
     if value is None:
         return None
     try:
-        return instant_us(value)
+        return required_instant_us(value)
     except Reject:
         return None  # a network server without a clock still delivers good payloads
 
@@ -193,8 +230,6 @@ def _port(value: Any) -> int | None:
 
 def _bytes(value: Mapping[str, Any], name: str) -> bytes:
     encoded = value.get(name)
-    if encoded is None:
-        return b""
     if not isinstance(encoded, str):
         raise Reject(ReasonCode.ENVELOPE_INVALID, f"{name} is not a string")
     try:

@@ -4,16 +4,19 @@ The position is saved after Kafka has acknowledged what stands before it, so a b
 where it was; at most one batch is sent twice, and rows have a natural key in the stores.
 
 NDJSON: a line is our envelope (`device` and `payload` or `payload_b64`; its own `received_at` is kept), or an object
-whose fields the mapping names. CSV: the first row names the columns (RFC 4180). A row that cannot be used goes to
-`iot_errors` with the file's name, its line number and its text; its neighbours live.
+whose fields the mapping names. CSV: the first row names the columns (RFC 4180); its cells are text, and what is a number among them
+says their datatype. A row that cannot be used goes to `iot_errors` with the file's name, its line number and its text; its neighbours live.
 """
 
 import asyncio
 import binascii
+import codecs
 import csv
 import gzip
 import hashlib
+import io
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,10 +34,12 @@ from preservarium.connectors.base import (
     pause,
     refused_send,
 )
-from preservarium.connectors.instants import instant_us
-from preservarium.domain.errors import PreservariumError, ReasonCode, Reject, Retry
-from preservarium.records import is_envelope, loads, payload_of
-from preservarium.stage import Send
+from preservarium.domain.readings import json_text
+from preservarium.domain.readings.instant import required_instant_us
+from preservarium.domain.readings.number import number_of
+from preservarium.errors import PreservariumError, ReasonCode, Reject, Retry, reason
+from preservarium.streaming.records import is_envelope, loads, payload_of
+from preservarium.streaming.stage import Send
 
 CONNECTOR: Final = "files"
 MODE: Final = "FILE"
@@ -48,6 +53,9 @@ ROW_LINES_MAX: Final = 1_000
 FINGERPRINT_BYTES: Final = 4_096
 #: Under a rate limit, a batch is what is due in this time, so that the flow is even.
 RATE_TICK_S: Final = 0.2
+
+#: What reading a file may bring about: a disk, a torn or damaged gzip, another encoding.
+_UNREADABLE: Final = (OSError, EOFError, zlib.error, UnicodeError)
 
 Format = Literal["csv", "ndjson"]
 
@@ -69,6 +77,7 @@ class Columns:
     port: str | None = None  #: column of the port
     mode: str = MODE  #: connector mode
     delimiter: str = ","  #: of CSV
+    encoding: str | None = None  #: None: UTF-8, or UTF-16 where a byte order mark says so
     #: without a payload column, the payload is an object of these columns; empty: all that have no other use
     columns: tuple[str, ...] = ()
 
@@ -126,7 +135,7 @@ class Positions:
         """The saved position; the beginning where there is none, or the file is another one by now."""
         try:
             saved = orjson.loads(self._file(path).read_bytes())
-            length = int(saved["fingerprint_bytes"])
+            length = min(FINGERPRINT_BYTES, int(saved["fingerprint_bytes"]))
             if _fingerprint(path, length) != saved["fingerprint"]:
                 return Position()
             return Position(int(saved["offset"]), int(saved["line"]), int(saved["rows"]), int(saved["refused"]))
@@ -176,6 +185,32 @@ def format_of(path: Path) -> Format:
     raise FileError(message)
 
 
+def _why(e: BaseException) -> str:
+    """Why a file cannot be read, for people: which encoding it is not in, or what the disk or the unpacking says."""
+    return f"not {e.encoding.upper()}" if isinstance(e, UnicodeDecodeError) else reason(e)
+
+
+class _Recoded:
+    """A file in another encoding, as lines of UTF-8.
+
+    Offsets are of the UTF-8 that it is read as. Bytes that are none of the encoding stay as they are, so that their row alone is refused.
+    """
+
+    def __init__(self, file: IO[bytes], encoding: str) -> None:
+        self._text = io.TextIOWrapper(file, encoding, errors="surrogateescape", newline="\n")
+
+    def readline(self, chars_max: int) -> bytes:
+        return self._text.readline(chars_max).encode("utf-8", "surrogateescape")
+
+    def seek(self, offset: int) -> None:
+        self._text.seek(0)
+        while offset > 0 and (line := self.readline(ROW_BYTES_MAX)):
+            offset -= len(line)
+
+    def close(self) -> None:
+        self._text.close()
+
+
 class Reader:
     """The rows of one file from a position on."""
 
@@ -193,15 +228,19 @@ class Reader:
             raise FileError(message) from None
         packed = self._raw.read(2) == b"\x1f\x8b"
         self._raw.seek(0)
-        self._file: IO[bytes] = cast(IO[bytes], gzip.GzipFile(fileobj=self._raw)) if packed else self._raw
+        plain = cast(IO[bytes], gzip.GzipFile(fileobj=self._raw)) if packed else self._raw
+        self._file: IO[bytes] | _Recoded = plain
         try:
+            encoding = mapping.encoding or _marked(plain)
+            if encoding is not None:
+                self._file = _Recoded(plain, encoding)
             if form == "csv":
                 self._read_header(path, start)
             if start.offset:
                 self._file.seek(start.offset)  # in a compressed file this reads forward to it
-        except (OSError, EOFError) as e:
+        except _UNREADABLE as e:
             self.close()
-            message = f"{path}: {e}"
+            message = f"{path}: {_why(e)}"
             raise FileError(message) from None
         except FileError:
             self.close()
@@ -220,9 +259,9 @@ class Reader:
     def _read_header(self, path: Path, start: Position) -> None:
         first = self._file.readline(ROW_BYTES_MAX)
         try:
-            self._header = self._cells(first.decode("utf-8-sig"))
+            self._header = self._cells(first.decode().removeprefix("\ufeff"))
         except (UnicodeDecodeError, csv.Error) as e:
-            message = f"{path}: the first line names no columns: {e}"
+            message = f"{path}: the first line names no columns: {_why(e)}"
             raise FileError(message) from None
         if twice := sorted({c for c in self._header if self._header.count(c) > 1}):
             message = f"{path}: column {', '.join(twice)} stands there twice"
@@ -267,7 +306,7 @@ class Reader:
                     self._line += len(more)
             self._line += 1
             self._offset += len(raw)
-            if raw.strip():
+            if json_text.bare(raw).strip():
                 yield Row(raw, line, self._offset)
 
     def _quoted(self, raw: bytes, held: list[bytes]) -> list[bytes] | None:
@@ -292,8 +331,8 @@ class Reader:
     def _readline(self) -> bytes:
         try:
             return self._file.readline(ROW_BYTES_MAX)
-        except (OSError, EOFError, gzip.BadGzipFile) as e:
-            message = f"cannot be read beyond byte {self._offset}: {e}"
+        except _UNREADABLE as e:
+            message = f"cannot be read beyond byte {self._offset}: {_why(e)}"
             raise FileError(message) from None
 
     def position(self, row: Row, totals: Totals) -> Position:
@@ -309,7 +348,7 @@ class Reader:
         if self._form == "csv":
             fields: Mapping[str, Any] = self._csv(row)
         else:
-            value = loads(row.raw.removeprefix(b"\xef\xbb\xbf") if row.line == 1 else row.raw)
+            value = loads(row.raw)
             if not isinstance(value, dict):
                 _reject(ReasonCode.ENVELOPE_INVALID, "a line is a JSON object")
             if is_envelope(value) and self._mapping.device is None and self._mapping.device_id is None:
@@ -321,10 +360,10 @@ class Reader:
         try:
             # A quoted cell may hold line breaks; as one string the reader takes them as they are.
             cells = next(
-                csv.reader([row.raw.decode().rstrip("\r\n")], delimiter=self._mapping.delimiter, strict=True), []
+                csv.reader([row.raw.decode().rstrip("\0\r\n")], delimiter=self._mapping.delimiter, strict=True), []
             )
         except UnicodeDecodeError:
-            _reject(ReasonCode.ENVELOPE_NOT_UTF8, "not UTF-8")
+            _reject(ReasonCode.ENVELOPE_NOT_UTF8, f"not {self._mapping.encoding or 'UTF-8'}")
         except csv.Error as e:
             _reject(ReasonCode.ENVELOPE_INVALID, f"not CSV: {e}")
         if len(cells) != len(self._header):
@@ -338,11 +377,10 @@ class Reader:
             _reject(ReasonCode.ENVELOPE_NO_DEVICE, f"no device in {m.device!r}" if m.device else "no device named")
         if isinstance(device, int) and not isinstance(device, bool):
             device = str(device)  # serial numbers are often written as numbers
-        received_at = instant_us(fields.get(m.time)) if m.time is not None else now_us
+        received_at = required_instant_us(fields.get(m.time)) if m.time is not None else now_us
         port = None
         if m.port is not None and fields.get(m.port) not in (None, ""):
-            port = _number(fields[m.port])
-            port = int(port) if isinstance(port, float) and port.is_integer() else port
+            port = _port(fields[m.port])
         return message_send(device, self._payload(fields), limits, CONNECTOR, m.mode, received_at, port=port)
 
     def _payload(self, fields: Mapping[str, Any]) -> Any:
@@ -368,7 +406,7 @@ class Reader:
         values = {name: fields.get(name) for name in names}
         if self._form == "csv":
             # An empty cell is no value: sensors that did not measure.
-            return {name: _number(value) for name, value in values.items() if value not in (None, "")}
+            return {name: value for name, value in values.items() if value not in (None, "")}
         return values
 
 
@@ -379,15 +417,18 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _number(value: Any) -> Any:
-    """A number where the text is one by JSON's rules; else the text (leading zeros are serial numbers, not numbers)."""
-    if isinstance(value, str):
-        try:
-            parsed = orjson.loads(value)
-        except orjson.JSONDecodeError:
-            return value
-        return parsed if isinstance(parsed, int | float | bool) else value
-    return value
+def _port(given: Any) -> Any:
+    number = number_of(given) if isinstance(given, str) else given
+    if isinstance(number, float) and number.is_integer():
+        return int(number)
+    return given if number is None else number
+
+
+def _marked(file: IO[bytes]) -> str | None:
+    """The encoding that a byte order mark says, where it is not UTF-8."""
+    start = file.read(2)
+    file.seek(0)
+    return "utf-16" if start in {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE} else None
 
 
 async def backfill(

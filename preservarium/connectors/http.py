@@ -5,6 +5,7 @@
 | `POST /ingest` | an envelope, an array of them, or one a line (NDJSON) | one raw message each |
 | `POST /ingest?device=X[&port=N][&mode=M]` | JSON | one raw message of X with the whole body as payload |
 | the same, `application/x-ndjson` | one payload a line | one raw message of X each |
+| either, `application/json-seq` | as NDJSON, each behind a record separator (RFC 7464) | likewise |
 | the same, `application/octet-stream` | bytes | one raw message of X |
 | `GET /ingest/commands?device=X[&has=ID][&wait_s=S]` | | none: the downlinks that wait for X |
 | `POST /ingest/ttn`, `POST /ingest/chirpstack` | the network server's event | one raw message, or a report of a downlink |
@@ -17,31 +18,42 @@ A device that fetches (`downlink: {format: http}`) is given what waits for it: `
 until then it gets the same ones again, with the same ids, so that a lost answer loses nothing. Where nothing waits, asking
 wakes the device's commands, and the answer is waited for, at most `wait_s` (5, at most 25).
 
+A body may be packed (`Content-Encoding: gzip`, `deflate`, `zstd`). One that is torn or damaged is refused as a whole.
+
 202 is sent after Kafka has acknowledged: `{"accepted": n, "refused": [{"index", "code", "message"}], "refused_count": n}`.
-400: no message in it could be taken. 401: no or a wrong token. 408: the body did not come in time. 413: too large.
-429: too many requests under way. 503: Kafka does not acknowledge; send again (a part may have been taken).
+400: no message in it could be taken. 401: no or a wrong token. 403: no token is configured, and a browser asks for a page of
+a stranger. 408: the body did not come in time. 413: too large. 415: packed in a way that is not understood. 429: too many requests
+under way, of this client or of all. 503: Kafka does not acknowledge; send again (a part may have been taken). Every refusal
+is `{"error": code, "message": text for people}`.
 """
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 import orjson
 import structlog
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
-from preservarium.connectors.base import Limits, Publishes, RawProducer, envelope_send, message_send
-from preservarium.connectors.envelopes import Uplink, chirpstack, ttn, uplink_of
+from preservarium.connectors.base import Limits, Publishes, RawProducer, envelope_send, message_send, report_send
+from preservarium.connectors.envelopes import NOT_UPLINK, Uplink, chirpstack, is_network_event, ttn, uplink_of
 from preservarium.connectors.mailbox import Mailbox
-from preservarium.domain.commands import NAME_CHARS_MAX
-from preservarium.domain.downlinks import server_report
-from preservarium.domain.errors import Fatal, ReasonCode, Reject, Retry
-from preservarium.records import is_envelope, loads, payload_of
-from preservarium.settings import LiveSettings
-from preservarium.stage import Send
+from preservarium.domain.commands.downlinks import server_report
+from preservarium.domain.commands.fields import NAME_CHARS_MAX
+from preservarium.domain.readings import json_text
+from preservarium.domain.readings.address import canonical_address
+from preservarium.domain.readings.number import number_of
+from preservarium.errors import Fatal, ReasonCode, Reject, Retry
+from preservarium.serving import bodies, hosts, server
+from preservarium.serving.clients import Places, client_of
+from preservarium.serving.rights import Handler, Right, bearer, needs
+from preservarium.settings import LiveSettings, Settings
+from preservarium.streaming.records import is_envelope, loads, payload_of
+from preservarium.streaming.stage import Send
 
 log = structlog.get_logger(__name__)
 
@@ -59,8 +71,6 @@ BODY_TIMEOUT_S: Final = 30.0
 SEND_TIMEOUT_S: Final = 30.0
 #: What a refused sender should wait.
 RETRY_AFTER_S: Final = 5
-#: An event of a network server that is no uplink: nothing to store, and no fault.
-NOT_UPLINK: Final = "not_uplink"
 
 #: Devices that ask at once: a question that waits costs some kilobytes and no work.
 ASKING_MAX: Final = 1_000
@@ -69,7 +79,10 @@ WAIT_S_DEFAULT: Final = "5"
 #: Proxies cut off a request after 30 or 60 s.
 WAIT_S_MAX: Final = 25.0
 
-_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+#: Before each text of a sequence (RFC 7464).
+RECORD_SEPARATOR: Final = b"\x1e"
+#: A text that says itself where it ends; a number or a word may be torn and look whole.
+_CLOSED: Final = re.compile(rb"[\]}\"]\s*\Z|\s\Z")
 
 
 def routes(
@@ -78,8 +91,23 @@ def routes(
     """The connector's routes, to be added to any aiohttp application; those of devices that fetch where a mailbox is kept."""
     made = Ingest(RawProducer(publisher, CONNECTOR), live, clock).routes()
     if mailbox is not None:
-        made.append(web.get("/ingest/commands", Fetch(publisher, live, clock, mailbox).commands))
+        made += Fetch(publisher, live, clock, mailbox).routes()
     return made
+
+
+def _not_let_in(request: web.Request, settings: Settings) -> web.Response | None:
+    """Why a sender is not let in: the one check of everything below /ingest."""
+    token = settings.http.token.get_secret_value()
+    if token:
+        if hmac.compare_digest(bearer(request), token.encode()):
+            return None
+        return _refuse(401, "unauthorized", "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+    # Nothing proves that the sender may. A browser would send for any page what programs send, from inside our network.
+    strange = hosts.from_a_strangers_page(request, settings.web)
+    if strange or (hdrs.ORIGIN in request.headers and request.content_type in hosts.SIMPLE_TYPES):
+        text = "asked by a page of another origin; senders that are no browsers are let in, and others with PRESERVARIUM_HTTP__TOKEN"
+        return _refuse(403, "forbidden", text)
+    return None
 
 
 class Fetch:
@@ -92,11 +120,18 @@ class Fetch:
         self._mailbox = mailbox
         self._asking = 0
 
-    async def commands(self, request: web.Request) -> web.StreamResponse:
+    def routes(self) -> list[web.RouteDef]:
+        """The routes, to be added to any aiohttp application."""
+
+        async def commands(request: web.Request) -> web.StreamResponse:
+            return await self._commands(request)
+
+        return [web.get("/ingest/commands", needs(Right.SENDER, commands))]
+
+    async def _commands(self, request: web.Request) -> web.StreamResponse:
         """What waits for the device that the query names; 204 where nothing does."""
-        token = self._live().http.token.get_secret_value()
-        if token and not _authorized(request, token):
-            return _refuse(401, "unauthorized", "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+        if refusal := _not_let_in(request, self._live()):
+            return refusal
         if self._asking >= ASKING_MAX:
             wait = {"Retry-After": str(RETRY_AFTER_S)}
             return _refuse(429, "too_many_requests", f"{self._asking} devices are asking", wait)
@@ -108,14 +143,12 @@ class Fetch:
 
     async def _answer(self, query: Mapping[str, str]) -> web.StreamResponse:
         device, has = query.get("device", ""), query.get("has", "")
-        try:
-            wait_s = float(query.get("wait_s", WAIT_S_DEFAULT))
-        except ValueError:
-            wait_s = -1.0
+        wait_s = number_of(query.get("wait_s", WAIT_S_DEFAULT))
         if (
             not 0 < len(device) <= NAME_CHARS_MAX
             or len(has) > NAME_CHARS_MAX
             or "\0" in device
+            or wait_s is None
             or not 0 <= wait_s <= WAIT_S_MAX
         ):
             text = f"name the device; wait_s is a number from 0 to {WAIT_S_MAX:g}"
@@ -127,7 +160,7 @@ class Fetch:
         waiting = self._waiting(device, had)
         sends = [self._line(device, {"kind": "report", "downlink_id": each, "report": "acknowledged"}) for each in had]
         if had:
-            sends.append(Send(topics.MAILBOX, device.encode(), orjson.dumps({"has": has})))
+            sends.append(Send(topics.MAILBOX, canonical_address(device).encode(), orjson.dumps({"has": has})))
         if not waiting:
             sends.append(self._line(device, {"kind": "wake"}))
         if sends:
@@ -151,7 +184,7 @@ class Fetch:
 
     def _line(self, device: str, line: dict[str, Any]) -> Send:
         whole = {**line, "device_id": device, "actor": "device", "at": self._clock.now_us()}
-        return Send(topics.COMMANDS, device.encode(), orjson.dumps(whole))
+        return report_send(whole)
 
 
 class Ingest:
@@ -161,7 +194,7 @@ class Ingest:
         self._producer = producer
         self._live = live
         self._clock = clock
-        self._inflight = 0
+        self._places = Places()
 
     def routes(self) -> list[web.RouteDef]:
         """The routes, to be added to any aiohttp application."""
@@ -171,35 +204,35 @@ class Ingest:
             web.post("/ingest/chirpstack", self._guarded(lambda r, b: _network_server(chirpstack, b))),
         ]
 
-    def _guarded(self, parse: Callable[[web.Request, bytes], Iterator[Any]]) -> _Handler:
+    def _guarded(self, parse: Callable[[web.Request, bytes], Iterator[Any]]) -> Handler:
         async def handler(request: web.Request) -> web.StreamResponse:
-            settings = self._live().http
-            token = settings.token.get_secret_value()
-            if token and not _authorized(request, token):
-                return _refuse(401, "unauthorized", "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
-            if self._inflight >= settings.inflight_max:
-                wait = {"Retry-After": str(RETRY_AFTER_S)}
-                return _refuse(429, "too_many_requests", f"{self._inflight} requests are under way", wait)
-            self._inflight += 1
-            try:
-                return await self._take(request, parse, settings.body_bytes_max)
-            finally:
-                self._inflight -= 1
+            settings = self._live()
+            if refusal := _not_let_in(request, settings):
+                return refusal
+            client, wait = client_of(request.remote), {"Retry-After": str(RETRY_AFTER_S)}
+            if self._places.total >= settings.http.inflight_max:
+                return _refuse(429, "too_many_requests", f"{self._places.total} requests are under way", wait)
+            if self._places.of(client) >= settings.http.client_inflight_max:
+                text = f"{self._places.of(client)} requests of {client} are under way: PRESERVARIUM_HTTP__CLIENT_INFLIGHT_MAX"
+                return _refuse(429, "too_many_requests", text, wait)
+            with self._places.taken(client):
+                return await self._take(request, parse, settings.http.body_bytes_max)
 
-        return handler
+        return needs(Right.SENDER, handler)
 
     async def _take(
         self, request: web.Request, parse: Callable[[web.Request, bytes], Iterator[Any]], body_bytes_max: int
     ) -> web.StreamResponse:
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
-                body = await _read(request, body_bytes_max)
+                body = await bodies.read(request, body_bytes_max)
         except TimeoutError:
             return _refuse(408, "timeout", f"the body did not come within {BODY_TIMEOUT_S:g} s")
-        except web.RequestPayloadError as e:  # a broken Content-Encoding, or a sender that went away
-            return _refuse(400, "envelope_invalid", f"the body cannot be read: {e}")
-        if body is None:
-            return _refuse(413, "too_large", f"the body may have {body_bytes_max} bytes")
+        except bodies.BodyRefused as e:
+            if e.status == 400:
+                metrics.CONNECTOR_REFUSED.labels(CONNECTOR, e.code).inc()
+            accepted = {"Accept-Encoding": ", ".join(bodies.ENCODINGS)} if e.status == 415 else None
+            return _refuse(e.status, e.code, str(e), accepted)
 
         sends: list[Send] = []
         refused: list[dict[str, Any]] = []
@@ -252,13 +285,13 @@ class Ingest:
         Raises:
             Reject: the body as a whole is nothing.
         """
-        lines = request.content_type in ("application/x-ndjson", "application/jsonl", "application/json-seq")
+        split = _SPLITTERS.get(request.content_type)
         if "device" in request.query:
             if request.content_type == "application/octet-stream":
                 yield _Payload(body)
-            elif lines:
-                for line in _lines(body):
-                    yield _Payload(_parse(line))
+            elif split is not None:
+                for text in split(body):
+                    yield _Payload(_parse(text))
             elif request.content_type == "application/json":
                 yield _Payload(loads(body))
             else:
@@ -266,7 +299,7 @@ class Ingest:
                     _reject(ReasonCode.ENVELOPE_INVALID, "the body is empty")
                 yield _Payload(payload_of(body))
             return
-        if not lines:
+        if split is None:
             try:
                 whole = loads(body)
             except Reject:
@@ -274,9 +307,9 @@ class Ingest:
                 if b"\n" not in body.strip():
                     raise
             else:
-                yield from whole if isinstance(whole, list) else [whole]
+                yield from map(_heard, whole if isinstance(whole, list) else [whole])
                 return
-        yield from map(_parse, _lines(body))
+        yield from (_heard(_parse(line)) for line in (split or _lines)(body))
 
     def _send(self, item: Any, request: web.Request) -> Send:
         limits = Limits.of(self._live())
@@ -290,7 +323,7 @@ class Ingest:
         if isinstance(item, Reject):
             raise item
         if isinstance(item, _Report):
-            return Send(topics.COMMANDS, item.line["device_id"].encode(), orjson.dumps(item.line))
+            return report_send(item.line)
         uplink = item if isinstance(item, Uplink) else None if is_envelope(item) else uplink_of(item)
         if uplink is not None:
             port, meta = uplink.port, uplink.meta
@@ -298,7 +331,7 @@ class Ingest:
                 uplink.device, uplink.payload, limits, CONNECTOR, uplink.mode, now_us, port=port, meta=meta
             )
         if not is_envelope(item):
-            what = "an object" if isinstance(item, dict) else f"a {type(item).__name__}"
+            what = json_text.kind_of(item)
             _reject(
                 ReasonCode.ENVELOPE_INVALID,
                 f"{what} without `device` and one of `payload`, `payload_b64`; or name the device in the query",
@@ -337,18 +370,49 @@ def _network_server(recognise: Callable[[Any], Uplink | None], body: bytes) -> I
             yield e
 
 
+def _heard(item: Any) -> Any:
+    """An uplink for a network server's event, None for one without a payload; anything else as it is."""
+    if is_envelope(item) or not is_network_event(item):
+        return item
+    try:
+        return uplink_of(item)
+    except Reject as e:
+        return e
+
+
 def _not_an_object() -> Reject:
     return Reject(ReasonCode.ENVELOPE_INVALID, "an event is an object")
 
 
 def _lines(body: bytes) -> Iterator[bytes]:
-    return (line for line in body.split(b"\n") if line.strip())
+    return (line for line in body.split(b"\n") if json_text.bare(line))
 
 
-def _parse(line: bytes) -> Any:
-    """The line's value, or the Reject that says why it has none: its neighbours live."""
+def _sequence(body: bytes) -> Iterator[bytes | Reject]:
+    """The texts of a JSON text sequence (RFC 7464), each over as many lines as it likes."""
+    first, *texts = body.split(RECORD_SEPARATOR)
+    if first.strip():
+        yield Reject(ReasonCode.ENVELOPE_NOT_JSON, "a text of a sequence begins with a record separator (0x1E)")
+    for text in texts:
+        # Separators in a row are one (2.1). What is torn shows by its missing end (2.4).
+        if text.strip():
+            torn = Reject(ReasonCode.ENVELOPE_NOT_JSON, "torn: a number or a word ends with a line feed")
+            yield text if _CLOSED.search(text) else torn
+
+
+_SPLITTERS: Final[dict[str, Callable[[bytes], Iterator[bytes | Reject]]]] = {
+    "application/x-ndjson": _lines,
+    "application/jsonl": _lines,
+    "application/json-seq": _sequence,
+}
+
+
+def _parse(text: bytes | Reject) -> Any:
+    """The text's value, or the Reject that says why it has none: its neighbours live."""
+    if isinstance(text, Reject):
+        return text
     try:
-        return loads(line)
+        return loads(text)
     except Reject as e:
         return e
 
@@ -361,32 +425,10 @@ def _query_port(text: str | None) -> int | None:
     return int(text)
 
 
-async def _read(request: web.Request, limit: int) -> bytes | None:
-    """The body; None where it is larger than `limit`. Faust's application has a limit of its own in `read()`."""
-    if request.content_length is not None and request.content_length > limit:
-        return None
-    parts: list[bytes] = []
-    size = 0
-    async for part in request.content.iter_any():
-        size += len(part)
-        if size > limit:
-            return None
-        parts.append(part)
-    return b"".join(parts)
-
-
-def _authorized(request: web.Request, token: str) -> bool:
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    # Compared as bytes: compare_digest takes no other text than ASCII.
-    same = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), token.encode())
-    return scheme.lower() == "bearer" and same
-
-
 def _refuse(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> web.Response:
     if status != 400:
         metrics.CONNECTOR_REFUSED.labels(CONNECTOR, code).inc()
-    body = orjson.dumps({"error": code, "message": message})
-    return web.Response(body=body, status=status, content_type="application/json", headers=headers)
+    return server.refusal(status, code, message, headers)
 
 
 def _unavailable() -> web.Response:

@@ -13,11 +13,12 @@ import orjson
 import structlog
 
 from preservarium import topics
-from preservarium.domain.commands import OPEN_MAX
-from preservarium.domain.errors import Retry
-from preservarium.following import Follower, follow
+from preservarium.domain.commands.device import OPEN_MAX
+from preservarium.domain.readings.address import canonical_address
+from preservarium.errors import Retry
 from preservarium.settings import LiveSettings
-from preservarium.stage import Send
+from preservarium.streaming.following import Follower, follow
+from preservarium.streaming.stage import Send
 from preservarium.waiting import Waiters
 
 log = structlog.get_logger(__name__)
@@ -39,14 +40,19 @@ class MailboxBroker:
     async def publish(self, messages: Sequence[tuple[str, bytes, int]]) -> tuple[list[bool], str]:
         """Put downlinks there: whether Kafka has acknowledged them, and why not, or ""."""
         try:
-            await self._publish([Send(topics.MAILBOX, device.encode(), line) for device, line, _ in messages])
+            await self._publish(
+                [Send(topics.MAILBOX, canonical_address(device).encode(), line) for device, line, _ in messages]
+            )
         except Retry as e:
             return [False] * len(messages), str(e)
         return [True] * len(messages), ""
 
 
 class Mailbox:
-    """What waits for each device, in the order in which it was put there; fed line by line."""
+    """What waits for each device, in the order in which it was put there; fed line by line.
+
+    Devices are told by the canonical form of their address, so that one may spell its own as it likes.
+    """
 
     def __init__(self) -> None:
         self._waiting: OrderedDict[str, dict[str, dict[str, Any]]] = OrderedDict()
@@ -57,7 +63,7 @@ class Mailbox:
     def take(self, key: bytes | None, value: bytes | None) -> None:
         """Take a line of `device_mailbox`: a downlink, or `{"has": id}`, up to which the device has them."""
         try:
-            device, line = (key or b"").decode(), orjson.loads(value or b"")
+            device, line = canonical_address((key or b"").decode()), orjson.loads(value or b"")
             has = line.get("has")
             if has is None and not (isinstance(line["id"], str) and type(line["expires_at"]) is int):
                 raise ValueError(line)
@@ -88,19 +94,19 @@ class Mailbox:
 
     def waiting(self, device: str, now_us: int) -> list[dict[str, Any]]:
         """Downlinks of a device whose time is not over, in order."""
-        found = self._waiting.get(device, {})
+        found = self._waiting.get(canonical_address(device), {})
         for identifier in [i for i, line in found.items() if line["expires_at"] <= now_us]:
             del found[identifier]
         return [*found.values()]
 
     def upto(self, device: str, identifier: str) -> list[str]:
         """Ids that a device has when it has this one; none where this one does not wait (any more)."""
-        found = [*self._waiting.get(device, {})]
+        found = [*self._waiting.get(canonical_address(device), {})]
         return found[: found.index(identifier) + 1] if identifier in found else []
 
     async def wait(self, device: str, timeout_s: float) -> None:
         """Wait until something comes for a device, at most so long."""
-        await self._asking.wait(device, timeout_s)
+        await self._asking.wait(canonical_address(device), timeout_s)
 
 
 class MailboxFollower(Follower):

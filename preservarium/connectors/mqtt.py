@@ -17,16 +17,15 @@ import asyncio
 import contextlib
 import re
 import ssl
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn, cast
 from urllib.parse import unquote, urlsplit
 
 import aiomqtt
-import orjson
 import structlog
 
-from preservarium import metrics, tls, topics
+from preservarium import metrics, tls
 from preservarium.clock import Clock
 from preservarium.connectors.base import (
     Backoff,
@@ -37,13 +36,14 @@ from preservarium.connectors.base import (
     message_send,
     pause,
     refused_send,
+    report_send,
 )
-from preservarium.connectors.envelopes import uplink_of
-from preservarium.domain.downlinks import server_report
-from preservarium.domain.errors import ReasonCode, Reject, Retry
-from preservarium.records import is_envelope, payload_of
+from preservarium.connectors.envelopes import NOT_UPLINK, comes_by, is_network_event, uplink_of
+from preservarium.domain.commands.downlinks import server_report
+from preservarium.errors import ReasonCode, Reject, Retry
 from preservarium.settings import LiveSettings, Mqtt, Settings, SettingsError
-from preservarium.stage import Send
+from preservarium.streaming.records import is_envelope, payload_of
+from preservarium.streaming.stage import Send
 
 log = structlog.get_logger(__name__)
 
@@ -126,13 +126,13 @@ def _wrong(text: str, why: str) -> NoReturn:
 
 
 def sends_of(
-    patterns: Iterable[Pattern], topic: str, data: bytes, limits: Limits, mode: str, now_us: int
+    patterns: Iterable[Pattern], topic: str, data: bytes, limits: Limits, mode: str, now: Callable[[], int]
 ) -> list[Send]:
-    """The records of one MQTT message.
+    """The records of one MQTT message, each with an instant of receipt of its own (`now`, µs); none of a network's own event.
 
     A network server's uplink names its device itself; what it says of a downlink of ours becomes a report in
-    `device_commands`. Otherwise the topic does; where its pattern has no `{device}`,
-    the message must be our envelope, or an array of them.
+    `device_commands`; both must be of the device that the topic names, where its pattern has `{device}`. Otherwise the topic names the
+    device; where its pattern has no `{device}`, the message must be our envelope, or an array of them.
 
     Raises:
         Reject: it cannot be a raw message; the connector acknowledges it all the same and says so in `iot_errors`.
@@ -145,9 +145,11 @@ def sends_of(
     value = payload_of(data)
     report = server_report(value)
     if report is not None:
-        return [Send(topics.COMMANDS, report["device_id"].encode(), orjson.dumps(report))]
+        _require_own(names, topic, report["device_id"], value)
+        return [report_send(report)]
     uplink = uplink_of(value)
     if uplink is not None:
+        _require_own(names, topic, uplink.device, value)
         named_mode = names.get("mode") or uplink.mode
         return [
             message_send(
@@ -156,21 +158,38 @@ def sends_of(
                 limits,
                 CONNECTOR,
                 named_mode,
-                now_us,
+                now(),
                 topic=topic,
                 port=uplink.port,
                 meta=uplink.meta,
             )
         ]
+    if is_network_event(value):
+        return []
     mode = names.get("mode") or mode
     if "device" in names:
         port = _port(names.get("port"))
-        return [message_send(names["device"], value, limits, CONNECTOR, mode, now_us, topic=topic, port=port)]
+        return [message_send(names["device"], value, limits, CONNECTOR, mode, now(), topic=topic, port=port)]
     items = value if isinstance(value, list) else [value]
     if not items or not all(is_envelope(item) for item in items):
         what = "the pattern names no device, and the message is neither an uplink nor our envelope"
         raise Reject(ReasonCode.ENVELOPE_NO_DEVICE, what)
-    return [envelope_send(item, limits, CONNECTOR, mode, now_us, topic=topic) for item in items]
+    return [envelope_send(item, limits, CONNECTOR, mode, now(), topic=topic) for item in items]
+
+
+def _require_own(names: Mapping[str, str], topic: str, device: str, event: Mapping[str, Any]) -> None:
+    """Refuse a network server's event about another device than its topic names.
+
+    Raises:
+        Reject: ENVELOPE_INVALID.
+    """
+    named = names.get("device")
+    if named is not None and not comes_by(topic, named, device, event):
+        text = (
+            f"an event of {device!r:.80} under the topic of {named!r:.80}: where the event is to name the device, "
+            "the pattern of mqtt.subscriptions has + in the place of {device}"
+        )
+        raise Reject(ReasonCode.ENVELOPE_INVALID, text)
 
 
 def _port(text: str | None) -> int | None:
@@ -405,7 +424,6 @@ class MqttConnector:
     def _sends(self, batch: Sequence[aiomqtt.Message]) -> list[Send]:
         settings = self._live()
         limits = Limits.of(settings)
-        now_us = self._clock.now_us()
         sends: list[Send] = []
         for message in batch:
             topic = str(message.topic)
@@ -414,8 +432,12 @@ class MqttConnector:
                 metrics.CONNECTOR_REFUSED.labels(CONNECTOR, "retained").inc()
                 continue
             try:
-                sends += sends_of(self._patterns, topic, data, limits, settings.mqtt.mode, now_us)
+                made = sends_of(self._patterns, topic, data, limits, settings.mqtt.mode, self._clock.now_us)
+                sends += made
+                if not made:
+                    metrics.CONNECTOR_REFUSED.labels(CONNECTOR, NOT_UPLINK).inc()
             except Reject as e:
+                now_us = self._clock.now_us()
                 sends.append(
                     refused_send(CONNECTOR, e, limits, raw=data, device=None, source=topic, index=0, now_us=now_us)
                 )

@@ -3,17 +3,20 @@
 A template is an example payload whose measurements have been found by trying: a number of the payload (a JSON number, or
 a 16-bit word of the bytes) is a measurement when changing it a little changes one reading a little. Those walk around
 their first value, each device around one of its own. One device in five has a measurement that leaves for the threshold
-of a rule that watches it, for half a minute in five, so that alarms are raised and cleared. A device's own time in a
-payload is set to the instant at which the message is sent; examples that hold a history are left out.
+of a rule that watches it, for half a minute in five, so that alarms are raised and cleared; a device may say which and when
+(`meta: {simulated: {away: co2, at_s: 8}}`). Meters count up, by the time of day and not from the start, so that a new start
+does not set them back. A device's own time in a payload is set to the instant at which the message is sent; examples that
+hold a history are left out. A device that fetches its commands does what they say (`Obedient`).
 
 Everything is drawn from one seed: the same registry, seed, rate and start give the same messages. The pace is a
 schedule, message k at start + k / rate; what a slow Kafka held up is sent as soon as it can be.
 """
 
 import asyncio
+import base64
 import copy
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, cast
@@ -23,12 +26,12 @@ import structlog
 
 from preservarium.clock import Clock
 from preservarium.connectors.base import Backoff, Limits, RawProducer, message_send, pause
-from preservarium.domain.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc, ParserDoc
-from preservarium.domain.errors import PreservariumError, Reject, Retry
-from preservarium.domain.instant import UNITS_US
-from preservarium.domain.normalize import CompiledDevice, compile_device, normalize
-from preservarium.domain.reading import RawMessage
-from preservarium.stage import Send
+from preservarium.domain.decoders.examples import raw_message
+from preservarium.domain.readings.instant import UNITS_US
+from preservarium.domain.readings.normalize import CompiledDevice, compile_device, normalize
+from preservarium.domain.registry.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc, ParserDoc
+from preservarium.errors import PreservariumError, Reject, Retry
+from preservarium.streaming.stage import Send
 
 log = structlog.get_logger(__name__)
 
@@ -59,6 +62,12 @@ PULL: Final = 0.5
 SMOOTH_SHARE: Final = 0.2
 #: Instant at which templates are tried.
 _TRIAL_US: Final = 1_700_000_000_000_000
+#: A meter counts so much an hour, in the unit of its reading: a hall's energy in kWh.
+COUNTED_AN_HOUR: Final = 10.0
+_HOUR_US: Final = 3_600_000_000
+#: A device that fetches its commands asks for so long, and after an answer that is none, again after this time.
+FETCH_S: Final = 10.0
+FETCH_PAUSE_S: Final = 1.0
 
 #: What devices of formats that need no parser of their own send, where the registry has no example: by kind of parser.
 EXAMPLES: Final[Mapping[str, Sequence[Mapping[str, Any]]]] = {
@@ -85,10 +94,11 @@ class Leaf:
 
     path: tuple[str | int, ...]  #: of the JSON number; of the bytes: (offset of the big-endian 16-bit word,)
     base: float  #: its value in the example
-    spread: float  #: of the walk, in the payload's own scale
+    spread: float  #: of the walk, in the payload's own scale; of a meter: how much an hour it counts
     integer: bool
     series: tuple[str, str]  #: component type and pin of the reading that it becomes
     alarm: float | None  #: value at which a rule's threshold is passed for certain; None: no rule watches it
+    counts: bool = False  #: a meter: it only goes up
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,18 +140,36 @@ class Totals:
     behind_s: float = 0.0  #: by which the schedule was moved
 
 
-class Player:
-    """One device: plays its templates in turn."""
+@dataclass(frozen=True, slots=True)
+class Away:
+    """Which measurement of a device leaves for the threshold of its rule, and when."""
 
-    def __init__(self, device_id: str, templates: Sequence[Template], rng: random.Random) -> None:
+    component_type: str
+    at_s: float  #: after the start, and again in each period
+
+
+class Player:
+    """One device: plays its templates in turn.
+
+    Attributes:
+        state: fields of a JSON payload that the device was told (a command), and says from then on.
+    """
+
+    def __init__(
+        self, device_id: str, templates: Sequence[Template], rng: random.Random, away: Away | None = None
+    ) -> None:
         self.device_id = device_id
+        self.state: dict[str, Any] = {}
         self._templates = templates
         self._rng = rng
         self._turn = rng.randrange(len(templates))
         self._phase_s = rng.uniform(0.0, PERIOD_S)
         watched = sorted({leaf.series for t in templates for leaf in t.leaves if leaf.alarm is not None})
         prone = rng.random() < PRONE_SHARE
-        self._prone = rng.choice(watched) if watched and prone else None
+        self._prone = {rng.choice(watched)} if watched and prone else set[tuple[str, str]]()
+        if away is not None:
+            self._prone = {series for series in watched if series[0] == away.component_type}
+            self._phase_s = (PERIOD_S - away.at_s) % PERIOD_S
         self._homes = [[leaf.base + rng.gauss(0.0, leaf.spread) for leaf in t.leaves] for t in templates]
         self._values = [list(homes) for homes in self._homes]
 
@@ -150,12 +178,18 @@ class Player:
         turn = self._turn
         self._turn = (turn + 1) % len(self._templates)
         template = self._templates[turn]
-        away = self._prone is not None and (elapsed_s + self._phase_s) % PERIOD_S < EXCURSION_S
+        away = bool(self._prone) and (elapsed_s + self._phase_s) % PERIOD_S < EXCURSION_S
         values = self._values[turn]
         for i, leaf in enumerate(template.leaves):
-            aim = leaf.alarm if away and leaf.alarm is not None and leaf.series == self._prone else self._homes[turn][i]
+            if leaf.counts:
+                values[i] = leaf.base + leaf.spread * (at_us - _TRIAL_US) / _HOUR_US
+                continue
+            aim = leaf.alarm if away and leaf.alarm is not None and leaf.series in self._prone else self._homes[turn][i]
             values[i] += PULL * (aim - values[i]) + self._rng.gauss(0.0, leaf.spread * 0.3)
-        return _filled(template, values, at_us), template.port, template.readings
+        payload = _filled(template, values, at_us)
+        if self.state and isinstance(payload, dict):
+            payload = {**payload, **self.state}
+        return payload, template.port, template.readings
 
 
 def _filled(template: Template, values: Sequence[float], at_us: int) -> Any:
@@ -200,6 +234,12 @@ class Catalogue:
         """Names of the device types that have something to play, in the file's order."""
         return [name for name in self._types if self.templates({"device_id": "sim", "type": name})]
 
+    def fetches(self, device: Document) -> bool:
+        """Whether this device asks for its commands over HTTP."""
+        ways = ((self._types.get(device["type"]) or {}).get("downlink"), device.get("downlink"))
+        said = [way["format"] for way in ways if way and way.get("format")]
+        return bool(said) and said[-1] == "http"
+
     def templates(self, device: Document) -> tuple[Template, ...]:
         """What this device can send; empty where its parser has no examples, or none that can be sent at any time."""
         varied = {k: v for k, v in device.items() if k in ("type", "mapping", "datatypes", "rules", "variables")}
@@ -224,11 +264,12 @@ class Catalogue:
         except Reject:
             return  # a script: what it makes of a payload is not known here
         rules = self._watching(kind, device)
+        meters = {name for name, each in self._datatypes.items() if each.get("counter") is not None}
         own = parser.get("examples")
         for example in EXAMPLES.get(parser["kind"], ()) if own is None and not parser.get("source") else own or ():
             for payload in _payloads(example):
                 time = _own_time(parser, payload)
-                template = _template(compiled, payload, example.get("port"), time, rules)
+                template = _template(compiled, payload, example.get("port"), time, rules, meters)
                 if template is not None:
                     yield template
                     break
@@ -282,21 +323,7 @@ Readings = list[dict[str, Any]]
 
 def _readings(compiled: CompiledDevice, payload: Any, port: int | None) -> Readings | None:
     """What a payload becomes; None where it does not, or not at the instant at which it was sent."""
-    raw: RawMessage = {
-        "device": compiled.device_id,
-        "received_at": _TRIAL_US,
-        "connector": CONNECTOR,
-        "mode": "",
-        "topic": "",
-        "port": port,
-        "payload": payload,
-        "meta": {},
-        "experiment_id": None,
-        "raw_partition": 0,
-        "raw_offset": 0,
-        "raw_index": 0,
-        "generation": 0,
-    }
+    raw = raw_message(payload, device=compiled.device_id, port=port, received_at=_TRIAL_US, connector=CONNECTOR)
     try:
         message, refused = normalize(raw, compiled, _TRIAL_US)
     except Reject:
@@ -308,7 +335,12 @@ def _readings(compiled: CompiledDevice, payload: Any, port: int | None) -> Readi
 
 
 def _template(
-    compiled: CompiledDevice, payload: Any, port: int | None, time: OwnTime | None, rules: Sequence[Document]
+    compiled: CompiledDevice,
+    payload: Any,
+    port: int | None,
+    time: OwnTime | None,
+    rules: Sequence[Document],
+    meters: Container[str] = (),
 ) -> Template | None:
     def readings_of(leaves: Sequence[Leaf], values: Sequence[float]) -> Readings | None:
         return _readings(compiled, _filled(Template(payload, port, tuple(leaves), 0, time), values, _TRIAL_US), port)
@@ -328,10 +360,15 @@ def _template(
         if found is None:
             continue
         reading, slope = found[0], found[1] / step
-        spread = max(abs(reading["value"]) * SPREAD_SHARE, SPREAD_LEAST) / abs(slope)
-        alarm = _alarm(reading, slope, base, rules)
+        counts = reading["component_type"] in meters
+        if counts and isinstance(payload, bytes):
+            continue  # its words would roll over within days
+        spread = COUNTED_AN_HOUR / slope
+        if not counts:
+            spread = max(abs(reading["value"]) * SPREAD_SHARE, SPREAD_LEAST) / abs(slope)
+        alarm = None if counts else _alarm(reading, slope, base, rules)
         series = (reading["component_type"], reading["pin_position"])
-        leaves.append(Leaf(path, base, spread, integer, series, alarm))
+        leaves.append(Leaf(path, base, spread, integer, series, alarm, counts))
         if isinstance(payload, bytes):
             taken |= {cast(int, path[0]), cast(int, path[0]) + 1}
     # Together they may do what none did alone (a derived value that is no number): then the example is played as it is.
@@ -446,12 +483,83 @@ def players(catalogue: Catalogue, devices: Iterable[Document], seed: int) -> lis
         templates = () if silent else catalogue.templates(device)
         if templates:
             # A seed of its own, so that one device more or less changes nobody else's values.
-            found.append(Player(device["device_id"], templates, random.Random(f"{seed}/{device['device_id']}")))
+            rng = random.Random(f"{seed}/{device['device_id']}")
+            found.append(Player(device["device_id"], templates, rng, _away(device)))
     if not found:
         message = "no device has a parser with an example that can be sent now"
         raise SimulatorError(message)
     random.Random(seed).shuffle(found)
     return found
+
+
+def _away(device: Document) -> Away | None:
+    said = (device.get("meta") or {}).get("simulated")
+    if not isinstance(said, Mapping) or "away" not in said:
+        return None
+    return Away(str(said["away"]), float(said.get("at_s", 0.0)))
+
+
+@dataclass(slots=True)
+class Obedient:
+    """A device that asks for its commands over HTTP, does what they say, and tells so.
+
+    What it can do is to set the fields of its own messages: {"fan": 1} makes it say `fan: 1` from then on.
+    """
+
+    player: Player
+    url: str  #: of a worker's web port
+    token: str = ""  #: `http.token`
+    obeyed: int = 0  #: commands
+
+    async def run(self, clock: Clock, stop: asyncio.Event) -> None:
+        """Ask and obey until `stop`. A worker that is away is waited for."""
+        import aiohttp
+
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        started_s, has = clock.monotonic_s(), ""
+        async with aiohttp.ClientSession(self.url, headers=headers) as http:
+            while not stop.is_set():
+                asked = {"device": self.player.device_id, "wait_s": f"{FETCH_S:g}"} | ({"has": has} if has else {})
+                waiting: list[dict[str, Any]] = []
+                try:
+                    asking = asyncio.ensure_future(self._asked(http, asked))
+                    stopping = asyncio.ensure_future(stop.wait())
+                    await asyncio.wait([asking, stopping], return_when=asyncio.FIRST_COMPLETED)
+                    stopping.cancel()
+                    if not asking.done():
+                        asking.cancel()
+                        return
+                    waiting = asking.result()
+                    for downlink in waiting:
+                        self._obey(downlink)
+                        has = downlink["id"]
+                    if waiting:
+                        payload, *_ = self.player.next(clock.monotonic_s() - started_s, clock.now_us())
+                        async with http.post("/ingest", json={"device": self.player.device_id, "payload": payload}):
+                            pass
+                except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as e:
+                    log.debug("simulated device cannot ask", device=self.player.device_id, error=str(e))
+                if not waiting:
+                    await pause(clock, FETCH_PAUSE_S, stop)
+
+    @staticmethod
+    async def _asked(http: Any, asked: Mapping[str, str]) -> list[dict[str, Any]]:
+        async with http.get("/ingest/commands", params=asked) as response:
+            if response.status != 200:
+                return []
+            return cast(list[dict[str, Any]], (await response.json())["downlinks"])
+
+    def _obey(self, downlink: Mapping[str, Any]) -> None:
+        said = orjson.loads(base64.b64decode(downlink["payload_b64"]))
+        if isinstance(said, dict):
+            self.player.state.update(said)
+        self.obeyed += 1
+
+
+def obedient(catalogue: Catalogue, found: Iterable[Player], url: str, token: str = "") -> list[Obedient]:
+    """Of these players, those that fetch their commands from the worker at `url`."""
+    fetching = {d["device_id"] for d in catalogue.devices if catalogue.fetches(d)}
+    return [Obedient(player, url, token) for player in found if player.device_id in fetching]
 
 
 @dataclass(slots=True)

@@ -1,38 +1,4 @@
-"""The console: what a worker shows on its web port. `install(app)` mounts it."""
+"""The console: what a worker shows on its web port. `wiring.install(app)` mounts it.
 
-from typing import Any
-
-from preservarium.command_desk import CommandDesk
-from preservarium.console.commands import Commands
-from preservarium.console.dashboards import DashboardViews
-from preservarium.console.follower import BoardFollower
-from preservarium.console.operators import Operators
-from preservarium.console.tables import TableReader
-from preservarium.console.views import Console
-from preservarium.console.workers import Workers, WorkersFollower
-from preservarium.operating import Board, Desk
-from preservarium.publish import partition_of
-from preservarium.stores.views import Views
-
-__all__ = ["install"]
-
-
-def install(app: Any) -> Console:
-    """Mount the console on the app's web server; call it once, while the app is being made.
-
-    The routes go straight to the aiohttp application under Faust's web server, before Faust adds its own: the first
-    that matches wins, and Faust too has a view for `/`.
-    """
-    reads = app.resource(Views(lambda: app.live().postgres))
-    tables = TableReader(lambda: app.state_tables, lambda key: partition_of(key, app.live().kafka.partitions))
-    workers = Workers()
-    console = Console(app, reads, tables, workers)
-    console.mount(app.web.web_app)
-    follower = app.add_dependency(WorkersFollower(workers, console.state, app.publisher.publish, app.live, app.clock))
-    app.on_before_shutdown.connect(follower.goodbye)
-    board = Board()
-    app.add_dependency(BoardFollower(board, app.live, app.clock))
-    DashboardViews(app).mount(app.web.web_app)
-    Operators(app, Desk(board, app.publisher.publish, app.clock), reads).mount(app.web.web_app)
-    Commands(app, CommandDesk(app.publisher.publish, app.clock), reads).mount(app.web.web_app)
-    return console
+May import everything but agents, tables and cli.
+"""

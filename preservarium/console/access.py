@@ -1,12 +1,16 @@
-"""Who may see what: the operator token, and the headers that keep a browser from being used against us."""
+"""Who may see and do what, and the headers that keep a browser from being used against us."""
 
 import hmac
 import ipaddress
 from typing import Final, NoReturn
 
+import orjson
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
-from preservarium.settings import Web
+from preservarium.serving import hosts
+from preservarium.serving.rights import Handler, Right, bearer, right_of
+from preservarium.settings import LiveSettings, Web
 
 #: The page is one document with its own script and style and talks to its own origin; nothing else is allowed.
 CONTENT_SECURITY_POLICY: Final = (
@@ -24,99 +28,86 @@ HEADERS: Final = {
     "Cache-Control": "no-store",
 }
 
-#: Names under which a browser on this machine asks for us. Any other name that resolves to 127.0.0.1 may have been
-#: made to by a page of a stranger (DNS rebinding).
-_LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 #: A request that a proxy passed on comes from the proxy's address, which says nothing about who asks.
 _PROXY_HEADERS: Final = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
 
 
-def _host_name(host: str) -> str:
-    """The Host header without its port and brackets."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0] if host.count(":") <= 1 else host
+def admit(request: web.Request, settings: Web, right: Right) -> str:
+    """Let through who has the right, and say who it is. This is the one check of everything that the web port serves.
 
-
-def _is_loopback(address: str | None) -> bool:
-    try:
-        return ipaddress.ip_address(address or "").is_loopback
-    except ValueError:
-        return False
-
-
-def _unauthorized() -> NoReturn:
-    raise web.HTTPUnauthorized(
-        text='{"error": "operator token missing or wrong"}',
-        content_type="application/json",
-        headers={"WWW-Authenticate": 'Bearer realm="preservarium"'},
-    )
-
-
-def require_operator(request: web.Request, token: str) -> None:
-    """Let operators through.
-
-    With a token set, the request must show it as `Authorization: Bearer …`. With none, only a request from this
-    machine itself passes: loopback address, loopback host name, no proxy in between.
+    Where operators are configured, `web.operators` or `web.operator_token`, one of their tokens must be shown as
+    `Authorization: Bearer …`, whoever asks from wherever. Where none are, everybody may read, and operate may who asks from
+    this machine itself: from its loopback address, under a loopback name, with no proxy in between, and with a page of ours
+    where it is a browser (which sends the machine's own requests for any page that asks it to).
 
     Args:
         request: the request.
-        token: `web.operator_token`, empty where none is set.
-
-    Raises:
-        web.HTTPUnauthorized: the token is missing or wrong.
-        web.HTTPForbidden: no token is set and the request does not come from this machine.
-    """
-    if token:
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        # compare_digest: the time it takes says nothing about how much of the token was right.
-        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode()):
-            return
-        _unauthorized()
-    if (
-        _is_loopback(request.remote)
-        and _host_name(request.host).lower() in _LOOPBACK_NAMES
-        and not any(name in request.headers for name in _PROXY_HEADERS)
-    ):
-        return
-    raise web.HTTPForbidden(
-        text='{"error": "served to loopback only: set PRESERVARIUM_WEB__OPERATOR_TOKEN"}',
-        content_type="application/json",
-    )
-
-
-def operator_of(request: web.Request, settings: Web) -> str:
-    """Let operators through who act, and say who it is.
-
-    A token of `web.operators` proves a name; `web.operator_token`, or the machine itself where no token is set, proves
-    none, and the actor is whoever the request names. Where no token is asked for, the request must come from a page of
-    our own (a browser sends the machine's own requests for any page that asks it to).
+        settings: of the web port, in force now.
+        right: what the handler needs. OPEN, LINK and SENDER are not asked for here.
 
     Returns:
-        The name that the token proves, or "".
+        The name that the token proves. "" where none is proven: with `web.operator_token`, or without tokens, the actor is
+        whoever the request names.
 
     Raises:
         web.HTTPUnauthorized: a token is needed, and is missing or wrong.
-        web.HTTPForbidden: as `require_operator`, or a page of another origin asks.
+        web.HTTPForbidden: there are no operators, and the request does not come from this machine or not from our page.
     """
-    token = settings.operator_token.get_secret_value()
-    named = settings.operator_tokens
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    if named and scheme.lower() == "bearer":
-        # Each is compared, so that the time says nothing about which.
-        found = [name for name, each in named.items() if hmac.compare_digest(given.strip().encode(), each.encode())]
-        if found:
-            return found[0]
-    if named and not token:
-        _unauthorized()
-    require_operator(request, token)
-    if not token:
-        _require_own_page(request)
+    if right not in (Right.READ, Right.OPERATE):
+        return ""
+    shared = settings.operator_token.get_secret_value()
+    tokens = {**settings.operator_tokens, **({"": shared} if shared else {})}
+    if tokens:
+        given = bearer(request)
+        # compare_digest: the time it takes says nothing about how much of a token was right; each is compared, so that it
+        # says nothing about which.
+        found = [name for name, token in tokens.items() if hmac.compare_digest(given, token.encode())]
+        if given and found:
+            return max(found)
+        raise web.HTTPUnauthorized(
+            text='{"error": "operator token missing or wrong"}',
+            content_type="application/json",
+            headers={"WWW-Authenticate": 'Bearer realm="preservarium"'},
+        )
+    if right is Right.OPERATE:
+        if not _from_this_machine(request):
+            _forbid("served to this machine only: set PRESERVARIUM_WEB__OPERATORS or PRESERVARIUM_WEB__OPERATOR_TOKEN")
+        if hosts.from_a_strangers_page(request, settings):
+            _forbid("asked by a page of another origin")
     return ""
 
 
-def _require_own_page(request: web.Request) -> None:
-    site = request.headers.get("Sec-Fetch-Site", "same-origin")
-    origin = request.headers.get("Origin")
-    if site not in ("same-origin", "none") or (origin is not None and origin.partition("://")[2] != request.host):
-        raise web.HTTPForbidden(text='{"error": "asked by a page of another origin"}', content_type="application/json")
+def closed(live: LiveSettings) -> Middleware:
+    """Keeps what says nothing of who may ask it, as Faust's own handlers, for operators. They raise for a table that is none."""
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.match_info.http_exception is None and right_of(request.match_info.handler) is None:
+            admit(request, live().web, Right.OPERATE)
+            try:
+                return await handler(request)
+            except LookupError:
+                raise web.HTTPNotFound(
+                    text='{"error": "there is no table of that name"}', content_type="application/json"
+                ) from None
+        return await handler(request)
+
+    return check
+
+
+def _from_this_machine(request: web.Request) -> bool:
+    try:
+        address = ipaddress.ip_address(request.remote or "")
+    except ValueError:
+        return False
+    # A socket that is bound to :: shows an IPv4 peer as ::ffff:127.0.0.1, which Python 3.11 does not call loopback.
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (
+        (mapped or address).is_loopback
+        and hosts.host_name(request.host).lower() in hosts.LOOPBACK_NAMES
+        and not any(name in request.headers for name in _PROXY_HEADERS)
+    )
+
+
+def _forbid(message: str) -> NoReturn:
+    raise web.HTTPForbidden(text=orjson.dumps({"error": message}).decode(), content_type="application/json")

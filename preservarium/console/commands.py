@@ -13,19 +13,23 @@ The idempotency key is the header `Idempotency-Key` or the field `idempotency_ke
 command. Lists are PostgreSQL's, a moment behind; asking waits for no database. All of it is for operators.
 """
 
-from typing import Any, NoReturn, Protocol, cast
+import functools
+from typing import Any, NoReturn, cast
 
 import orjson
 from aiohttp import web
 
-from preservarium.clock import Clock
-from preservarium.command_desk import CommandDesk
-from preservarium.console import access
-from preservarium.console.replies import answer, bad, cursor_of, limit_of, missing, pack, text_of, wrapped
-from preservarium.domain.commands import LINE_BYTES_MAX, State, compile_profile
-from preservarium.domain.device import DeviceDoc, DeviceTypeDoc
-from preservarium.domain.errors import Reject
-from preservarium.settings import LiveSettings
+from preservarium.console.host import Host
+from preservarium.console.replies import OPERATOR, answer, bad, cursor_of, limit_of, missing, pack, text_of, wrapped
+from preservarium.domain.commands.lines import LINE_BYTES_MAX
+from preservarium.domain.commands.machine import State
+from preservarium.domain.commands.profile import compile_profile
+from preservarium.domain.readings.address import same_address
+from preservarium.domain.registry.device import DeviceDoc, DeviceTypeDoc
+from preservarium.errors import ReasonCode, Reject
+from preservarium.operations.command_desk import CommandDesk
+from preservarium.serving.rights import Right
+from preservarium.stores.views import Views
 
 #: The acknowledgement of Kafka is waited for so long; then the caller is to repeat with the same key, which is harmless.
 SEND_TIMEOUT_S = 20.0
@@ -34,37 +38,10 @@ EVENTS_MAX = 200
 NAME_CHARS_MAX = 255
 
 
-class Reads(Protocol):
-    """What is asked of the database (stores/views.py). Each call raises Retry when it cannot be reached."""
-
-    async def commands(
-        self, *, device_id: str, states: list[str], before: tuple[int, str] | None, limit: int
-    ) -> dict[str, Any]:
-        """`{commands, next}`: commands, newest first."""
-        ...
-
-    async def command(self, command_id: str, *, limit: int) -> dict[str, Any] | None:
-        """One command with its events."""
-        ...
-
-    async def registered(self, device_id: str) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
-        """Documents of a device and of its type; None where the device is not registered."""
-        ...
-
-
-class Host(Protocol):
-    """The parts of the app that are needed."""
-
-    @property
-    def live(self) -> LiveSettings: ...  # noqa: D102
-    @property
-    def clock(self) -> Clock: ...  # noqa: D102
-
-
 class Commands:
     """The views."""
 
-    def __init__(self, host: Host, desk: CommandDesk, reads: Reads) -> None:
+    def __init__(self, host: Host, desk: CommandDesk, reads: Views) -> None:
         self._host = host
         self._desk = desk
         self._reads = reads
@@ -73,16 +50,16 @@ class Commands:
         """Add every route to an aiohttp application that has not started."""
         get, post = application.router.add_get, application.router.add_post
         base = "/api/devices/{device_id}/commands"
-        get("/api/commands", wrapped(self.list))
-        get(base, wrapped(self.list))
-        get(f"{base}/choices", wrapped(self.choices))
-        post(base, wrapped(self.request, timeout_s=SEND_TIMEOUT_S))
-        get(f"{base}/{{command_id}}", wrapped(self.show))
-        post(f"{base}/{{command_id}}/cancel", wrapped(self.cancel, timeout_s=SEND_TIMEOUT_S))
+        view = functools.partial(wrapped, right=Right.OPERATE, live=self._host.live)
+        get("/api/commands", view(self.list))
+        get(base, view(self.list))
+        get(f"{base}/choices", view(self.choices))
+        post(base, view(self.request, timeout_s=SEND_TIMEOUT_S))
+        get(f"{base}/{{command_id}}", view(self.show))
+        post(f"{base}/{{command_id}}/cancel", view(self.cancel, timeout_s=SEND_TIMEOUT_S))
 
     async def list(self, request: web.Request) -> web.Response:
         """Commands, of the device that the path or the query names, or of all."""
-        self._operator(request)
         states = [word.strip() for word in text_of(request, "state").lower().split(",") if word.strip()]
         if set(states) - set(State):
             bad(f"state is one or more of {', '.join(State)}")
@@ -97,12 +74,12 @@ class Commands:
 
     async def choices(self, request: web.Request) -> web.Response:
         """What the registry says of a device's commands: for a form to choose from, not a limit to what may be asked."""
-        self._operator(request)
         device_id = _name(request, "device_id")
         found = await self._reads.registered(device_id)
         if found is None:
             missing("the registry knows no such device")
         device, device_type = found
+        device_id = device["device_id"]
         profile = compile_profile(
             cast("DeviceDoc", device), cast("DeviceTypeDoc | None", device_type), self._host.live().commands.topic
         )
@@ -121,15 +98,14 @@ class Commands:
 
     async def show(self, request: web.Request) -> web.Response:
         """One command with its events."""
-        self._operator(request)
         found = await self._reads.command(_name(request, "command_id"), limit=EVENTS_MAX)
-        if found is None or found["device_id"] != _name(request, "device_id"):
+        if found is None or not same_address(found["device_id"], _name(request, "device_id")):
             missing("the database knows no such command of this device (yet)")
         return answer(found)
 
     async def request(self, request: web.Request) -> web.Response:
         """Ask for a command."""
-        name = self._operator(request)
+        name = request[OPERATOR]
         asked = await _body(request)
         if "idempotency_key" not in asked and (key := request.headers.get("Idempotency-Key")):
             asked["idempotency_key"] = key
@@ -138,7 +114,8 @@ class Commands:
         try:
             made = await self._desk.request(device_id, asked)
         except Reject as e:
-            return answer({"error": str(e), "code": str(e.code)}, status=400)
+            status = 404 if e.code == ReasonCode.UNKNOWN_DEVICE else 400
+            return answer({"error": str(e), "code": str(e.code)}, status=status)
         made["command"] = f"{request.path.rstrip('/')}/{made['command_id']}"
         response = answer(made, status=202)
         response.headers["Location"] = made["command"]
@@ -146,7 +123,7 @@ class Commands:
 
     async def cancel(self, request: web.Request) -> web.Response:
         """Ask to cancel a command."""
-        name = self._operator(request)
+        name = request[OPERATOR]
         body = await _body(request) if request.can_read_body else {}
         try:
             await self._desk.cancel(
@@ -155,9 +132,6 @@ class Commands:
         except Reject as e:
             return answer({"error": str(e), "code": str(e.code)}, status=400)
         return answer({"command_id": _name(request, "command_id"), "asked": "cancel"}, status=202)
-
-    def _operator(self, request: web.Request) -> str:
-        return access.operator_of(request, self._host.live().web)
 
 
 def _name(request: web.Request, name: str) -> str:

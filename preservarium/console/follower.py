@@ -7,9 +7,9 @@ from mode import Service
 
 from preservarium import metrics
 from preservarium.clock import Clock, SystemClock
-from preservarium.following import Follower
-from preservarium.operating import Board, follow
+from preservarium.operations.alarm_board import Board, follow
 from preservarium.settings import Settings
+from preservarium.streaming.following import Follower
 
 #: Metrics of what stands are set this often; Prometheus asks every 15 s or so.
 MEASURED_EVERY_S: Final = 5.0

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from preservarium.stores.breaker import breakers
+from preservarium.breaker import Breaker, State, breakers
 
-#: A stage that has work and has committed nothing for so long is stuck: the longest handler has a time limit of 30 s,
-#: a rebalance may take 60 s, and a batch that is retried for a dependency pauses its partitions and is not counted.
+#: A stage that has had work for so long, and neither a commit nor anybody who works on it, is stuck: a rebalance may take 60 s.
+#: A handler that is at work has limits of its own (streaming/reports.py), and one that waits for a dependency pauses its
+#: partitions.
 STALLED_S: Final = 120.0
 
 #: The way of the data; stages that are not named stand behind.
@@ -29,8 +30,6 @@ ORDER: Final = (
     "anomaly",
     "registry",
 )
-
-_BREAKER: Final = {0: "up", 1: "trying", 2: "down"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +80,20 @@ def judge(report: Mapping[str, Any], needs: Sequence[Dependency]) -> Health:
         needs: the dependencies and how they are.
     """
     alive: list[str] = [*report["problems"]]
-    ready: list[str] = []
+    ready: list[str] = [*report["topics"]]
     stalled = set()
+    kafka = Dependency("kafka", *_kafka(report))
     for name, stage in report["stages"].items():
         waiting = {reason for reason in stage["paused"].values() if reason}
         if stage["fuse"]["blown"]:
             continue  # among the problems already
+        if stage.get("trouble"):
+            ready.append(f"{name} is not connected: {stage['trouble']}")
         if stage["paused"]:
             ready.append(f"{name} waits: {'; '.join(sorted(waiting)[:3]) or 'for a dependency'}")
-        elif stage["commit_age_s"] > STALLED_S and (stage["pending"] or stage["lag"]):
+        elif stage["stalled_s"] > STALLED_S and kafka.state != "down":
             stalled.add(name)
-            alive.append(
-                f"{name}: nothing committed for {stage['commit_age_s']:.0f} s with {stage['pending']} records pending"
-            )
+            alive.append(f"{name}: no progress for {stage['stalled_s']:.0f} s with {stage['pending']} records pending")
     if report["recovering"]:
         ready.append("tables are being restored")
     elif report["rebalancing"]:
@@ -101,11 +101,31 @@ def judge(report: Mapping[str, Any], needs: Sequence[Dependency]) -> Health:
     elif not report["assignment"]:
         # More workers than partitions is one reason; a group that cannot be joined is another.
         ready.append("no partition is assigned to this worker")
-    ready += [f"{need.name} is down" for need in needs if need.state == "down" and not need.optional]
-    kafka = Dependency("kafka", "up" if report["assignment"] else "trying", "" if report["assignment"] else "joining")
+    if problem := report.get("clock"):
+        ready.append(problem)
+    ready += [f"{need.name} is down" for need in (kafka, *needs) if need.state == "down" and not need.optional]
     return Health(alive, ready, frozenset(stalled), [kafka, *needs])
 
 
+def _kafka(report: Mapping[str, Any]) -> tuple[str, str]:
+    """Its state and what it said last: it answers, and the group has given this worker something to do."""
+    kafka = report["kafka"]
+    if kafka["state"] == "down":
+        return "down", kafka["detail"]
+    if not report["assignment"]:
+        return "trying", "joining"
+    return kafka["state"], ""
+
+
 def dependencies() -> list[Dependency]:
-    """What the circuit breakers of this process say."""
-    return [Dependency(b.name, _BREAKER[int(b.state)], b.reason if b.state else "", b.optional) for b in breakers()]
+    """What the circuit breakers of this process and their probes say."""
+    return [Dependency(b.name, *_state(b), optional=b.optional) for b in breakers()]
+
+
+def _state(breaker: Breaker) -> tuple[str, str]:
+    if breaker.silence:
+        return "down", breaker.silence
+    if breaker.state is State.OPEN and breaker.open_for_s:
+        return "down", breaker.reason
+    # Nobody has tried since its wait was over: that alone says nothing against it.
+    return ("up", "") if breaker.state is State.CLOSED else ("trying", breaker.reason)

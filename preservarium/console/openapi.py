@@ -6,18 +6,7 @@ A literal document: a test holds its paths, parameters and fields equal to the r
 from typing import Any, Final
 
 from preservarium import __version__
-from preservarium.domain.commands import (
-    CONFIRM_WORDS,
-    EXPIRES_S_DEFAULT,
-    EXPIRES_S_MAX,
-    PORT_MAX,
-    PRIORITY_MAX,
-    TIMEOUT_S_DEFAULT,
-    TIMEOUT_S_MAX,
-    TRIES_MAX,
-)
-from preservarium.domain.commands import State as CommandState
-from preservarium.domain.device_alarms import (
+from preservarium.domain.alarms.action import (
     ACTION_ID_CHARS_MAX,
     ACTIONS,
     COMMENT_CHARS_MAX,
@@ -25,8 +14,12 @@ from preservarium.domain.device_alarms import (
     SHELVE_S_DEFAULT,
     SHELVE_S_MAX,
 )
-from preservarium.domain.rules import SEVERITIES
-from preservarium.operating import BULK, BULK_MAX, SORTS, STATES
+from preservarium.domain.alarms.rule import SEVERITIES
+from preservarium.domain.commands.confirm import CONFIRM_WORDS
+from preservarium.domain.commands.device import EXPIRES_S_DEFAULT, TIMEOUT_S_DEFAULT
+from preservarium.domain.commands.lines import EXPIRES_S_MAX, PORT_MAX, PRIORITY_MAX, TIMEOUT_S_MAX, TRIES_MAX
+from preservarium.domain.commands.machine import State as CommandState
+from preservarium.operations.alarm_board import BULK, BULK_MAX, SORTS, STATES
 
 _TEXT: Final = {"type": "string"}
 _NAME: Final = {"type": "string", "maxLength": NAME_CHARS_MAX}
@@ -51,7 +44,7 @@ def _answers(description: str, schema: Any, *errors: int, status: int = 200) -> 
     said = {
         400: "The question or the action is not well formed",
         401: "The operator token is missing or wrong",
-        403: "Not from this machine and no token is set, from another origin, or another operator's token",
+        403: "No operators are configured, and it is not asked from this machine or by our page; or another operator's token",
         404: "There is none",
         413: "The body is too large",
         415: "The body is no JSON",
@@ -101,6 +94,7 @@ _ALARM: Final = _object(
     value=_NUMBER,
     unit=_TEXT,
     threshold=_NUMBER,
+    reason={**_TEXT, "description": "Why it ended although nothing was measured: its device or rule is gone"},
     message=_TEXT,
     recipients={"type": "array", "items": _TEXT},
     former={
@@ -318,7 +312,7 @@ _COMMAND_PATHS: Final[dict[str, Any]] = {
             "responses": _answers(
                 "Kafka has acknowledged it",
                 _object(("command_id", "idempotency_key", "command"), command_id=_TEXT, idempotency_key=_TEXT, command=_TEXT),
-                400, 401, 403, 413, 415, 503,
+                400, 401, 403, 404, 413, 415, 503,
                 status=202,
             ),
         },
@@ -351,8 +345,8 @@ DOCUMENT: Final[dict[str, Any]] = {
     "info": {
         "title": "Preservarium: alarms and commands for operators",
         "version": __version__,
-        "description": "What is not normal, and what people do about it. Reading is as open as the console; acting needs a "
-        "token of `web.operators` or `web.operator_token`, or, where none is set, this machine.",
+        "description": "What is not normal, and what people do about it. Where operators are configured, all of it needs a token of "
+        "`web.operators` or `web.operator_token`; where none are, everybody may read, and this machine may act.",
     },
     "security": [{"token": []}, {}],
     "paths": {
@@ -376,7 +370,7 @@ DOCUMENT: Final[dict[str, Any]] = {
                     _LIMIT,
                     _CURSOR,
                 ],
-                "responses": _answers("A page", _ref("Alarms"), 400, 503),
+                "responses": _answers("A page", _ref("Alarms"), 400, 401, 503),
             }
         },
         "/api/alarms/{device_id}/{rule}/{pin_position}": {
@@ -384,7 +378,7 @@ DOCUMENT: Final[dict[str, Any]] = {
                 "operationId": "showAlarm",
                 "summary": "One alarm as it stands, and its history",
                 "parameters": [*_ONE_ALARM, _LIMIT],
-                "responses": _answers("The alarm", _ref("OneAlarm"), 400, 404, 503),
+                "responses": _answers("The alarm", _ref("OneAlarm"), 400, 401, 404, 503),
             }
         },
         "/api/alarms/actions": {
@@ -397,7 +391,7 @@ DOCUMENT: Final[dict[str, Any]] = {
                     _object(
                         ("actions",), actions={"type": "array", "items": _ref("Answer")}, note={"type": ["string", "null"]}
                     ),
-                    400,
+                    400, 401,
                 ),
             },
             "post": {
@@ -433,7 +427,7 @@ DOCUMENT: Final[dict[str, Any]] = {
                     _path("action_id", "As given or received"),
                     _query("wait_s", "Wait for it, at most so long", {"type": "number", "minimum": 0, "maximum": 25}),
                 ],
-                "responses": _answers("The answer", _ref("Answer"), 400, 404),
+                "responses": _answers("The answer", _ref("Answer"), 400, 401, 404),
             }
         },
         "/api/openapi.json": {

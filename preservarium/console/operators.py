@@ -1,6 +1,6 @@
 """The operators' views: the alarm list, one alarm with its history, actions and their answers, and the signed link.
 
-The list is the board's (preservarium/operating.py), which follows Kafka: it is of the whole system and needs no database.
+The list is the board's (preservarium/operations/alarm_board.py), which follows Kafka: it is of the whole system and needs no database.
 Where the board was not read yet, what PostgreSQL holds is shown instead, and the answer says so. Histories, and alarms
 that are over, are PostgreSQL's alone.
 
@@ -11,24 +11,37 @@ An action is checked, sent to `alarm_actions` and acknowledged by Kafka; whether
 can be waited for. Whoever repeats an action with the same `action_id` does it once.
 """
 
+import functools
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, NoReturn, Protocol
+from collections.abc import Mapping
+from typing import Any, Final, NoReturn
 
-import jinja2
 import orjson
 from aiohttp import web
 
-from preservarium.clock import Clock
-from preservarium.console import access
+from preservarium.console import access, pages
+from preservarium.console.host import Host
 from preservarium.console.openapi import DOCUMENT
-from preservarium.console.replies import TEXT_MAX, answer, bad, cursor_of, limit_of, pack, text_of, unpack, wrapped
-from preservarium.domain.device_alarms import ACTION_ID_CHARS_MAX, ActionDoc
-from preservarium.domain.errors import Reject, Retry
-from preservarium.domain.rules import SEVERITIES
+from preservarium.console.replies import (
+    OPERATOR,
+    TEXT_MAX,
+    answer,
+    bad,
+    cursor_of,
+    limit_of,
+    pack,
+    text_of,
+    unpack,
+    wrapped,
+)
+from preservarium.domain.alarms.action import ACTION_ID_CHARS_MAX, ActionDoc
+from preservarium.domain.alarms.rule import SEVERITIES
+from preservarium.errors import Reject, Retry
 from preservarium.notices import links
-from preservarium.operating import BULK, BULK_MAX, SORTS, STATES, Board, Desk, Filter, tally
-from preservarium.settings import LiveSettings, Settings
+from preservarium.operations.alarm_board import BULK, BULK_MAX, SORTS, STATES, Board, Desk, Filter, tally
+from preservarium.serving.rights import Right
+from preservarium.settings import Settings
+from preservarium.stores.views import Views
 
 #: An action is a few hundred bytes; its comment is the largest part.
 BODY_BYTES_MAX: Final = 16_384
@@ -63,65 +76,31 @@ _FILTER_FIELDS: Final = ("state", "severity", "device", "rule", "q")
 _ENDED: Final = {"cleared": False, "all": None}
 
 
-class Reads(Protocol):
-    """What is asked of the database (stores/views.py). Each call raises Retry when it cannot be reached."""
-
-    async def alarms(
-        self,
-        *,
-        active: bool | None,
-        before: tuple[int, str] | None,
-        limit: int,
-        device_id: str = "",
-        rule: str = "",
-        severities: Sequence[str] = (),
-        q: str = "",
-    ) -> dict[str, Any]:
-        """`{alarms, next, total}`: alarms, newest first, also those that are over."""
-        ...
-
-    async def standing(self, limit: int) -> list[dict[str, Any]]:
-        """Alarms that are not normal, as the database has them."""
-        ...
-
-    async def alarm_history(self, *, device_id: str, rule: str, pin_position: str, limit: int) -> list[dict[str, Any]]:
-        """Transitions and operators' actions of one alarm, newest first."""
-        ...
-
-
-class Host(Protocol):
-    """The parts of the app that are needed."""
-
-    @property
-    def live(self) -> LiveSettings: ...  # noqa: D102
-    @property
-    def clock(self) -> Clock: ...  # noqa: D102
-
-
 class Operators:
     """The views."""
 
-    def __init__(self, host: Host, desk: Desk, reads: Reads) -> None:
+    def __init__(self, host: Host, desk: Desk, reads: Views) -> None:
         self._host = host
         self._desk = desk
         self._board = desk.board
         self._reads = reads
-        loader = jinja2.PackageLoader("preservarium.console", "page")
-        templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-        self._link_page = templates.get_template("ack.html")
 
     def mount(self, application: web.Application) -> None:
         """Add every route to an aiohttp application that has not started."""
         get, post = application.router.add_get, application.router.add_post
-        get("/api/openapi.json", wrapped(self.openapi))
-        get("/api/alarms", wrapped(self.alarms))
-        get("/api/alarms/actions", wrapped(self.answers))
-        post("/api/alarms/actions", wrapped(self.act, timeout_s=SEND_TIMEOUT_S))
-        post("/api/alarms/bulk", wrapped(self.act_many, timeout_s=SEND_TIMEOUT_S + WAIT_S_MAX))
-        get("/api/alarms/actions/{action_id}", wrapped(self.answered, timeout_s=WAIT_S_MAX + 5))
-        get("/api/alarms/{device_id}/{rule}/{pin_position}", wrapped(self.alarm))
-        get(links.PATH, wrapped(self.link))
-        post(links.PATH, wrapped(self.follow_link, timeout_s=SEND_TIMEOUT_S + LINK_WAIT_S))
+        live = self._host.live
+        read = functools.partial(wrapped, right=Right.READ, live=live)
+        operate = functools.partial(wrapped, right=Right.OPERATE, live=live)
+        link = functools.partial(wrapped, right=Right.LINK, live=live)
+        get("/api/openapi.json", wrapped(self.openapi, Right.OPEN, live))
+        get("/api/alarms", read(self.alarms))
+        get("/api/alarms/actions", read(self.answers))
+        post("/api/alarms/actions", operate(self.act, timeout_s=SEND_TIMEOUT_S))
+        post("/api/alarms/bulk", operate(self.act_many, timeout_s=SEND_TIMEOUT_S + WAIT_S_MAX))
+        get("/api/alarms/actions/{action_id}", read(self.answered, timeout_s=WAIT_S_MAX + 5))
+        get("/api/alarms/{device_id}/{rule}/{pin_position}", read(self.alarm))
+        get(links.PATH, link(self.link))
+        post(links.PATH, link(self.follow_link, timeout_s=SEND_TIMEOUT_S + LINK_WAIT_S))
 
     async def openapi(self, _request: web.Request) -> web.Response:
         """The description of this API."""
@@ -219,6 +198,8 @@ class Operators:
         except Retry as e:
             history_note = f"The history is the database's, which does not answer: {e}"
         alarm = board.get((device_id, rule, pin))
+        if alarm is not None:
+            device_id = alarm["device_id"]
         if alarm is None and history == []:
             raise web.HTTPNotFound(text='{"error": "no such alarm was ever raised"}', content_type="application/json")
         return answer(
@@ -324,7 +305,7 @@ class Operators:
 
     async def _line(self, request: web.Request, fields: frozenset[str], bytes_max: int) -> dict[str, Any]:
         """What an operator asks for, with the actor that the token proves."""
-        name = access.operator_of(request, self._host.live().web)
+        name = request[OPERATOR]
         if request.content_type != "application/json":
             # A page of a stranger can send a form or plain text across origins, and JSON only after asking.
             _refuse(web.HTTPUnsupportedMediaType, "send application/json")
@@ -413,7 +394,7 @@ class Operators:
         token: str = "",
         status: int = 200,
     ) -> web.Response:
-        html = self._link_page.render(opened=opened, alarm=alarm, said=said, token=token, path=links.PATH)
+        html = pages.page("ack.html", opened=opened, alarm=alarm, said=said, token=token, path=links.PATH)
         # The one page with a form that the browser sends itself.
         policy = access.CONTENT_SECURITY_POLICY.replace("form-action 'none'", "form-action 'self'")
         headers = {"Content-Security-Policy": policy}

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
 import orjson
@@ -11,7 +11,9 @@ import structlog
 from aiohttp import web
 
 from preservarium.console import access
-from preservarium.domain.errors import Retry
+from preservarium.errors import Retry, reason
+from preservarium.serving.rights import Handler, Right, needs
+from preservarium.settings import Settings
 
 log = structlog.get_logger(__name__)
 
@@ -26,21 +28,30 @@ READ_TIMEOUT_S: Final = 5.0
 #: Longest cursor: the position of a thousand partitions.
 PACKED_MAX: Final = 16_384
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+#: Under this the request has who asks, as far as a token proves it; else "".
+OPERATOR: Final = web.RequestKey("operator", str)
 
 
-def wrapped(handler: Handler, *, timeout_s: float = READ_TIMEOUT_S) -> Handler:
-    """The handler with our headers on each answer, a limit on its time, and errors as JSON."""
+def wrapped(
+    handler: Handler, right: Right, live: Callable[[], Settings], *, timeout_s: float = READ_TIMEOUT_S
+) -> Handler:
+    """The handler for those who have the right, with our headers on each answer, a limit on its time, and errors as JSON."""
 
     async def view(request: web.Request) -> web.StreamResponse:
         try:
+            request[OPERATOR] = access.admit(request, live().web, right)
             async with asyncio.timeout(timeout_s):
                 response = await handler(request)
         except web.HTTPException as e:
             e.headers.update(access.HEADERS)
             raise
         except (Retry, TimeoutError) as e:
-            response = answer({"error": f"not available now: {e or 'no answer in time'}"}, status=503)
+            response = answer({"error": f"not available now: {reason(e)}"}, status=503)
+        except (web.RequestPayloadError, ConnectionError) as e:
+            if isinstance(e, ConnectionError) and not _gone(request):
+                raise
+            # A sender that went away, or chunks that are none: no fault of ours.
+            response = answer({"error": "the body did not come to its end"}, status=400)
         except Exception:
             # What went wrong is for the log, not for whoever asks.
             log.exception("console_view_failed", path=request.path)
@@ -49,7 +60,11 @@ def wrapped(handler: Handler, *, timeout_s: float = READ_TIMEOUT_S) -> Handler:
             response.headers.setdefault(name, value)
         return response
 
-    return view
+    return needs(right, view)
+
+
+def _gone(request: web.Request) -> bool:
+    return request.transport is None or request.transport.is_closing()
 
 
 def answer(value: Any, status: int = 200) -> web.Response:

@@ -6,6 +6,8 @@ from typing import Any, Final, Protocol
 
 import orjson
 
+from preservarium.domain.readings.address import same_address, spellings
+
 #: Entries looked at for one answer. Reading 50,000 small values takes some tens of milliseconds of the event loop
 #: that the pipeline runs on; a search over more devices than that is the database's job.
 SCAN_MAX: Final = 50_000
@@ -20,11 +22,11 @@ class TableUnknown(LookupError):
 class StateTable(Protocol):
     """What is read of a state table."""
 
-    def get(self, partition: int, key: bytes) -> bytes | None:
+    def peek(self, partition: int, key: bytes) -> bytes | None:
         """The value, or None."""
         ...
 
-    def items(self, partition: int) -> Iterator[tuple[bytes, bytes]]:
+    def peek_items(self, partition: int) -> Iterator[tuple[bytes, bytes]]:
         """Every entry of a partition that this worker holds."""
         ...
 
@@ -73,7 +75,7 @@ class TableReader:
         for partition in table.partitions():
             if after is not None and partition < after[0]:
                 continue
-            for key, value in table.items(partition):
+            for key, value in table.peek_items(partition):
                 scanned += 1
                 if after is not None and (partition, key) <= after:
                     continue
@@ -84,15 +86,20 @@ class TableReader:
         return {"name": name, "entries": entries, "next": None}
 
     def get(self, name: str, key: bytes) -> dict[str, Any]:
-        """The value of one key and whether this worker holds its partition.
+        """The value of one key and whether this worker holds its partition; a device may be named by any spelling of its address.
 
         Raises:
             TableUnknown: no such table.
         """
+        found = self._get(name, key)
+        others = spellings(_text(key)) if found["value"] is None else []
+        return next((other for each in others if (other := self._get(name, each.encode()))["value"] is not None), found)
+
+    def _get(self, name: str, key: bytes) -> dict[str, Any]:
         table = self._table(name)
         partition = self._partition_of(key)
         held = partition in table.partitions()
-        value = table.get(partition, key) if held else None
+        value = table.peek(partition, key) if held else None
         shown = _shown(value) if value is not None else {"value": None, "bytes": 0}
         return {"name": name, "key": _text(key), "partition": partition, "held": held, **shown}
 
@@ -103,7 +110,7 @@ class TableReader:
             return {"devices": [], "next": None, "total": None}
         needle = q.lower()
         found: list[dict[str, Any]] = []
-        entries = itertools.chain.from_iterable(table.items(p) for p in table.partitions())
+        entries = itertools.chain.from_iterable(table.peek_items(p) for p in table.partitions())
         for key, value in itertools.islice(entries, SCAN_MAX):
             device_id = _text(key)
             if device_id <= after:
@@ -117,8 +124,10 @@ class TableReader:
             # The table may wrap the document together with the coordinates that it came from.
             inner = doc.get("doc")
             doc = inner if isinstance(inner, dict) else doc
+            if doc.get("device_id", device_id) != device_id:
+                continue  # the same device once more, by the canonical form of its address
             name = str(doc.get("name") or "")
-            if needle in device_id.lower() or needle in name.lower():
+            if needle in device_id.lower() or needle in name.lower() or same_address(device_id, q):
                 found.append(
                     {
                         "device_id": device_id,

@@ -1,7 +1,7 @@
-"""The console's web views: the page, health, metrics, and the facts as JSON.
+"""The console's web views: its pages, health, metrics, and the facts as JSON.
 
 Every list is limited and paged. Nothing here waits on a database without a time limit, and no answer is cached.
-The page itself is static; it escapes what it shows, so these views return names as they are stored.
+The pages themselves are static; they escape what they show, so these views return names as they are stored.
 """
 
 import asyncio
@@ -9,7 +9,6 @@ import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Mapping
-from importlib import resources
 from typing import Any, Final, Protocol
 
 import structlog
@@ -18,8 +17,8 @@ from prometheus_client import REGISTRY
 from prometheus_client.exposition import choose_encoder
 
 from preservarium import __version__
-from preservarium.clock import Clock
-from preservarium.console import access, health, samples
+from preservarium.console import health, pages, samples
+from preservarium.console.host import Host
 from preservarium.console.replies import (
     LIMIT_DEFAULT,
     TEXT_MAX,
@@ -34,41 +33,18 @@ from preservarium.console.replies import (
 )
 from preservarium.console.tables import TableReader, TableUnknown
 from preservarium.console.workers import REASONS_MAX, Workers
-from preservarium.domain.errors import Retry
-from preservarium.settings import LiveSettings
+from preservarium.errors import Retry
+from preservarium.serving.rights import Right
+from preservarium.stores.views import Views
 
 log = structlog.get_logger(__name__)
 
 #: The counters are sampled this often; the page asks as often.
 SAMPLE_INTERVAL_S: Final = 1.0
 
-_PAGE: Final = {
-    "/": ("index.html", "text/html"),
-    "/console/console.css": ("console.css", "text/css"),
-    "/console/common.js": ("common.js", "text/javascript"),
-    "/console/console.js": ("console.js", "text/javascript"),
-    "/alarms": ("alarms.html", "text/html"),
-    "/console/alarms.js": ("alarms.js", "text/javascript"),
-    "/commands": ("commands.html", "text/html"),
-    "/console/commands.js": ("commands.js", "text/javascript"),
-}
 
-
-class Reads(Protocol):
-    """What the console asks of the database (stores/views.py). Each call raises Retry when it cannot be reached."""
-
-    async def devices(self, *, q: str, after: str, limit: int) -> dict[str, Any]:
-        """`{devices, next, total}`: devices by address, with the last value of each series."""
-        ...
-
-
-class Host(Protocol):
-    """The parts of the app that the console looks at."""
-
-    @property
-    def live(self) -> LiveSettings: ...  # noqa: D102
-    @property
-    def clock(self) -> Clock: ...  # noqa: D102
+class Worker(Host, Protocol):
+    """The app, as far as the console judges and shows it."""
 
     def health_report(self) -> Mapping[str, Any]:
         """Membership, stages and dependencies as the engine sees them."""
@@ -86,7 +62,7 @@ class Host(Protocol):
 class Console:
     """The views of one worker."""
 
-    def __init__(self, host: Host, reads: Reads, tables: TableReader, workers: Workers | None = None) -> None:
+    def __init__(self, host: Worker, reads: Views, tables: TableReader, workers: Workers | None = None) -> None:
         self._host = host
         self._workers = workers or Workers()
         self._started_us = host.clock.now_us()
@@ -95,29 +71,28 @@ class Console:
         self._history = samples.History()
         self._started_s = host.clock.monotonic_s()
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
-        page = resources.files("preservarium.console") / "page"
-        self._files = {
-            path: (page.joinpath(name).read_bytes(), content_type) for path, (name, content_type) in _PAGE.items()
-        }
+        self._static = pages.static()
 
     def mount(self, application: web.Application) -> None:
         """Add every route to an aiohttp application that has not started.
 
         Call it before Faust adds its own: the first route that matches wins, and Faust too wants `/`.
         """
-        add = application.router.add_get
-        for path in self._files:
-            add(path, wrapped(self.page))
-        add("/health", wrapped(self.health))
-        add("/ready", wrapped(self.ready))
-        add("/metrics", wrapped(self.metrics))
-        add("/api/status", wrapped(self.status))
-        add("/api/devices", wrapped(self.devices))
-        add("/api/errors", wrapped(self.errors))
-        add("/api/tables", wrapped(self.tables))
-        add("/api/tables/{name}", wrapped(self.table))
-        add("/api/tables/{name}/{key}", wrapped(self.table_key))
-        application.router.add_post("/api/fuses/{stage}/reset", wrapped(self.reset_fuse))
+        live = self._host.live
+        for path, handler, right in (
+            *((path, self.page, Right.OPEN) for path in self._static),
+            ("/health", self.health, Right.OPEN),
+            ("/ready", self.ready, Right.OPEN),
+            ("/metrics", self.metrics, Right.OPEN),
+            ("/api/status", self.status, Right.READ),
+            ("/api/devices", self.devices, Right.READ),
+            ("/api/errors", self.errors, Right.READ),
+            ("/api/tables", self.tables, Right.OPERATE),
+            ("/api/tables/{name}", self.table, Right.OPERATE),
+            ("/api/tables/{name}/{key}", self.table_key, Right.OPERATE),
+        ):
+            application.router.add_get(path, wrapped(handler, right, live))
+        application.router.add_post("/api/fuses/{stage}/reset", wrapped(self.reset_fuse, Right.OPERATE, live))
         application.cleanup_ctx.append(self._sampling)
 
     async def _sampling(self, _application: web.Application) -> AsyncIterator[None]:
@@ -157,8 +132,8 @@ class Console:
     # --- page, health, metrics ---
 
     async def page(self, request: web.Request) -> web.Response:
-        """The page and its two files."""
-        body, content_type = self._files[request.path]
+        """A page, or a file that it loads."""
+        body, content_type = self._static[request.path]
         return web.Response(body=body, content_type=content_type, charset="utf-8")
 
     def _health(self) -> health.Health:
@@ -281,7 +256,6 @@ class Console:
 
     async def reset_fuse(self, request: web.Request) -> web.Response:
         """Close a blown fuse of this worker, once its cause is mended: its partitions go on. For operators."""
-        access.operator_of(request, self._host.live().web)
         if request.content_type != "application/json":
             raise web.HTTPUnsupportedMediaType(
                 text='{"error": "send application/json"}', content_type="application/json"
@@ -291,17 +265,12 @@ class Console:
             missing("there is no stage of that name")
         return answer({"stage": stage, "reset": True})
 
-    def _operator(self, request: web.Request) -> None:
-        access.require_operator(request, self._host.live().web.operator_token.get_secret_value())
-
-    async def tables(self, request: web.Request) -> web.Response:
+    async def tables(self, _request: web.Request) -> web.Response:
         """The state tables of this worker. For operators."""
-        self._operator(request)
         return answer({"tables": self._tables.list()})
 
     async def table(self, request: web.Request) -> web.Response:
         """Keys and values of the partitions that this worker holds: `?limit`, `?cursor`. For operators."""
-        self._operator(request)
         cursor = cursor_of(request)
         if cursor is not None and (
             len(cursor) != 2 or not isinstance(cursor[0], int) or not isinstance(cursor[1], str)
@@ -325,7 +294,6 @@ class Console:
 
     async def table_key(self, request: web.Request) -> web.Response:
         """The value of one key, where this worker holds its partition. For operators."""
-        self._operator(request)
         key = request.match_info["key"]
         if len(key) > TEXT_MAX:
             bad(f"key is longer than {TEXT_MAX} characters")

@@ -15,10 +15,10 @@ import structlog
 from mode import Service
 
 from preservarium import topics
-from preservarium.clock import Clock
-from preservarium.following import Follower, follow
+from preservarium.clock import Clock, ClockCheck
 from preservarium.settings import LiveSettings
-from preservarium.stage import Send
+from preservarium.streaming.following import Follower, follow
+from preservarium.streaming.stage import Send
 
 log = structlog.get_logger(__name__)
 
@@ -35,6 +35,9 @@ WORKERS_MAX: Final = 200
 LINE_BYTES_MAX: Final = 65_536
 #: Reasons of one worker that are told: the first ones say what is wrong.
 REASONS_MAX: Final = 5
+
+#: Kafka's word for a record that has the time of its arrival at the broker, and not of its producer.
+LOG_APPEND_TIME: Final = 1
 
 #: The goodbye of a worker that stops.
 GOODBYE_S: Final = 2.0
@@ -91,6 +94,7 @@ class WorkersFollower(Follower):
         publish: to Kafka, acknowledged.
         live: settings.
         clock: for the times.
+        check: is given how the clock compares with Kafka's.
     """
 
     what = "workers"
@@ -102,9 +106,13 @@ class WorkersFollower(Follower):
         publish: Publish,
         live: LiveSettings,
         clock: Clock,
+        check: ClockCheck | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self._check = check
+        #: what was said last of this worker, and when, s on the monotonic clock
+        self._said: tuple[bytes, float] | None = None
         self._workers = workers
         self._state = state
         self._publish = publish
@@ -126,10 +134,22 @@ class WorkersFollower(Follower):
 
     async def _say(self, state: Mapping[str, Any]) -> None:
         line = {**state, "at": self._clock.now_us()}
-        await self._publish([Send(topics.WORKER_STATUS, line["worker"].encode(), orjson.dumps(line))])
+        value = orjson.dumps(line)
+        self._said = value, self._clock.monotonic_s()
+        await self._publish([Send(topics.WORKER_STATUS, line["worker"].encode(), value)])
+
+    def _compare(self, record: Any) -> None:
+        """Where a record is what this worker said last, compare its clock with the broker's."""
+        if self._check is None or self._said is None or record.timestamp_type != LOG_APPEND_TIME:
+            return
+        value, said_s = self._said
+        if record.value == value:
+            self._check.compare(record.timestamp * 1_000, said_s)
 
     @Service.task
     async def _tell(self) -> None:
+        if self._check is not None:
+            self._check.expect()
         told: Any = None
         told_s = -SAID_EVERY_S
         failed = False
@@ -164,6 +184,7 @@ class WorkersFollower(Follower):
         def take(records: Sequence[Any], first: bool) -> None:
             now_us = self._clock.now_us()
             for record in records:
+                self._compare(record)
                 # The clocks of two machines differ; what is heard live was said now.
                 workers.hear(record.value, min(now_us, record.timestamp * 1_000) if first else now_us)
 

@@ -14,6 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NoReturn
 
+from preservarium.domain.circular import arc
+from preservarium.errors import reason
+
 #: Longest text; the longest formula of a data sheet that we met has 160 characters.
 TEXT_CHARACTERS_MAX: Final = 1_000
 #: Most syntax nodes; a third-degree polynomial over a bridge ratio takes about 60.
@@ -95,9 +98,17 @@ def _int(x: Any) -> int:
     return _narrow(int(x))
 
 
+def _angle_diff(a: Any, b: Any, period: Any) -> float:
+    if not period > 0:
+        message = f"a period is over 0, not {period!r}"
+        raise ValueError(message)
+    return arc(a, b, period)
+
+
 #: Callable by name: name -> (function, least arguments, most arguments).
 FUNCTIONS: Final[dict[str, tuple[Callable[..., Any], int, int]]] = {
     "abs": (abs, 1, 1),
+    "angle_diff": (_angle_diff, 3, 3),
     "min": (min, 2, 16),
     "max": (max, 2, 16),
     "round": (_round, 1, 2),
@@ -331,7 +342,7 @@ def check(text: str | float, names: Mapping[str, Name]) -> Expression:
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        message = f"{text!r}: not an expression ({getattr(e, 'msg', None) or type(e).__name__})"
+        message = f"{text!r}: not an expression ({getattr(e, 'msg', None) or reason(e)})"
         raise ExpressionError(message) from None
     nodes = sum(1 for _ in ast.walk(tree))
     if nodes > NODES_MAX:

@@ -9,15 +9,17 @@ looked at every `group_interval`, and told where something in it is new; where n
 `repeat_interval` as long as an alarm in it is active and not acknowledged. An alarm is one entry for its (device, rule, pin): what
 comes and goes between two notices is one line that says how often.
 
-Instants are µs since the epoch, UTC; `now_us` is the worker's clock.
+Instants are µs since the epoch, UTC; `now_us` is the worker's clock. It may have been wrong when it was read: see `Inbox.heal`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta, tzinfo
+from datetime import UTC, timedelta, tzinfo
 from typing import Any, Final, Literal, NotRequired, TypedDict
 
-from preservarium.domain.lineage import applied, identity, is_applied
+from preservarium.domain.local_time import DAYS, Hours, covers, furthest, local
+from preservarium.domain.readings.lineage import applied, identity, is_applied
+from preservarium.domain.remembered import Remembered
 
 #: Version of the state document; a document of another version is a defect, not something to guess at.
 STATE_VERSION: Final = 1
@@ -31,10 +33,17 @@ LINES_MAX: Final = 50
 PLANNED_LINES_MAX: Final = 2 * LINES_MAX
 #: Ids of transitions that one line names: a chattering alarm has hundreds, and the last ones are what is asked for.
 IDS_MAX: Final = 20
+#: Transitions that a recipient's document remembers, so that one that `iot_alerts` holds twice is told and counted once: all that
+#: a crash of the alarm stage repeats is one batch. 8 KB.
+HEARD_MAX: Final = 1_000
+#: Notices that one tick hands out, at the most: what a crash repeats, and so what the outbox must be able to tell.
+HANDED_OUT_MAX: Final = 100
 #: Notices of one window that a limit can allow: each is an instant in the document.
 LIMIT_MAX: Final = 1_000
 #: An alarm of which nothing was heard for so long is not told again: a week of repeats reached nobody.
 FORGET_US: Final = 7 * 86_400 * 1_000_000
+#: The longest delay of an escalation (domain/registry/documents.py).
+ESCALATION_MAX_US: Final = 7 * 86_400 * 1_000_000
 #: Quiet hours and digests are looked at on full minutes: that is how exactly people say them.
 MINUTE_US: Final = 60_000_000
 #: Texts in the document; a message is a line of a notice, a name fits a column.
@@ -45,20 +54,20 @@ NAME_CHARS_MAX: Final = 120
 SEVERITIES: Final = ("critical", "major", "minor", "warning", "indeterminate")
 #: What a group can be made of.
 LABELS: Final = ("device", "rule", "severity", "group", "area", "type", "component_type", "pin", "alarm")
-DAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 #: States in which an alarm is not annunciated.
 SILENT: Final = frozenset({"shelved", "suppressed", "out_of_service"})
 #: Transitions that people are told of. What an operator did, an operator knows. One that is graver now is raised once more.
-NOTIFIED: Final = {"raised": "raised", "severity_raised": "raised", "cleared": "cleared"}
+#: One that nothing watches any more is over for whoever was told of it.
+NOTIFIED: Final = {"raised": "raised", "severity_raised": "raised", "cleared": "cleared", "withdrawn": "cleared"}
 #: Transitions after which nothing is to be told of the alarm any more.
-_ENDS: Final = frozenset({"withdrawn", "reset"})
+_ENDS: Final = frozenset({"reset"})
 
 #: Fields of a transition that a notice needs.
 _KEPT: Final = (
     "alarm_id", "transition_id", "device_id", "device_name", "rule", "component_type", "pin_position", "severity",
     "transition", "state", "occurred_at", "detected_at", "cleared_at", "value", "unit", "threshold", "message",
-    "raw_partition", "raw_offset", "raw_index", "connector_mode",
+    "raw_partition", "raw_offset", "raw_index", "connector_mode", "reason",
 )  # fmt: skip
 
 Entry = dict[str, Any]
@@ -96,7 +105,7 @@ class Delivery(TypedDict):
     """A line of `notices`, keyed by recipient: one notice, as it is to be sent."""
 
     delivery_id: str
-    number: int  #: grows by one with each notice of the partition: what was handed out twice shows
+    number: int  #: grows by one with each notice of the partition: what is missing shows; says nothing of what is a duplicate
     sequence: int  #: of the recipient's notices, from 1
     recipient: str
     kind: Literal["alarms", "repeat", "digest", "test"]
@@ -108,15 +117,6 @@ class Delivery(TypedDict):
 
 
 @dataclass(frozen=True, slots=True)
-class Quiet:
-    """Hours of the local day; over midnight where `until` is not later than `since`."""
-
-    since: int  #: minute of the day
-    until: int
-    days: frozenset[int] = frozenset(range(7))  #: on which they begin, 0 Monday
-
-
-@dataclass(frozen=True, slots=True)
 class Policy:
     """How a recipient wants to be told."""
 
@@ -125,7 +125,7 @@ class Policy:
     group_interval_us: int = 300_000_000
     repeat_interval_us: int = 14_400_000_000
     cleared: bool = True  #: tell when alarms are over
-    quiet: tuple[Quiet, ...] = ()
+    quiet: tuple[Hours, ...] = ()
     digest: Literal["", "hour", "day"] = ""
     digest_minute: int = 0  #: of the local day
     through: frozenset[str] = frozenset({"critical"})  #: severities that neither quiet hours nor a digest hold back
@@ -133,31 +133,19 @@ class Policy:
     limit_window_us: int = 3_600_000_000
     zone: tzinfo = UTC
 
-    def local(self, at_us: int) -> datetime:
-        """Local time."""
-        return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=at_us)).astimezone(self.zone)
-
     def is_quiet(self, at_us: int) -> bool:
         """Whether it is a quiet hour."""
-        if not self.quiet:
-            return False
-        local = self.local(at_us)
-        minute, day = local.hour * 60 + local.minute, local.weekday()
-        for quiet in self.quiet:
-            if quiet.since < quiet.until:
-                if day in quiet.days and quiet.since <= minute < quiet.until:
-                    return True
-            elif (day in quiet.days and minute >= quiet.since) or (
-                (day - 1) % 7 in quiet.days and minute < quiet.until
-            ):
-                return True
-        return False
+        return bool(self.quiet) and covers(self.quiet, local(at_us, self.zone))
 
     def period(self, at_us: int) -> int:
-        """Number of the digest's period; a digest is due when it has become another one."""
+        """Number of the digest's period; a digest is due when it has become another one.
+
+        It never goes back: a time of day that the clock shows twice makes one digest, one that it skips makes it at the
+        change. The hours of a digest are those of UTC, which no change of the clock repeats or skips.
+        """
         if self.digest == "hour":
             return at_us // 3_600_000_000
-        return (self.local(at_us).replace(tzinfo=None) - timedelta(minutes=self.digest_minute)).toordinal()
+        return (furthest(at_us, self.zone) - timedelta(minutes=self.digest_minute)).toordinal()
 
     def holds(self, severity: str, at_us: int) -> str:
         """Why an alarm of this severity is not told now; empty where it may be."""
@@ -184,6 +172,7 @@ class Inbox:
             else {"v": STATE_VERSION, "m": {}, "seq": 0, "sent": [], "held": None, "more": {}, "g": {}, "plans": []}
         )
         self._group_of = {point: key for key, group in self._groups.items() for point in group["e"]}
+        self._heard: Remembered | None = None
 
     @property
     def _groups(self) -> dict[str, Group]:
@@ -192,16 +181,57 @@ class Inbox:
 
     def document(self) -> dict[str, Any]:
         """The state as JSON-able data."""
+        if self._heard is not None:
+            self._state["heard"] = self._heard.text()
         return self._state
+
+    def heal(self, policy: Policy, now_us: int) -> None:
+        """Take back what a clock that was ahead has left here.
+
+        What has happened lies in the past, and what is to come no further ahead than the policy puts it. So whatever
+        a clock said once, it holds up no notice longer than its own intervals do:
+
+        - `sent` (the limit), `last` and `told` of a group (its beat, repetition), `at` and `tat` of an alarm, since when
+          something is held back: at most now;
+        - `from` (escalation): at most its delay after this look;
+        - `due`: at most the longer of wait and interval after now, or after the last escalation.
+
+        The period of a digest is compared for being another one, so a wrong one is over at the next look. What a clock that
+        was ahead has told early, or forgotten after `FORGET_US`, does not come back; that a worker whose clock is wrong does
+        not tick prevents it (preservarium/clock.py).
+        """
+        self._state["sent"] = [min(at, now_us) for at in self._state["sent"]]
+        if self._state["held"] is not None:
+            self._state["held"]["since"] = min(self._state["held"]["since"], now_us)
+        for group in self._groups.values():
+            for name in ("last", "told"):
+                if group[name] is not None:
+                    group[name] = min(group[name], now_us)
+            latest = now_us
+            for entry in group["e"].values():
+                entry["at"], entry["tat"] = min(entry["at"], now_us), min(entry["tat"], now_us)
+                if entry["from"]:
+                    entry["from"] = min(entry["from"], now_us + entry.get("after", ESCALATION_MAX_US))
+                    latest = max(latest, entry["from"])
+            if group["due"] is not None:
+                group["due"] = min(group["due"], latest + max(policy.group_wait_us, policy.group_interval_us))
 
     # --- hearing ----------------------------------------------------------------------------------------------------
 
     def hear(self, event: Event, policy: Policy, now_us: int) -> bool:
-        """Take a transition in; False where it was heard before. Events of one source come in its order."""
+        """Take a transition in; False where it was heard before. Events of one source come in its order.
+
+        A place in `iot_alerts` is heard once, and so is a transition, wherever that topic holds it again.
+        """
         if is_applied(self._state["m"], event["source"], event["offset"], event["index"]):
             return False
         applied(self._state["m"], event["source"], event["offset"], event["index"])
         transition = event["transition"]
+        if self._heard is None:
+            self._heard = Remembered(HEARD_MAX, self._state.get("heard", ""))
+        if transition["transition_id"] in self._heard:
+            return False
+        self._heard.add(transition["transition_id"])
         point = "\n".join((transition["device_id"], transition["rule"], transition["pin_position"]))
         what, state = transition["transition"], transition["state"]
         if event.get("gone") or state in SILENT or what in _ENDS:
@@ -211,9 +241,16 @@ class Inbox:
         elif what == "severity_lowered":
             if entry := self._entry(point):
                 entry["t"]["severity"] = transition["severity"]
+        elif what == "withdrawn" and not self._was_told(point):
+            self._drop(point)
         elif what in NOTIFIED:
             self._changed(point, event, policy, now_us)
         return True
+
+    def _was_told(self, point: str) -> bool:
+        """Whether the recipient knows of an alarm that, as far as it knows, is not over."""
+        entry = self._entry(point)
+        return entry is not None and entry["told"] == "raised"
 
     def _changed(self, point: str, event: Event, policy: Policy, now_us: int) -> None:
         transition = event["transition"]
@@ -228,7 +265,9 @@ class Inbox:
             if not (entry["n"] and entry["c"]):
                 # Of an alarm that comes and goes, the time to answer begins with the first one.
                 after_us = round(event["after_s"] * 1e6)
-                entry["from"] = transition["detected_at"] + after_us if after_us else 0
+                # Whoever detected it may have another clock: it was not after now.
+                entry["from"] = min(transition["detected_at"], now_us) + after_us if after_us else 0
+                entry["after"] = after_us
             entry["ack"] = False
             if transition["transition"] == "raised" or not entry["n"]:
                 entry["n"] += 1
@@ -451,7 +490,8 @@ class Inbox:
         lines = [_line(entry) for entry in ordered[:LINES_MAX]]
         told = [i for line in lines for i in line["transitions"]]
         delivery: Delivery = {
-            "delivery_id": identity("notice", self._recipient, self._state["seq"], *told),
+            # When it was planned is in it, because a document that was lost counts its notices from 1 again.
+            "delivery_id": identity("notice", self._recipient, self._state["seq"], now_us, *told),
             "number": number,
             "sequence": self._state["seq"],
             "recipient": self._recipient,
@@ -488,11 +528,15 @@ class Inbox:
 
     # --- handing out ------------------------------------------------------------------------------------------------
 
-    def take(self) -> list[Delivery]:
-        """What was planned; hand it out before this state is stored."""
+    def planned(self) -> list[int]:
+        """Numbers of the notices that were planned and not handed out."""
+        return [plan["number"] for plan in self._state["plans"]]
+
+    def take(self, number: int | None = None) -> list[Delivery]:
+        """What was planned, up to a number; hand it out before this state is stored."""
         plans: list[Delivery] = self._state["plans"]
-        self._state["plans"] = []
-        return plans
+        self._state["plans"] = [] if number is None else [plan for plan in plans if plan["number"] > number]
+        return [plan for plan in plans if plan not in self._state["plans"]]
 
     def due_us(self, policy: Policy, now_us: int) -> int | None:
         """When to ask for the next plan; None: not before something is heard."""
@@ -596,7 +640,7 @@ def policy_of(document: Mapping[str, Any], defaults: Policy, zone: tzinfo) -> Po
         repeat_interval_us=us("repeat_interval_s", defaults.repeat_interval_us),
         cleared=document.get("cleared", defaults.cleared),
         quiet=tuple(
-            Quiet(
+            Hours(
                 minute_of_day(q["since"]),
                 minute_of_day(q["until"]),
                 frozenset(DAYS.index(d) for d in q.get("days") or DAYS),

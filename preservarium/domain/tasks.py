@@ -23,9 +23,10 @@ from typing import Any, Final, NoReturn, NotRequired, TypedDict
 
 import orjson
 
-from preservarium.domain.errors import ReasonCode, Reject
-from preservarium.domain.instant import instant_us
-from preservarium.domain.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US
+from preservarium.domain.readings.instant import instant_us
+from preservarium.domain.readings.number import whole_number
+from preservarium.domain.readings.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US
+from preservarium.errors import ReasonCode, Reject
 
 #: A task of such a status is completed, also where its source has no `completed_at`: then when it was changed.
 DONE_STATUSES: Final = frozenset({"completed", "complete", "done", "finished", "closed"})
@@ -289,7 +290,7 @@ def _bare(value: Any) -> Any:
             milliseconds = _bare(inner)
             return instant_us(milliseconds, "ms")
         if kind in ("$numberLong", "$numberInt"):
-            return int(inner) if isinstance(inner, str) and inner.removeprefix("-").isdecimal() else None
+            return whole_number(inner) if isinstance(inner, str) else None
         if kind != "$oid":
             break
         value = inner

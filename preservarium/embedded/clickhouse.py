@@ -19,7 +19,7 @@ class ClickHouse(Service):
     """
 
     name = "clickhouse"
-    start_s = 60.0
+    start_s = 120.0  #: it logs nothing while its library of 500 MB is loaded, so there is no progress to be seen
     stop_s = 20.0
 
     def __init__(self, directory: str | Path) -> None:
@@ -36,8 +36,13 @@ class ClickHouse(Service):
         """http://user:password@host:port, as `clickhouse.url` takes it."""
         return f"http://default:{self.password}@127.0.0.1:{self.port}"
 
+    @property
+    def url_file(self) -> Path:
+        """Holds the URL, for whoever may read the password."""
+        return self.directory / "url"
+
     def prepare(self) -> None:
-        """Make the password once, remember the port."""
+        """Make the password once, remember the port, write both down as a URL."""
         if find_spec("chdb") is None:
             message = "chdb is not installed (pip install 'preservarium[embedded]')"
             raise ServiceUnavailable(message)
@@ -47,6 +52,9 @@ class ClickHouse(Service):
             with os.fdopen(os.open(password, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
                 f.write(secrets.token_hex(16) + "\n")
         self.port = self.remembered_port()
+        self.url_file.unlink(missing_ok=True)
+        with os.fdopen(os.open(self.url_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
+            f.write(self.url + "\n")
 
     def command(self) -> Sequence[str]:
         """The server in the foreground."""

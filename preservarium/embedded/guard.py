@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import json
 import os
+import select
 import selectors
 import signal
 import subprocess
@@ -59,7 +60,8 @@ def lock(path: str, wait_s: float) -> int:
             if time.monotonic() > deadline:
                 tell("busy")
                 sys.exit(EXIT_BUSY)
-            time.sleep(POLL_S)
+            if select.select([sys.stdin], [], [], POLL_S)[0]:
+                sys.exit(0)  # our own owner is gone meanwhile
         else:
             return handle
 

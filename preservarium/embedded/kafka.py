@@ -5,6 +5,7 @@ What wins, in this order: a broker given by URL (then nothing is started), `KAFK
 in-memory broker, which forgets everything when it stops. docs/decisions/0001-kafka-version.md says why this version.
 """
 
+import fcntl
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from base64 import urlsafe_b64encode
 from collections.abc import Mapping, Sequence
@@ -19,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from preservarium.embedded.service import Service, ServiceError, ServiceUnavailable, port_answers
+from preservarium.embedded.service import Interrupted, Service, ServiceError, ServiceUnavailable, port_answers, run_tool
 
 POM: Final = Path(__file__).with_name("kafka-pom.xml")
 JAVA_MIN: Final = 17  #: Kafka 4 brokers are compiled for it
@@ -55,7 +58,8 @@ broker.session.timeout.ms=4000
 broker.heartbeat.interval.ms=1000
 num.network.threads=2
 num.io.threads=4
-num.recovery.threads.per.data.dir=1
+# Some 400 partitions are read at a start and flushed at a stop, each of which waits for the disk: at the same time.
+num.recovery.threads.per.data.dir=4
 background.threads=4
 log.cleaner.threads=1
 log.cleaner.dedupe.buffer.size=16777216
@@ -76,7 +80,8 @@ appender.file.policies.size.type = SizeBasedTriggeringPolicy
 appender.file.policies.size.size = 10MB
 appender.file.strategy.type = DefaultRolloverStrategy
 appender.file.strategy.max = 2
-rootLogger.level = warn
+# What a start has come to is said at this level, and a start that says nothing is given up (embedded/service.py).
+rootLogger.level = info
 rootLogger.appenderRef.file.ref = file
 """
 
@@ -123,7 +128,7 @@ def cache_directory(version: str) -> Path:
     return Path(base) / "preservarium" / f"kafka-{version}"
 
 
-def resolve_jars(version: str | None = None) -> Path:
+def resolve_jars(version: str | None = None, *, interrupted: threading.Event | None = None) -> Path:
     """The directory with the broker's jars; fetched by Maven on first use, checksums verified.
 
     Raises:
@@ -138,15 +143,23 @@ def resolve_jars(version: str | None = None) -> Path:
         return libs
     version = version or pinned_version()
     return fetch_jars(
-        POM, cache_directory(version), f"Kafka {version}", f"-Dkafka.version={version}", advice="; or set KAFKA_HOME"
+        POM,
+        cache_directory(version),
+        f"Kafka {version}",
+        f"-Dkafka.version={version}",
+        advice="; or set KAFKA_HOME",
+        interrupted=interrupted,
     )
 
 
-def fetch_jars(pom: Path, target: Path, what: str, *options: str, advice: str = "") -> Path:
+def fetch_jars(
+    pom: Path, target: Path, what: str, *options: str, advice: str = "", interrupted: threading.Event | None = None
+) -> Path:
     """The directory in `target` with the jars that a pom names; fetched by Maven on first use, checksums verified.
 
     Raises:
         ServiceUnavailable: there are no cached jars and no Maven.
+        Interrupted: `interrupted` was set meanwhile.
         ServiceError: Maven failed.
     """
     if (target / "complete").exists():
@@ -156,13 +169,38 @@ def fetch_jars(pom: Path, target: Path, what: str, *options: str, advice: str = 
         message = f"Maven is not installed, and it fetches the jars of {what} (Debian: apt install maven){advice}"
         raise ServiceUnavailable(message)
     target.mkdir(parents=True, exist_ok=True)
-    # Two first starts at once fetch into directories of their own; the one that ends first stays.
-    own = target / f"fetch-{os.getpid()}"
-    shutil.rmtree(own, ignore_errors=True)
+    with (target / "lock").open("w") as lock:
+        _hold(lock.fileno(), what, interrupted)
+        # Another first start may have fetched them meanwhile; its broker runs on them by now.
+        if not (target / "complete").exists():
+            _fetch(maven, pom, target, what, options, interrupted)
+    return target / "lib"
+
+
+def _hold(lock: int, what: str, interrupted: threading.Event | None) -> None:
+    """Wait for a lock of the file system; it is given back when its file is closed, or its process has died."""
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if interrupted is not None and interrupted.is_set():
+                raise Interrupted(what) from None
+            time.sleep(0.1)
+        else:
+            return
+
+
+def _fetch(
+    maven: str, pom: Path, target: Path, what: str, options: Sequence[str], interrupted: threading.Event | None
+) -> None:
+    for left in ("lib", "fetch"):
+        shutil.rmtree(target / left, ignore_errors=True)
+    own = target / "fetch"
     own.mkdir()
     shutil.copy(pom, own / "pom.xml")
     try:
-        done = subprocess.run(
+        done = run_tool(
+            f"Maven, for {what}",
             [
                 maven,
                 "-q",
@@ -173,31 +211,19 @@ def fetch_jars(pom: Path, target: Path, what: str, *options: str, advice: str = 
                 "-DincludeScope=runtime",
                 "-DoutputDirectory=lib",
             ],
-            cwd=own,
-            capture_output=True,
-            text=True,
-            timeout=MAVEN_S,
-            check=False,
             # Without a terminal of its own Maven neither asks nor colours.
-            stdin=subprocess.DEVNULL,
+            cwd=own,
+            timeout_s=MAVEN_S,
+            interrupted=interrupted,
         )
         if done.returncode != 0 or not any((own / "lib").glob("*.jar")):
             tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
             message = f"Maven could not fetch {what}:\n{tail}"
             raise ServiceError(message)
-        try:
-            (own / "lib").rename(target / "lib")
-        except OSError:
-            if not (target / "complete").exists():
-                shutil.rmtree(target / "lib")
-                (own / "lib").rename(target / "lib")
+        (own / "lib").rename(target / "lib")
         (target / "complete").touch()
-    except subprocess.TimeoutExpired as e:
-        message = f"Maven did not fetch {what} within {MAVEN_S:g} s"
-        raise ServiceError(message) from e
     finally:
         shutil.rmtree(own, ignore_errors=True)
-    return target / "lib"
 
 
 def speaks_kafka(host: str, port: int, timeout_s: float = 2.0) -> bool:
@@ -247,14 +273,15 @@ class Kafka(Service):
     def prepare(self) -> None:
         """Fetch the jars, write the properties, format the storage once."""
         self._java = find_java()
-        self._jars = resolve_jars(self.version)
+        self._jars = resolve_jars(self.version, interrupted=self._interrupted)
         self.port = self.remembered_port()
         (self.directory / "server.properties").write_text(self.properties(), encoding="utf-8")
         (self.directory / "log4j2.properties").write_text(LOG4J.format(directory=self.directory), encoding="utf-8")
         if (self.directory / "data" / "meta.properties").exists():
             return
         cluster = urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()
-        done = subprocess.run(
+        done = run_tool(
+            "Kafka's storage tool",
             [
                 *self._jvm("kafka.tools.StorageTool"),
                 "format",
@@ -264,11 +291,9 @@ class Kafka(Service):
                 "--ignore-formatted",
                 *self.format_options,
             ],
+            timeout_s=self.start_max_s,
+            interrupted=self._interrupted,
             cwd=self.directory,
-            capture_output=True,
-            text=True,
-            timeout=self.start_s,
-            check=False,
         )
         if done.returncode != 0:
             message = f"Kafka's storage could not be formatted: {(done.stdout + done.stderr).strip()[-500:]}"
@@ -350,15 +375,16 @@ class MockKafka(Service):
         return port.isdigit() and port_answers(int(port))
 
 
-def kafka_for(directory: str | Path) -> tuple[Kafka | MockKafka, str]:
+def kafka_for(directory: str | Path, *, interrupted: threading.Event | None = None) -> tuple[Kafka | MockKafka, str]:
     """The best broker this machine can run, not yet started, and a notice for people ("" where there is nothing to say).
 
     Raises:
+        Interrupted: `interrupted` was set while Maven fetched the jars.
         ServiceError: the jars could not be fetched although Java and Maven are there.
     """
     try:
         find_java()
-        resolve_jars()
+        resolve_jars(interrupted=interrupted)
     except ServiceUnavailable as e:
         notice = (
             f"{e}. Running librdkafka's in-memory broker instead: it has {MockKafka.partitions} partitions a topic,"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from preservarium.embedded.service import Service, ServiceError, ServiceUnavailable
+from preservarium.embedded.service import Service, ServiceError, ServiceUnavailable, run_tool
 
 USER: Final = "preservarium"
 SERVER_MIN: Final = 15  #: UNIQUE NULLS NOT DISTINCT and MERGE, which the migrations may use
@@ -119,9 +119,14 @@ class Postgres(Service):
         return self.directory / "data"
 
     @property
+    def password_file(self) -> Path:
+        """Holds the superuser's password; readable by the owner of the directory only."""
+        return self.directory / "password"
+
+    @property
     def password(self) -> str:
-        """The superuser's password; readable by the owner of the directory only."""
-        return (self.directory / "password").read_text(encoding="utf-8").strip()
+        """The superuser's password."""
+        return self.password_file.read_text(encoding="utf-8").strip()
 
     def dsn(self, database: str = "postgres") -> str:
         """A postgresql:// URL with the password in it."""
@@ -130,9 +135,8 @@ class Postgres(Service):
     def prepare(self) -> None:
         """Pick the server that fits the data, make the cluster once."""
         self.binaries = self._fitting()
-        password = self.directory / "password"
-        if not password.exists():
-            with os.fdopen(os.open(password, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
+        if not self.password_file.exists():
+            with os.fdopen(os.open(self.password_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
                 f.write(secrets.token_hex(16) + "\n")
         self.port = self.remembered_port()
         if (self.data / "PG_VERSION").exists():
@@ -148,7 +152,8 @@ class Postgres(Service):
             f.write(self.password + "\n")
         self._give(pwfile)
         try:
-            done = subprocess.run(
+            done = run_tool(
+                "initdb",
                 [
                     *self._as_user(),
                     self.binaries.directory / "initdb",
@@ -160,12 +165,10 @@ class Postgres(Service):
                     "--no-locale",
                     "--no-instructions",
                 ],
+                timeout_s=self.start_max_s,
+                interrupted=self._interrupted,
                 cwd="/",
                 env={**self.environment(), "PGDATA": str(half)},
-                capture_output=True,
-                text=True,
-                timeout=self.start_s,
-                check=False,
             )
         finally:
             pwfile.unlink()

@@ -8,11 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import structlog
 
@@ -25,6 +27,8 @@ log = structlog.get_logger(__name__)
 PORTS = range(20_000, 32_000)
 LOG_BYTES_MAX = 5_000_000  #: a log larger than this is moved aside at the next start; one old file is kept
 HEALTH_POLL_S = 0.05
+#: What waits for a guard or a tool looks this often whether it is still wanted.
+INTERRUPT_POLL_S = 0.2
 
 
 class ServiceError(Exception):
@@ -33,6 +37,13 @@ class ServiceError(Exception):
 
 class ServiceUnavailable(ServiceError):
     """Something the service needs is not installed: a caller may fall back, a test may skip."""
+
+
+class Interrupted(ServiceError):
+    """Nobody wants the service any more."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the start of {name} was given up")
 
 
 def port_is_free(port: int) -> bool:
@@ -66,12 +77,57 @@ def port_answers(port: int, timeout_s: float = 1.0) -> bool:
         return False
 
 
+def run_tool(
+    name: str, command: Sequence[Any], *, timeout_s: float, interrupted: threading.Event | None = None, **options: Any
+) -> "subprocess.CompletedProcess[str]":
+    """Run a program that makes something ready, and give what it printed.
+
+    Args:
+        name: what it is for, for people.
+        command: program and arguments.
+        timeout_s: then it is killed.
+        interrupted: once set, it is killed, too, within a moment.
+        options: of `subprocess.Popen`.
+
+    Raises:
+        Interrupted: nobody wants it any more.
+        ServiceError: it took too long.
+        OSError: it cannot be started.
+    """
+    deadline = time.monotonic() + timeout_s
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A Ctrl-C on the owner's terminal is the owner's to handle.
+        start_new_session=True,
+        **options,
+    ) as process:
+        while True:
+            try:
+                out, err = process.communicate(timeout=INTERRUPT_POLL_S)
+            except subprocess.TimeoutExpired:
+                given_up = interrupted is not None and interrupted.is_set()
+                if not given_up and time.monotonic() < deadline:
+                    continue
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                if given_up:
+                    raise Interrupted(name) from None
+                message = f"{name}: no end within {timeout_s:g} s"
+                raise ServiceError(message) from None
+            return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
 class Service(ABC):
     """One service in a data directory.
 
     `start` may be called again after `stop`, `kill`, or the death of a former owner: the data and, where they are
     still free, the ports are the same. A second owner of the same directory is refused as long as the first lives.
-    Not thread-safe: one thread at a time.
+    Not thread-safe, but for `interrupt`: one thread at a time.
 
     Attributes:
         directory: everything the service writes.
@@ -80,7 +136,8 @@ class Service(ABC):
 
     name: str = "service"
     stop_signal: signal.Signals = signal.SIGTERM
-    start_s: float = 60.0  #: a start that takes longer has failed
+    start_s: float = 60.0  #: a start that shows no progress for so long has failed
+    start_max_s: float = 600.0  #: a start that takes longer has failed, whatever it shows
     stop_s: float = 20.0  #: a stop that takes longer is a kill
     busy_wait_s: float = 25.0  #: longer than stop_s: a killed owner's guard may still be stopping the service
 
@@ -90,6 +147,7 @@ class Service(ABC):
         self.pid: int | None = None
         self.started_s: float | None = None  #: seconds the last start took
         self._guard: subprocess.Popen[str] | None = None
+        self._interrupted = threading.Event()
 
     @abstractmethod
     def prepare(self) -> None:
@@ -112,6 +170,10 @@ class Service(ABC):
         """The environment of the service."""
         return os.environ
 
+    def progress(self) -> object:
+        """Something that differs from what it was before where a start has come further: how long its logs are."""
+        return [file.stat().st_size for file in sorted(self.directory.glob("*.log")) if file.exists()]
+
     @staticmethod
     def python_environment() -> dict[str, str]:
         """An environment in which a child's `-m preservarium…` finds this very package from any directory."""
@@ -127,8 +189,11 @@ class Service(ABC):
     def start(self) -> Self:
         """Start and wait until it answers. A service that already runs is left alone.
 
+        A busy machine may need minutes: as long as the log moves it is waited for.
+
         Raises:
             ServiceUnavailable: something is not installed.
+            Interrupted: nobody wants it any more.
             ServiceError: it did not start; the message holds the last lines of its log.
         """
         if self._guard is not None and self._guard.poll() is None:
@@ -139,21 +204,36 @@ class Service(ABC):
         self.prepare()
         if self.log_file.exists() and self.log_file.stat().st_size > LOG_BYTES_MAX:
             self.log_file.replace(self.log_file.with_suffix(".log.1"))
+        self._check_wanted()
         self._launch()
-        deadline = begun + self.start_s
+        moved_at, shown = time.monotonic(), self.progress()
         while not self.healthy():
             if not self.alive:
                 message = f"{self.name} ended while starting (exit {self._guard and self._guard.returncode})"
                 self._release()
                 raise ServiceError(message + self._log_tail())
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if (new := self.progress()) != shown:
+                moved_at, shown = now, new
+            if now - moved_at > self.start_s or now - begun > self.start_max_s:
                 self.stop()
-                message = f"{self.name} did not answer within {self.start_s:g} s"
+                still = f", and showed no progress for {self.start_s:g} s" if now - begun <= self.start_max_s else ""
+                message = f"{self.name} did not answer within {now - begun:.0f} s{still}"
                 raise ServiceError(message + self._log_tail())
+            self._check_wanted()
             time.sleep(HEALTH_POLL_S)
         self.started_s = time.monotonic() - begun
         log.debug("service started", service=self.name, pid=self.pid, seconds=round(self.started_s, 2))
         return self
+
+    def interrupt(self) -> None:
+        """Have a `start` that another thread is in give up, and every later one. For an owner that ends; may be called any time."""
+        self._interrupted.set()
+
+    def _check_wanted(self) -> None:
+        if self._interrupted.is_set():
+            self.stop()
+            raise Interrupted(self.name)
 
     def stop(self) -> None:
         """Stop cleanly and wait for the end. No error where it does not run."""
@@ -215,6 +295,7 @@ class Service(ABC):
             start_new_session=True,
         )
         said = self._guard_says(self.busy_wait_s + self.stop_s + 20.0)
+        self._check_wanted()
         if said.startswith("started "):
             self.pid = int(said.removeprefix("started "))
             return
@@ -232,7 +313,11 @@ class Service(ABC):
             return ""
         with selectors.DefaultSelector() as selector:
             selector.register(pipe, selectors.EVENT_READ)
-            return pipe.readline().strip() if selector.select(timeout_s) else ""
+            deadline = time.monotonic() + timeout_s
+            while time.monotonic() < deadline and not self._interrupted.is_set():
+                if selector.select(INTERRUPT_POLL_S):
+                    return pipe.readline().strip()
+        return ""
 
     def _release(self) -> None:
         if self._guard is not None:

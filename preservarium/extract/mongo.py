@@ -22,14 +22,13 @@ from typing import Any, Final
 import orjson
 import structlog
 
-from preservarium.extract.postgres import mapping
+from preservarium.extract.named import NamedTables, SourceError
 from preservarium.extract.source import (
     FIELDS,
     KEYS,
     STEP_ROWS,
     Change,
     Position,
-    SourceError,
     Step,
     Table,
     Version,
@@ -51,11 +50,11 @@ NO_STREAM_CODES: Final = frozenset({115, 40573})
 _ENDED: Final = frozenset({"drop", "rename", "dropDatabase", "invalidate"})
 
 
-class MongoSource:
+class MongoSource(NamedTables):
     """A database in MongoDB. See preservarium/extract/source.py."""
 
     def __init__(self, settings: Callable[[], Settings], *, client: Callable[..., Any] | None = None) -> None:
-        self._settings = settings
+        super().__init__(settings)
         self._make = client
         self._client: Any = None
         self._database: Any = None
@@ -64,12 +63,6 @@ class MongoSource:
         self._waiting: dict[Table, Any] = {}  #: a change that `wait` took from a stream
         self._compare = False
         self._now_us = 0
-
-    @property
-    def tables(self) -> Sequence[Table]:
-        """What the settings name."""
-        s = self._settings().extract
-        return [t for t, name in (("employees", s.employees_table), ("tasks", s.tasks_table)) if name]  # type: ignore[misc]
 
     async def open(self) -> None:
         """See `Source`."""
@@ -86,7 +79,7 @@ class MongoSource:
         from pymongo.errors import ConfigurationError
 
         self._client = make(
-            s.url.get_secret_value(),
+            s.dsn,
             tz_aware=True,
             serverSelectionTimeoutMS=CONNECT_MS,
             connectTimeoutMS=CONNECT_MS,
@@ -102,15 +95,14 @@ class MongoSource:
             message = "change streams need a replica set; a single server becomes one with --replSet and rs.initiate()"
             raise SourceError(message)
         for table in self.tables:
-            given = mapping(s.tasks_columns if table == "tasks" else s.employees_columns)
+            given = self._mapped(table)
             if unknown := given.keys() - {"id", "updated_at", *FIELDS[table]}:
                 message = f"there is no field {', '.join(sorted(unknown))} of {table}"
                 raise SourceError(message)
             self._columns[table] = {"id": "_id", "updated_at": "updated_at"} | {f: f for f in FIELDS[table]} | given
 
     def _collection(self, table: Table) -> Any:
-        s = self._settings().extract
-        return self._database[s.tasks_table if table == "tasks" else s.employees_table]
+        return self._database[self._name(table)]
 
     async def close(self) -> None:
         """See `Source`."""

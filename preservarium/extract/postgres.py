@@ -23,6 +23,7 @@ import asyncpg
 import orjson
 import structlog
 
+from preservarium.extract.named import NamedTables, SourceError
 from preservarium.extract.source import (
     FIELDS,
     INSTANTS,
@@ -30,13 +31,13 @@ from preservarium.extract.source import (
     STEP_ROWS,
     Change,
     Position,
-    SourceError,
     Step,
     Table,
     Version,
     Woken,
 )
 from preservarium.settings import Settings
+from preservarium.stores import connections
 
 log = structlog.get_logger(__name__)
 
@@ -67,22 +68,6 @@ def quoted(name: str) -> str:
         message = f"{name!r} is no name of a table or column"
         raise SourceError(message)
     return ".".join(f'"{part}"' for part in name.split("."))
-
-
-def mapping(text: str) -> dict[str, str]:
-    """`field=column, …` as a mapping.
-
-    Raises:
-        SourceError: it is not of that form.
-    """
-    found: dict[str, str] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        name, separator, column = (p.strip() for p in part.partition("="))
-        if not separator or not name or not column:
-            message = f"{part!r} is not of the form field=column"
-            raise SourceError(message)
-        found[name] = column
-    return found
 
 
 class _Table:
@@ -140,11 +125,11 @@ def _us(sql: str) -> str:
     return f"CASE WHEN isfinite({sql}) THEN (extract(epoch FROM {sql}) * 1000000)::bigint END"
 
 
-class PostgresSource:
+class PostgresSource(NamedTables):
     """A PostgreSQL database (14 or newer). See preservarium/extract/source.py."""
 
     def __init__(self, settings: Callable[[], Settings]) -> None:
-        self._settings = settings
+        super().__init__(settings)
         self._connection: Any = None
         self._listener: Any = None
         self._tables: dict[Table, _Table] = {}
@@ -154,12 +139,6 @@ class PostgresSource:
         self._at: dict[Table, str] = {}
         self._woken = Woken()
         self._wake = asyncio.Event()
-
-    @property
-    def tables(self) -> Sequence[Table]:
-        """What the settings name."""
-        s = self._settings().extract
-        return [t for t, name in (("employees", s.employees_table), ("tasks", s.tasks_table)) if name]  # type: ignore[misc]
 
     async def open(self) -> None:
         """See `Source`."""
@@ -172,8 +151,7 @@ class PostgresSource:
         if s.channel:
             await self._listener.add_listener(s.channel, self._told)
         for table in self.tables:
-            name = s.tasks_table if table == "tasks" else s.employees_table
-            columns = mapping(s.tasks_columns if table == "tasks" else s.employees_columns)
+            name, columns = self._name(table), self._mapped(table)
             kind = await self._connection.fetchval(
                 "SELECT relkind::text FROM pg_class WHERE oid = to_regclass($1)", quoted(name)
             )
@@ -189,8 +167,9 @@ class PostgresSource:
 
     async def _connect(self) -> Any:
         try:
-            return await asyncpg.connect(
-                self._settings().extract.url.get_secret_value(),
+            return await connections.connect(
+                self._settings().extract.dsn,
+                what="reading the source (cursors, LISTEN)",
                 timeout=CONNECT_S,
                 command_timeout=STATEMENT_S,
                 server_settings={
@@ -201,6 +180,12 @@ class PostgresSource:
                     "jit": "off",
                 },
             )
+        except connections.NeedsSession as e:
+            message = (
+                "PRESERVARIUM_EXTRACT__URL leads to a pooler in transaction mode, and reading the source needs a session of"
+                " its own (cursors, LISTEN): give the server's own address"
+            )
+            raise SourceError(message) from e
         except ValueError as e:
             # Not its text: it may hold the password.
             message = "PRESERVARIUM_EXTRACT__URL cannot be read as postgresql://user:password@host:port/database"

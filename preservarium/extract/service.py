@@ -22,8 +22,9 @@ from aiokafka.partitioner import murmur2
 from mode import Service
 
 from preservarium import metrics, topics
-from preservarium.domain.errors import Retry
+from preservarium.errors import Retry
 from preservarium.extract.ledger import GONE, Ledger, Pending, Sent
+from preservarium.extract.named import SourceError
 from preservarium.extract.source import (
     KEYS,
     STEP_ROWS,
@@ -31,14 +32,14 @@ from preservarium.extract.source import (
     Order,
     Position,
     Source,
-    SourceError,
     Step,
     Table,
     Woken,
 )
-from preservarium.publish import Publisher
 from preservarium.settings import Settings
-from preservarium.stage import Send
+from preservarium.stores.connections import session
+from preservarium.streaming.publish import Publisher
+from preservarium.streaming.stage import Send
 
 log = structlog.get_logger(__name__)
 
@@ -357,9 +358,7 @@ class ExtractService(Service):
     async def _session(self) -> None:
         """One connection's life as follower and then leader: returns when it ends or the worker stops."""
         postgres = self._settings().postgres
-        connection = await asyncpg.connect(
-            postgres.dsn, timeout=postgres.connect_timeout_s, command_timeout=postgres.command_timeout_s
-        )
+        connection = await session(postgres, "extracting", command_timeout=postgres.command_timeout_s)
         source: Source | None = None
         try:
             while not await connection.fetchval("SELECT pg_try_advisory_lock($1)", LEADER_LOCK_KEY):

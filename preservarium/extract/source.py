@@ -14,8 +14,6 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol
 
-from preservarium.domain.errors import PreservariumError
-
 #: Rows of a step. Two steps are in memory at once: one that is being sent, and the next.
 STEP_ROWS: Final = 500
 
@@ -38,10 +36,6 @@ FIELDS: Final[dict[Table, tuple[str, ...]]] = {
 #: The field that a record's key is.
 KEYS: Final[dict[Table, str]] = {"tasks": "file_id", "employees": "employee_code"}
 INSTANTS: Final = frozenset({"assigned_at", "started_at", "completed_at"})
-
-
-class SourceError(PreservariumError):
-    """The source cannot be read as the settings say: a missing table, column, right or feature."""
 
 
 @dataclass(frozen=True, slots=True)

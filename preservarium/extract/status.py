@@ -11,11 +11,12 @@ from typing import Any, cast
 import asyncpg
 import orjson
 
-from preservarium.domain.errors import PreservariumError
+from preservarium.errors import PreservariumError
 from preservarium.extract.ledger import Ledger
 from preservarium.extract.service import LEADER_LOCK_KEY, send_of, source_of
 from preservarium.extract.source import Table
 from preservarium.settings import Settings
+from preservarium.stores.connections import session
 
 
 class ExtractError(PreservariumError):
@@ -53,11 +54,8 @@ class Found:
 
 @asynccontextmanager
 async def _ours(settings: Settings) -> AsyncIterator[Any]:
-    connection = await asyncpg.connect(
-        settings.postgres.dsn,
-        timeout=settings.postgres.connect_timeout_s,
-        command_timeout=settings.postgres.command_timeout_s,
-    )
+    postgres = settings.postgres
+    connection = await session(postgres, "asking how extraction stands", command_timeout=postgres.command_timeout_s)
     try:
         yield connection
     finally:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from preservarium.domain.errors import PreservariumError
+from preservarium.errors import PreservariumError
 
 #: Of what a server answers: enough to know what it means.
 ANSWER_CHARS_MAX: Final = 500

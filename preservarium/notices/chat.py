@@ -4,23 +4,34 @@ import asyncio
 from collections.abc import Callable, Mapping
 from datetime import tzinfo
 from typing import Any
-from urllib.parse import urlsplit
 
-from preservarium.domain.errors import ReasonCode, Reject
-from preservarium.notices.channel import Notice, RefusedForNow
+from preservarium.errors import ReasonCode, Reject
+from preservarium.notices.channel import Notice, RefusedForNow, answer
+from preservarium.notices.destinations import Destinations, errand, host_of, reasons, watched
 from preservarium.notices.words import tell
 from preservarium.settings import Settings
 
 
-def _sender(address: str) -> tuple[Any, bool]:
+def _load() -> None:
+    """Load Apprise: over a hundred modules, which is no part of a notice's time."""
+    import apprise  # noqa: F401
+
+
+def _notify(address: str, destinations: Destinations, words: Mapping[str, str]) -> tuple[bool, bool, list[str]]:
+    """Whether Apprise knows the address, whether it was taken, and what may not be reached. Blocks."""
     import apprise
 
     sender = apprise.Apprise()
-    return sender, bool(sender.add(address))
+    under_way = errand(destinations, host_of(address))
+    with watched(under_way):
+        if not sender.add(address):
+            return False, False, under_way.refused
+        return True, bool(sender.notify(**words)), under_way.refused
 
 
 class AppriseChannel:
-    """What Apprise can reach. Its senders block, so each runs in a thread of Apprise's own.
+    """What Apprise can reach. Its senders block, so they run in a thread, where each of their sockets is looked at: a sender goes
+    wherever a server sends it.
 
     Args:
         settings: asked for each notice.
@@ -41,25 +52,29 @@ class AppriseChannel:
     async def send(self, notice: Notice) -> str:
         """As `Channel.send`."""
         recipient = notice.delivery["recipient"]
-        scheme = urlsplit(notice.address).scheme
-        try:
-            # In a thread: at first use it loads over a hundred modules.
-            sender, known = await asyncio.to_thread(_sender, notice.address)
-        except ImportError as e:
-            message = f"{recipient}: {scheme}:// needs the extra `apprise`: pip install 'preservarium[apprise]'"
-            raise Reject(ReasonCode.NOTICE_REFUSED, message) from e
-        if not known:
-            message = f"{recipient}: {scheme}:// is no address that Apprise knows"
-            raise Reject(ReasonCode.NOTICE_REFUSED, message)
+        settings = self._settings().notices
+        scheme = notice.address.partition("://")[0][:40]
         words = tell(notice.delivery, self._zone(recipient), lambda line: self._link(line, recipient))
         raised = any(line["status"] == "raised" for line in notice.delivery["lines"])
         kind = "warning" if raised else "success"
+        given = {"body": words.text, "title": words.subject, "notify_type": kind}
+        destinations = Destinations.of(settings.private_destinations)
         try:
-            async with asyncio.timeout(self._settings().notices.endpoint_timeout_s):
-                taken = await sender.async_notify(body=words.text, title=words.subject, notify_type=kind)
+            await asyncio.to_thread(_load)
+            async with asyncio.timeout(settings.endpoint_timeout_s):
+                known, taken, refused = await asyncio.to_thread(_notify, notice.address, destinations, given)
+        except ImportError as e:
+            message = f"{recipient}: {scheme}:// needs the extra `apprise`: pip install 'preservarium[apprise]'"
+            raise Reject(ReasonCode.NOTICE_REFUSED, message) from e
         except TimeoutError as e:
             message = f"{recipient}: {scheme}:// did not answer in time"
             raise RefusedForNow(message) from e
+        if not known:
+            message = f"{recipient}: {scheme}:// is no address that Apprise knows"
+            raise Reject(ReasonCode.NOTICE_REFUSED, message)
+        if not taken and refused:
+            message = answer(f"{recipient}: {scheme}:// may not be reached: {reasons(refused)}")
+            raise RefusedForNow(message)
         if not taken:
             # Apprise does not say why, so it may be for now.
             message = f"{recipient}: {scheme}:// did not take it"

@@ -2,7 +2,7 @@
 
 A recipient's state is one document (domain/notices.py). A tick hands out what the last one planned, and plans what has
 fallen due: the state with the plan is stored before the notice is sent, so that a crash sends the same notice again and
-never another one. Its number, which grows by one in each partition, shows it to be the same.
+never another one. Its id shows it to be the same; its number, which grows by one in each partition, shows what is missing.
 """
 
 import asyncio
@@ -12,14 +12,14 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import orjson
 import structlog
 
-from preservarium import topics
+from preservarium import metrics, topics
 from preservarium.clock import Clock
-from preservarium.domain.notices import STATE_VERSION, Delivery, Inbox, Policy, policy_of
+from preservarium.domain.notices import HANDED_OUT_MAX, STATE_VERSION, Delivery, Inbox, Policy, policy_of
 from preservarium.notices.routing import RecipientLookup
-from preservarium.records import parse_trusted, refuse
 from preservarium.settings import LiveSettings
-from preservarium.stage import Batch, Effects, Send, Tick, in_turns
-from preservarium.state import Table, load_state
+from preservarium.streaming.records import parse_trusted, refuse
+from preservarium.streaming.stage import Batch, Effects, Send, Tick, in_turns
+from preservarium.streaming.state import Table, load_state
 
 log = structlog.get_logger(__name__)
 
@@ -31,6 +31,8 @@ TICK_S: Final = 1.0
 NUMBER_KEY: Final = b"\x00number"
 #: Recipients that one tick works on; the others wait for the next. One takes some milliseconds where it has hundreds of alarms.
 RECIPIENTS_A_TICK_MAX: Final = 50
+#: A clock that is set back by more makes what is due be looked for anew; by less, notices wait as long.
+BACK_MAX_US: Final = 5_000_000
 #: Records after which other tasks get their turn.
 _RECORDS_A_TURN: Final = 100
 
@@ -115,6 +117,8 @@ class Grouping:
         self._clock = clock
         #: partition -> recipient -> when something of it is due, µs
         self._due: dict[int, dict[str, int]] = {}
+        #: partition -> the latest time at which it was looked at, µs
+        self._latest: dict[int, int] = {}
 
     async def __call__(self, batch: Batch) -> Effects:
         """Take events in.
@@ -129,15 +133,19 @@ class Grouping:
         for error in errors:
             refuse(effects, error)
         now_us = self._clock.now_us()
+        self._latest[batch.partition] = max(now_us, self._latest.get(batch.partition, 0))
         touched: dict[str, tuple[Inbox, Policy]] = {}
+        duplicates = 0
         async for lines in in_turns(parsed, _RECORDS_A_TURN):
             for event in lines:
                 recipient = event["recipient"]
                 if recipient not in touched:
-                    touched[recipient] = self._inbox(batch.partition, recipient), self._policies.of(recipient)
+                    touched[recipient] = self._inbox(batch.partition, recipient, now_us)
                 inbox, policy = touched[recipient]
-                inbox.hear(event, policy, now_us)
+                duplicates += not inbox.hear(event, policy, now_us)
         self._put(effects, batch.partition, touched, now_us)
+        if duplicates:
+            effects.after.append(lambda: metrics.DUPLICATES.labels(STAGE).inc(duplicates))
         return effects
 
     async def tick(self, tick: Tick) -> Effects:
@@ -149,23 +157,29 @@ class Grouping:
         """
         await self._documents.ready()
         partition, now_us = tick.partition, tick.now_us
-        if tick.first:
+        if tick.first or now_us < self._latest.get(partition, 0) - BACK_MAX_US:
             await self._find_due(tick)
+        self._latest[partition] = now_us
         dues = sorted((due, name) for name, due in self._due.get(partition, {}).items() if due <= now_us)
         effects = Effects()
         if not dues:
             return effects
-        # Numbers begin at the present millisecond, so that they also grow where the state was lost.
+        # Numbers begin at the present millisecond, so that they grow as a rule also where the state was lost.
         first = number = orjson.loads(self._table.get(partition, NUMBER_KEY) or b"%d" % (now_us // 1_000))
         plans: list[Delivery] = []
         touched: dict[str, tuple[Inbox, Policy]] = {}
-        # Planned ones (due 0) come first, and all of them: their numbers are lower than those that are given now.
+        # Those that have planned something (due 0) come first, and all of them: what was planned goes out in the order of its
+        # numbers, and so many at a time that the outbox can tell them where a crash repeats them.
         for due, recipient in dues:
             if due and len(touched) >= RECIPIENTS_A_TICK_MAX:
                 break
-            inbox, policy = touched[recipient] = self._inbox(partition, recipient), self._policies.of(recipient)
+            touched[recipient] = self._inbox(partition, recipient, now_us)
             await asyncio.sleep(0)
-            plans += inbox.take()
+        planned = sorted(n for inbox, _ in touched.values() for n in inbox.planned())
+        last = planned[min(len(planned), HANDED_OUT_MAX) - 1] if planned else 0
+        for inbox, policy in touched.values():
+            await asyncio.sleep(0)
+            plans += inbox.take(last)
             number = inbox.plan(policy, now_us, number, behind=tick.behind)
         for plan in sorted(plans, key=lambda plan: plan["number"]):
             effects.sends.append(Send(topics.NOTICES, plan["recipient"].encode(), orjson.dumps(plan), partition))
@@ -175,8 +189,11 @@ class Grouping:
         self._put(effects, partition, touched, now_us)
         return effects
 
-    def _inbox(self, partition: int, recipient: str) -> Inbox:
-        return Inbox(recipient, load_state(self._table.get(partition, recipient.encode()), STATE_VERSION))
+    def _inbox(self, partition: int, recipient: str, now_us: int) -> tuple[Inbox, Policy]:
+        policy = self._policies.of(recipient)
+        inbox = Inbox(recipient, load_state(self._table.get(partition, recipient.encode()), STATE_VERSION))
+        inbox.heal(policy, now_us)
+        return inbox, policy
 
     def _put(self, effects: Effects, partition: int, touched: dict[str, tuple[Inbox, Policy]], now_us: int) -> None:
         dues: dict[str, int | None] = {}
@@ -201,8 +218,9 @@ class Grouping:
             if key == NUMBER_KEY:
                 continue
             recipient = key.decode()
-            document = load_state(value, STATE_VERSION)
-            due = Inbox(recipient, document).due_us(self._policies.of(recipient), tick.now_us)
+            inbox, policy = Inbox(recipient, load_state(value, STATE_VERSION)), self._policies.of(recipient)
+            inbox.heal(policy, tick.now_us)
+            due = inbox.due_us(policy, tick.now_us)
             if due is not None:
                 found[recipient] = due
         self._due[tick.partition] = found

@@ -11,8 +11,8 @@ from urllib.parse import quote
 
 from itsdangerous import BadSignature, SignatureExpired, URLSafeTimedSerializer
 
-from preservarium.domain.errors import PreservariumError
-from preservarium.domain.lineage import identity
+from preservarium.domain.readings.lineage import identity
+from preservarium.errors import PreservariumError
 from preservarium.settings import Settings
 
 #: Path of the page that a link opens.

@@ -12,8 +12,8 @@ from typing import Any, Final
 import aiosmtplib
 
 from preservarium import tls
-from preservarium.domain.errors import ReasonCode, Reject, Retry
-from preservarium.domain.lineage import identity
+from preservarium.domain.readings.lineage import identity
+from preservarium.errors import ReasonCode, Reject, Retry, reason
 from preservarium.notices.channel import Notice, RefusedForNow, answer
 from preservarium.notices.words import Link, instant, tell
 from preservarium.settings import Mail, SettingsError
@@ -21,7 +21,7 @@ from preservarium.settings import Mail, SettingsError
 #: A connection that nobody has used for so long is closed: servers close them after minutes.
 IDLE_S: Final = 10.0
 #: A server may take its time over a whole message: RFC 5321, 4.5.3.2.6, asks for ten minutes, because who gives up early
-#: sends it twice. More would make the stage look stuck (engine.STUCK_S).
+#: sends it twice. More would make the stage look stuck (STUCK_S in preservarium/streaming/reports.py).
 DATA_S: Final = 90.0
 #: So long a mail waits for the one before it.
 TURN_S: Final = 5.0
@@ -215,4 +215,4 @@ class MailChannel:
 
 def _described(error: Any) -> str:
     code = getattr(error, "code", None)
-    return f"{code} {getattr(error, 'message', '')}" if code else f"{type(error).__name__}: {error}"
+    return f"{code} {getattr(error, 'message', '')}" if code else reason(error)

@@ -2,7 +2,9 @@
 
 One notice is under way in each partition, and its feed commits to Kafka that it is about to be sent before it is: so of
 what a crash cuts off, one notice of a partition may go out a second time, with the same id and Message-ID, and
-no other. A notice that the group stage had to hand out twice is known by its number, which is kept beside the offset.
+no other. A notice that the group stage had to hand out twice is known by its id: the last ids are kept beside the offset.
+Numbers decide nothing. They grow by one in each partition, so where they do not, notices are missing, or the group stage
+lost its state; that is told, and counting goes on from there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,18 +17,24 @@ from cachetools import LRUCache
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
-from preservarium.domain.errors import ReasonCode, Reject, Retry
+from preservarium.domain.notices import HANDED_OUT_MAX
+from preservarium.domain.remembered import Remembered
+from preservarium.errors import ReasonCode, Reject, Retry
 from preservarium.notices.channel import Channel, Notice, RefusedForNow, answer
 from preservarium.notices.routing import RecipientLookup, resolve
 from preservarium.notices.words import subject_of
-from preservarium.records import error_line, pack, parse_trusted, refuse
 from preservarium.settings import LiveSettings
-from preservarium.stage import Batch, Effects, Record, Send
+from preservarium.streaming.records import error_line, pack, parse_trusted, refuse
+from preservarium.streaming.stage import Batch, Effects, Record, Send
+from preservarium.waiting import alive
 
 log = structlog.get_logger(__name__)
 
 #: Notices remembered as settled: those of the batches under way.
 SETTLED_MAX: Final = 10_000
+#: Ids of a partition that are remembered as handed over: three times what a crash of the group stage repeats. Brokers take
+#: 4 KiB beside an offset.
+REMEMBERED_MAX: Final = 3 * HANDED_OUT_MAX
 #: Notices of one flight. One, because they are what may be sent twice after a crash.
 RECORDS_MAX: Final = 1
 
@@ -59,7 +67,9 @@ class Receipt:
 
 
 class Notifier:
-    """A stage's handler, and what its feed remembers beside the offset.
+    """Sends notices through their channels, and tells what became of each.
+
+    It is the handler of a stage, and what its feed remembers beside the offset.
 
     Args:
         stage: its name.
@@ -82,8 +92,10 @@ class Notifier:
         self._recipients = recipients
         self._live = live
         self._clock = clock
-        #: partition -> number of the last notice
+        #: partition -> number of the last notice; 0: not known
         self._last: dict[int, int] = {}
+        #: partition -> ids of the last notices
+        self._known: dict[int, Remembered] = {}
         self._settled: LRUCache[str, Receipt] = LRUCache(SETTLED_MAX)
         self._attempts: LRUCache[str, int] = LRUCache(SETTLED_MAX)
         #: notice -> when it was first refused for now, seconds of the monotonic clock
@@ -91,12 +103,17 @@ class Notifier:
         self._said = False
 
     def recall(self, partition: int, text: str) -> None:
-        """As `feeds.Memory.recall`."""
-        self._last[partition] = int(text) if text.isdigit() else 0
+        """As `feeds.Memory.recall`. A text of an earlier release is a number alone."""
+        number, _, ids = text.partition(" ")
+        self._last[partition] = int(number) if number.isascii() and number.isdigit() else 0
+        self._known[partition] = Remembered(REMEMBERED_MAX, ids)
 
     def remember(self, partition: int) -> str:
         """As `feeds.Memory.remember`."""
-        return str(self._last.get(partition, 0))
+        return f"{self._last.get(partition, 0)} {self._ids(partition).text()}"
+
+    def _ids(self, partition: int) -> Remembered:
+        return self._known.setdefault(partition, Remembered(REMEMBERED_MAX))
 
     async def __call__(self, batches: Sequence[Batch]) -> Effects:
         """Send every notice of the batches.
@@ -107,6 +124,8 @@ class Notifier:
         await self._recipients.ready()
         effects = Effects()
         last: dict[int, int] = {}
+        new: list[tuple[int, str]] = []
+        breaks: list[str] = []
         wanted: list[tuple[Batch, Record, Notice]] = []
         skipped = duplicates = 0
         for batch in batches:
@@ -114,11 +133,16 @@ class Notifier:
             parsed, errors = parse_trusted(batch, stage=self.stage)
             for error in errors if "mail" in self._channels else ():
                 refuse(effects, error)
+            known, here = self._ids(batch.partition), set[str]()
             for record, lines in zip(batch.records, parsed, strict=True):
                 for delivery in lines:
-                    if delivery["number"] <= last[batch.partition]:
+                    notice_id = delivery["delivery_id"]
+                    if notice_id in known or notice_id in here:
                         duplicates += 1
                         continue
+                    here.add(notice_id)
+                    new.append((batch.partition, notice_id))
+                    breaks += self._break(batch.partition, last[batch.partition], delivery["number"])
                     last[batch.partition] = delivery["number"]
                     document = resolve(delivery["recipient"], self._recipients.recipient)
                     if isinstance(document, str):
@@ -143,6 +167,10 @@ class Notifier:
 
         def acknowledged() -> None:
             self._last.update(last)
+            for partition, notice_id in new:
+                self._ids(partition).add(notice_id)
+            for what in breaks:
+                metrics.NOTICE_NUMBERS.labels(self.stage, what).inc()
             for *_, notice in wanted:
                 self._settled.pop(notice.id, None)
                 self._attempts.pop(notice.id, None)
@@ -154,6 +182,21 @@ class Notifier:
         effects.after.append(acknowledged)
         return effects
 
+    def _break(self, partition: int, before: int, number: int) -> list[str]:
+        """Whether numbers do not go on by one; says so in the log."""
+        if not before or number == before + 1:
+            return []
+        what = "gap" if number > before else "back"
+        log.warning(
+            "notice_numbers_gap" if what == "gap" else "notice_numbers_went_back",
+            stage=self.stage,
+            partition=partition,
+            before=before,
+            number=number,
+            action="the notice is sent; numbers go on from it",
+        )
+        return [what]
+
     async def _settle(self, notices: Sequence[Notice]) -> None:
         """Send what was not sent yet.
 
@@ -164,6 +207,7 @@ class Notifier:
         for notice in notices:
             if notice.id in self._settled:
                 continue
+            alive()
             attempt = self._attempts[notice.id] = self._attempts.get(notice.id, 0) + 1
             try:
                 said = await self._channels[notice.channel].send(notice)

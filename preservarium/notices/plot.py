@@ -13,12 +13,12 @@ from typing import Any, Final
 
 import structlog
 
+from preservarium.breaker import Breaker
 from preservarium.clock import Clock
-from preservarium.domain.errors import Retry
+from preservarium.errors import Retry, reason
 from preservarium.notices.mail import Picture
 from preservarium.notices.words import instant
 from preservarium.settings import LiveSettings
-from preservarium.stores.breaker import Breaker
 from preservarium.stores.postgres import INFRASTRUCTURE_ERRORS, PostgresPool
 
 log = structlog.get_logger(__name__)
@@ -52,7 +52,7 @@ class Plotter:
         self._clock = clock
         self._zone = zone
         self._pool = PostgresPool(live, "preservarium-plots")
-        self._breaker = Breaker("plots", lambda: live().breaker, clock=clock, optional=True)
+        self._breaker = Breaker("plots", lambda: live().breaker, clock=clock, optional=True, server="postgres")
         self._turn = asyncio.Lock()
         self._can_draw = find_spec("matplotlib") is not None
         self._said = False
@@ -93,7 +93,7 @@ class Plotter:
                         end - timedelta(hours=hours), end, POINTS_MAX,
                     )  # fmt: skip
             except INFRASTRUCTURE_ERRORS as e:
-                message = f"PostgreSQL: {type(e).__name__}: {e}"
+                message = f"PostgreSQL: {reason(e)}"
                 raise Retry(message) from e
         return [(row[0], row[1]) for row in reversed(rows)]
 

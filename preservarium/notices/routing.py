@@ -14,13 +14,13 @@ import structlog
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
-from preservarium.domain.device import DeviceDoc, RecipientDoc, RuleDoc
-from preservarium.domain.errors import ReasonCode
-from preservarium.domain.lineage import GENERATION_LIVE
 from preservarium.domain.notices import NOTIFIED, Event
-from preservarium.records import message_error, pack, parse_trusted, refuse
+from preservarium.domain.readings.lineage import GENERATION_LIVE
+from preservarium.domain.registry.device import DeviceDoc, RecipientDoc, RuleDoc
+from preservarium.errors import ReasonCode
 from preservarium.settings import LiveSettings
-from preservarium.stage import Batch, Effects, Record, Send
+from preservarium.streaming.records import message_error, pack, parse_trusted, refuse
+from preservarium.streaming.stage import Batch, Effects, Record, Send
 
 log = structlog.get_logger(__name__)
 

@@ -3,19 +3,25 @@
 The signature is HMAC-SHA256 over the time and the body, with the recipient's own key; docs/NOTICES.md says how to check it.
 """
 
+import asyncio
 import hashlib
 import hmac
+import socket
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any, Final
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import aiohttp
 import orjson
+from aiohappyeyeballs import AddrInfoType
 
 from preservarium.clock import Clock
-from preservarium.domain.errors import ReasonCode, Reject
-from preservarium.domain.lineage import identity
+from preservarium.domain.readings.lineage import identity
+from preservarium.errors import ReasonCode, Reject, reason
 from preservarium.notices.channel import ANSWER_CHARS_MAX, Notice, RefusedForNow, answer
+from preservarium.notices.destinations import DestinationRefused, Destinations, Errand, errand, host_of, reasons
 from preservarium.notices.words import instant, subject_of
 from preservarium.settings import Settings
 
@@ -23,6 +29,8 @@ SIGNATURE_HEADER: Final = "X-Preservarium-Signature"
 TIMESTAMP_HEADER: Final = "X-Preservarium-Timestamp"
 #: The answers that say "later": everything else of 4xx is meant as it is said (RFC 9110, 15.5; RFC 6585, 4).
 _LATER: Final = frozenset({408, 425, 429})
+#: The errand that a connection is made for.
+_under_way: ContextVar[Errand | None] = ContextVar("webhook", default=None)
 
 
 def key_of(secret: str, recipient: str) -> str:
@@ -129,7 +137,16 @@ class WebhookChannel:
             SIGNATURE_HEADER: signature_of(key_of(secret, recipient), timestamp, body),
         }
         # What stands in a URL may be a secret: messages name its host only.
+        name = host_of(notice.address)
+        if not name or not notice.address.lower().startswith(("http://", "https://")):
+            message = f"{recipient}: its address is none of a webhook: http(s)://host[:port]/path"
+            raise Reject(ReasonCode.NOTICE_REFUSED, message)
         host = urlsplit(notice.address).netloc.rpartition("@")[2]
+        destinations = Destinations.of(settings.notices.private_destinations)
+        # Looking names up takes a thread, and is needed only where the settings name the host, or a proxy is in between.
+        lookup = destinations.names_host(name) or getproxies()
+        asked = await asyncio.to_thread(errand, destinations, name) if lookup else Errand(destinations)
+        before = _under_way.set(asked)
         try:
             timeout = aiohttp.ClientTimeout(total=settings.notices.endpoint_timeout_s)
             async with self._session().post(
@@ -141,9 +158,13 @@ class WebhookChannel:
             message = f"{recipient}: {host!r} is no address of a webhook"
             raise Reject(ReasonCode.NOTICE_REFUSED, message) from e
         except (aiohttp.ClientError, OSError, TimeoutError) as e:
-            kind = "no answer in time" if isinstance(e, TimeoutError) else type(e).__name__
-            message = answer(f"{host} is out of reach: {kind}: {e}".replace(notice.address, host))
+            if asked.refused:
+                message = answer(f"{recipient}: {host} may not be reached: {reasons(asked.refused)}")
+                raise RefusedForNow(message) from e
+            message = answer(f"{host} is out of reach: {reason(e)}".replace(notice.address, host))
             raise RefusedForNow(message) from e
+        finally:
+            _under_way.reset(before)
         text = answer(f"{host}: {status} {said}")
         if 200 <= status < 300:
             return text
@@ -155,7 +176,10 @@ class WebhookChannel:
 
     def _session(self) -> aiohttp.ClientSession:
         if self._client is None or self._client.closed:
-            self._client = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), trust_env=True)
+            connector = aiohttp.TCPConnector(socket_factory=_socket)
+            self._client = aiohttp.ClientSession(
+                connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=True
+            )
         return self._client
 
     async def close(self) -> None:
@@ -163,3 +187,18 @@ class WebhookChannel:
         client, self._client = self._client, None
         if client is not None:
             await client.close()
+
+
+def _socket(info: AddrInfoType) -> socket.socket:
+    """A socket for an address that the errand under way may go to; aiohttp makes none of its own.
+
+    Raises:
+        DestinationRefused: it may not.
+    """
+    family, kind, protocol, _, where = info
+    asked = _under_way.get()
+    if asked is None:
+        message = "a connection for no errand"
+        raise DestinationRefused(message)
+    asked.check(str(where[0]), int(where[1]))
+    return socket.socket(family, kind, protocol)

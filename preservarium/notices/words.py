@@ -7,6 +7,8 @@ from typing import Any, Final
 
 import jinja2
 
+from preservarium.domain.alarms.gone import Gone
+from preservarium.domain.alarms.rule import measured
 from preservarium.domain.notices import SEVERITIES
 
 #: RFC 5322, 2.1.1: a line has 998 characters; subjects are cut where mail programs stop showing them anyway.
@@ -27,6 +29,9 @@ _HELD: Final = {
     "too_many": "because there were too many",
 }
 
+#: Why an alarm ended that nothing watches any more.
+_ENDED: Final = {gone.code: gone.value for gone in Gone}
+
 #: Of a line of a notice: where its alarm can be acknowledged; None: nowhere.
 Link = Callable[[Mapping[str, Any]], str | None]
 
@@ -34,10 +39,6 @@ Link = Callable[[Mapping[str, Any]], str | None]
 def instant(us: int) -> datetime:
     """µs since the epoch as a UTC datetime, exact."""
     return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=us)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.12g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,15 +110,14 @@ def tell(delivery: Mapping[str, Any], zone: tzinfo, link: Link, *, plot: str = "
             "occurred_at": shown(line["occurred_at"]),
             "cleared_at": shown(line.get("cleared_at")),
             "state": line["state"].replace("_", " "),
+            "ended": _ENDED.get(line.get("reason") or "", ""),
             "device": line.get("device_name") or line["device_id"],
             "device_id": line["device_id"],
             "measured": line["component_type"]
             + (f", pin {line['pin_position']}" if line["pin_position"] != "-1" else ""),
-            "value": f"{_number(line.get('value'))} {line.get('unit') or ''}".strip(),
+            "value": measured(line.get("value"), line.get("unit") or ""),
             "rule": line["rule"],
-            "threshold": f"{_number(line['threshold'])} {line.get('unit') or ''}".strip()
-            if line.get("threshold") is not None
-            else "",
+            "threshold": measured(line.get("threshold"), line.get("unit") or ""),
             "alarm_id": line["alarm_id"],
             "transition_id": line["transition_id"],
             "link": link(line) if line["state"].endswith("unacknowledged") else None,

@@ -1,16 +1,10 @@
-// What a codec written for a network server or for Node expects to find, and the one entry point of the sandbox.
-// Evaluated once per context, before the codec. Everything is plain ES2020: QuickJS offers no file, network or timer.
+// The one entry point of the sandbox, and what newer codecs use and QuickJS has not. Evaluated in each context before the
+// codec; node.js and hardening.js come after it where they are needed. Plain ES2020: QuickJS offers no file, network or timer.
 'use strict';
 (function (global) {
   var quiet = function () {};
   global.console = { log: quiet, info: quiet, warn: quiet, error: quiet, debug: quiet, trace: quiet };
   global.global = global;
-  global.module = { exports: {} };
-  global.exports = global.module.exports;
-  global.require = function (name) {
-    if (name === 'buffer') return { Buffer: Buffer };
-    throw new Error('require(' + JSON.stringify(name) + '): a parser script can import nothing');
-  };
 
   // What newer codecs use and QuickJS has not. Hidden from `for … in`, which many codecs walk arrays with.
   function offer(target, name, value) {
@@ -39,209 +33,93 @@
     return copy;
   });
 
-  var ALPHABET = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/';
-  function fromBase64(text) {
-    var out = [], bits = 0, value = 0;
-    text = text.replace(/-/g, '+').replace(/_/g, '/');
-    for (var i = 0; i < text.length; i++) {
-      var digit = ALPHABET.indexOf(text[i]);
-      if (digit < 0) continue;
-      value = ((value << 6) | digit) & 0xffffff;
-      bits += 6;
-      if (bits >= 8) { bits -= 8; out.push((value >> bits) & 0xff); }
-    }
-    return out;
-  }
-  function toBase64(bytes) {
-    var out = '';
-    for (var i = 0; i < bytes.length; i += 3) {
-      var n = (bytes[i] << 16) | ((bytes[i + 1] || 0) << 8) | (bytes[i + 2] || 0);
-      out += ALPHABET[(n >> 18) & 63] + ALPHABET[(n >> 12) & 63];
-      out += i + 1 < bytes.length ? ALPHABET[(n >> 6) & 63] : '=';
-      out += i + 2 < bytes.length ? ALPHABET[n & 63] : '=';
-    }
-    return out;
-  }
-  function utf8Encode(text) {
-    var out = [];
-    for (var ch of String(text)) {
-      var c = ch.codePointAt(0);
-      if (c < 0x80) out.push(c);
-      else if (c < 0x800) out.push(0xc0 | (c >> 6), 0x80 | (c & 63));
-      else if (c < 0x10000) out.push(0xe0 | (c >> 12), 0x80 | ((c >> 6) & 63), 0x80 | (c & 63));
-      else out.push(0xf0 | (c >> 18), 0x80 | ((c >> 12) & 63), 0x80 | ((c >> 6) & 63), 0x80 | (c & 63));
-    }
-    return out;
-  }
-  function utf8Decode(bytes) {
-    var out = '';
-    for (var i = 0; i < bytes.length; ) {
-      var b = bytes[i], extra = b < 0x80 ? 0 : b >> 5 === 6 ? 1 : b >> 4 === 14 ? 2 : b >> 3 === 30 ? 3 : -1;
-      var c = extra === 0 ? b : extra < 0 ? 0xfffd : b & (0x3f >> extra);
-      var ok = extra >= 0 && i + extra < bytes.length + 0;
-      for (var k = 1; ok && k <= extra; k++) {
-        if ((bytes[i + k] & 0xc0) !== 0x80) ok = false;
-        else c = (c << 6) | (bytes[i + k] & 63);
-      }
-      if (!ok) { out += '\ufffd'; i += 1; continue; }
-      out += c > 0x10ffff ? '\ufffd' : String.fromCodePoint(c);
-      i += 1 + extra;
-    }
-    return out;
-  }
-  function hexDecode(text) {
-    var out = [];
-    for (var i = 0; i + 1 < text.length; i += 2) {
-      var n = parseInt(text.substr(i, 2), 16);
-      if (!/^[0-9a-fA-F]{2}$/.test(text.substr(i, 2))) break; // as Node does: decoding stops at the first bad digit
-      out.push(n);
-    }
-    return out;
-  }
-  global.atob = function (text) { return fromBase64(String(text)).map(function (b) { return String.fromCharCode(b); }).join(''); };
-  global.btoa = function (text) {
-    return toBase64(String(text).split('').map(function (c) { return c.charCodeAt(0) & 0xff; }));
-  };
-  global.TextDecoder = function () {};
-  global.TextDecoder.prototype.decode = function (bytes) { return utf8Decode(bytes || []); };
-  global.TextEncoder = function () {};
-  global.TextEncoder.prototype.encode = function (text) { return new Uint8Array(utf8Encode(text)); };
+  // Captured before any codec runs: what one does to built-in objects does not reach the code below.
+  var parse = JSON.parse, stringify = JSON.stringify, freeze = Object.freeze, keysOf = Object.keys;
+  var sourceOf = Function.prototype.call.bind(Function.prototype.toString);
 
-  // Node's Buffer, as far as codecs use it: a Uint8Array with readers.
-  class Buffer extends Uint8Array {
-    static from(value, encoding) {
-      if (typeof value === 'string') {
-        switch (String(encoding || 'utf8').toLowerCase()) {
-          case 'hex': return new Buffer(hexDecode(value));
-          case 'base64': case 'base64url': return new Buffer(fromBase64(value));
-          case 'ascii': case 'latin1': case 'binary':
-            return new Buffer(value.split('').map(function (c) { return c.charCodeAt(0) & 0xff; }));
-          default: return new Buffer(utf8Encode(value));
-        }
-      }
-      if (value instanceof ArrayBuffer) return new Buffer(value);
-      if (value && value.type === 'Buffer' && Array.isArray(value.data)) value = value.data;
-      return new Buffer(Array.from(value || [], function (b) { return b & 0xff; }));
-    }
-    static alloc(size, fill) { var b = new Buffer(size); if (fill) b.fill(fill); return b; }
-    static allocUnsafe(size) { return new Buffer(size); }
-    static isBuffer(value) { return value instanceof Buffer; }
-    static byteLength(text, encoding) { return Buffer.from(text, encoding).length; }
-    static concat(list) {
-      var out = [];
-      list.forEach(function (b) { for (var i = 0; i < b.length; i++) out.push(b[i]); });
-      return new Buffer(out);
-    }
-    slice(start, end) { return this.subarray(start, end); }
-    equals(other) {
-      return this.length === other.length && this.every(function (b, i) { return b === other[i]; });
-    }
-    toString(encoding, start, end) {
-      var part = this.subarray(start || 0, end === undefined ? this.length : end);
-      switch (String(encoding || 'utf8').toLowerCase()) {
-        case 'hex': return Array.from(part, function (b) { return (b < 16 ? '0' : '') + b.toString(16); }).join('');
-        case 'base64': return toBase64(part);
-        case 'ascii': return Array.from(part, function (b) { return String.fromCharCode(b & 0x7f); }).join('');
-        case 'latin1': case 'binary': return Array.from(part, function (b) { return String.fromCharCode(b); }).join('');
-        default: return utf8Decode(part);
-      }
-    }
-    toJSON() { return { type: 'Buffer', data: Array.from(this) }; }
-    _check(offset, size) {
-      if (!(offset >= 0) || offset + size > this.length) throw new RangeError('Attempt to access memory outside buffer bounds');
-    }
-    readUIntBE(offset, size) {
-      this._check(offset, size);
-      for (var n = 0, i = 0; i < size; i++) n = n * 256 + this[offset + i];
-      return n;
-    }
-    readUIntLE(offset, size) {
-      this._check(offset, size);
-      for (var n = 0, i = size - 1; i >= 0; i--) n = n * 256 + this[offset + i];
-      return n;
-    }
-    readIntBE(offset, size) { var n = this.readUIntBE(offset, size), m = Math.pow(2, 8 * size); return n >= m / 2 ? n - m : n; }
-    readIntLE(offset, size) { var n = this.readUIntLE(offset, size), m = Math.pow(2, 8 * size); return n >= m / 2 ? n - m : n; }
+  // JSON has no NaN and no Infinity: what is not finite goes in and out as a marked text (json_text.py), so that it is refused and
+  // not taken for nothing.
+  var indexOf = Function.prototype.call.bind(String.prototype.indexOf), MARK = '\uE000';
+  function unmark(key, value) {
+    return value === MARK + 'NaN' ? NaN : value === MARK + 'Infinity' ? Infinity : value === MARK + '-Infinity' ? -Infinity : value;
   }
-  [['8', 1, ''], ['16BE', 2, 'BE'], ['16LE', 2, 'LE'], ['32BE', 4, 'BE'], ['32LE', 4, 'LE']].forEach(function (row) {
-    ['UInt', 'Int', 'Uint'].forEach(function (sign) {
-      var inner = 'read' + (sign === 'Int' ? 'Int' : 'UInt') + (row[2] || 'BE');
-      Buffer.prototype['read' + sign + row[0]] = function (offset) { return this[inner](offset || 0, row[1]); };
-    });
-    ['UInt', 'Int', 'Uint'].forEach(function (sign) {
-      Buffer.prototype['write' + sign + row[0]] = function (value, offset) {
-        offset = offset || 0;
-        this._check(offset, row[1]);
-        var n = value < 0 ? value + Math.pow(2, 8 * row[1]) : value;
-        for (var i = 0; i < row[1]; i++) {
-          this[row[2] === 'LE' ? offset + i : offset + row[1] - 1 - i] = n & 0xff;
-          n = Math.floor(n / 256);
-        }
-        return offset + row[1];
-      };
-    });
-  });
-  [['Float', 4], ['Double', 8]].forEach(function (row) {
-    ['BE', 'LE'].forEach(function (order) {
-      Buffer.prototype['read' + row[0] + order] = function (offset) {
-        offset = offset || 0;
-        this._check(offset, row[1]);
-        var view = new DataView(this.buffer, this.byteOffset, this.byteLength);
-        return row[1] === 4 ? view.getFloat32(offset, order === 'LE') : view.getFloat64(offset, order === 'LE');
-      };
-    });
-  });
-  ['readBigUInt64BE', 'readBigUInt64LE', 'readBigInt64BE', 'readBigInt64LE'].forEach(function (name) {
-    Buffer.prototype[name] = function (offset) {
-      this._check(offset || 0, 8);
-      var view = new DataView(this.buffer, this.byteOffset, this.byteLength);
-      return view[name.indexOf('U') > 0 ? 'getBigUint64' : 'getBigInt64'](offset || 0, name.endsWith('LE'));
-    };
-  });
-  global.Buffer = Buffer;
+  function mark(key, value) { return typeof value === 'number' && value - value !== 0 ? MARK + value : value; }
+  function read(text) { return indexOf(text, MARK) < 0 ? parse(text) : parse(text, unmark); }
+  function written(value) {
+    var text = stringify(value);
+    return typeof text === 'string' && indexOf(text, 'null') >= 0 ? stringify(value, mark) : text;
+  }
 
   // The codec may define plain functions, or hang them on exports / module.exports.
-  var defined = {};
-  function find(name) {
-    if (typeof defined[name] === 'function') return defined[name];
-    var exported = global.module && global.module.exports;
-    if (exported && typeof exported[name] === 'function') return exported[name].bind(exported);
-    if (name !== 'default' && exported && exported.default && typeof exported.default[name] === 'function') return exported.default[name];
-    if (global.exports && typeof global.exports[name] === 'function') return global.exports[name];
-    return undefined;
+  function finder(defined, module, exports) {
+    var exported = module && module.exports;
+    return function (name) {
+      if (typeof defined[name] === 'function') return defined[name];
+      if (exported && typeof exported[name] === 'function') return exported[name].bind(exported);
+      if (exported && exported.default && typeof exported.default[name] === 'function') return exported.default[name];
+      if (exports && typeof exports[name] === 'function') return exports[name];
+      return undefined;
+    };
   }
   // LoRa Alliance TS013 first, then the older signatures of The Things Network v2 and ChirpStack v3.
-  function resolve() {
-    var f = {};
-    var uplink = find('decodeUplink'), decoder = find('Decoder'), decode = find('Decode');
-    if (uplink) f.decodeUplink = function (input) { return uplink(input); };
-    else if (decoder) f.decodeUplink = function (input) { return { data: decoder(input.bytes, input.fPort, input.variables) }; };
-    else if (decode) f.decodeUplink = function (input) { return { data: decode(input.fPort, input.bytes, input.variables) }; };
-    var down = find('decodeDownlink'), encode = find('encodeDownlink'), encoder = find('Encoder'), old = find('Encode');
-    if (down) f.decodeDownlink = function (input) { return down(input); };
-    if (encode) f.encodeDownlink = function (input) { return encode(input); };
-    else if (encoder) f.encodeDownlink = function (input) { return { bytes: encoder(input.data, input.fPort), fPort: input.fPort }; };
-    else if (old) f.encodeDownlink = function (input) { return { bytes: old(input.fPort, input.data, input.variables), fPort: input.fPort }; };
-    return f;
-  }
+  var signatures = {
+    decodeUplink: function (find) {
+      var found = find('decodeUplink');
+      if (found) return found;
+      if ((found = find('Decoder'))) return function (input) { return { data: found(input.bytes, input.fPort, input.variables) }; };
+      if ((found = find('Decode'))) return function (input) { return { data: found(input.fPort, input.bytes, input.variables) }; };
+      return undefined;
+    },
+    decodeDownlink: function (find) { return find('decodeDownlink'); },
+    encodeDownlink: function (find) {
+      var found = find('encodeDownlink');
+      if (found) return found;
+      if ((found = find('Encoder'))) return function (input) { return { bytes: found(input.data, input.fPort), fPort: input.fPort }; };
+      if ((found = find('Encode'))) return function (input) { return { bytes: found(input.fPort, input.data, input.variables), fPort: input.fPort }; };
+      return undefined;
+    },
+    __proto__: null,
+  };
   // Network servers run a codec from its first line for each payload, and some codecs count on it (a read position in a
   // global variable): so the codec is the body of a function, compiled once and run for each call.
   var codec;
   function run() {
-    global.module = { exports: {} };
-    global.exports = global.module.exports;
-    defined = codec.call(global);
-    return resolve();
+    var module = { exports: {} };
+    return codec.call(global, module, module.exports);
   }
-  var parse = JSON.parse, stringify = JSON.stringify;
-  global.__setup = function (body) { codec = body; return stringify(Object.keys(run())); };
-  global.__call = function (name, text) {
-    var input = parse(text);
-    if (typeof input.recvTime === 'string') input.recvTime = new Date(input.recvTime);
-    var f = run()[name];
-    if (!f) throw new Error('the codec has no ' + name);
-    var result = f(input);
-    if (result && typeof result.then === 'function') throw new Error('the codec returned a promise');
-    return stringify(result === undefined ? null : result);
+  var leave = function () { return ''; }, left = '';
+  var door = {
+    // The codec as a function; false where the text is more than one: a brace too many would end a function early, and
+    // what stood behind it would be evaluated once and for all runs.
+    load: function (body, text) {
+      if (sourceOf(body) !== text) return false;
+      // It can get hold of it (arguments.callee), and must find nothing there.
+      freeze(body.prototype);
+      codec = freeze(body);
+      return true;
+    },
+    functions: function () {
+      var parts = run(), find = finder(parts[0], parts[1], parts[2]);
+      return stringify(keysOf(signatures).filter(function (name) { return signatures[name](find); }));
+    },
+    // What is done after each call; its word comes before the result, nothing where all is well. See hardening.js.
+    leaving: function (given) { leave = given; },
+    left: function () { return left; },
+    call: function (name, text) {
+      var input = read(text), result;
+      try {
+        if (typeof input.recvTime === 'string') input.recvTime = new Date(input.recvTime);
+        var parts = run(), called = signatures[name] && signatures[name](finder(parts[0], parts[1], parts[2]));
+        if (!called) throw new Error('the codec has no ' + name);
+        result = called(input);
+        if (result && typeof result.then === 'function') throw new Error('the codec returned a promise');
+        result = written(result === undefined ? null : result);
+      } finally {
+        left = leave();
+      }
+      return left && typeof result === 'string' ? left + result : result;
+    },
+    __proto__: null,
   };
+  return function (what, first, second) { return door[what](first, second); };
 })(globalThis);

@@ -20,8 +20,9 @@ import orjson
 import structlog
 
 from preservarium import metrics
-from preservarium.domain.errors import Fatal, ReasonCode
+from preservarium.errors import Fatal, ReasonCode
 from preservarium.settings import Settings
+from preservarium.waiting import alive, in_line
 
 T = TypeVar("T")
 
@@ -159,7 +160,7 @@ class SandboxPool:
     async def _run_lane(
         self, process: "_Process", indices: list[int], calls: Sequence[Call], outcomes: list[Outcome | None]
     ) -> None:
-        async with process.lock:
+        async with in_line(process.lock):
             pending = indices
             again = False
             while pending:
@@ -252,6 +253,7 @@ class _Process:
                 while len(finished) < len(calls):
                     frame = await self._frame(reader, running.page)
                     finished.extend(_outcome(r) for r in orjson.loads(frame)["results"])
+                    alive()
                 await sending
             finally:
                 sending.cancel()
@@ -283,6 +285,7 @@ class _Process:
                 if page[:8] == seen:
                     raise TimeoutError
                 seen = page[:8]
+                alive()
         finally:
             if not read.done():
                 read.cancel()

@@ -2,6 +2,10 @@
 
 The names a script may use are a short list of pure functions. It can import nothing, reach no attribute that starts with an
 underscore, and has no str.format (which walks attributes). The process around it is confined besides.
+
+A script runs from its first line for each payload, with names of its own: variables, default arguments, classes and closures are
+new each time. What it is given it cannot write to: RestrictedPython's guard lets it assign to items of its own lists and
+dictionaries, and to no attribute of anything.
 """
 
 import _strptime  # type: ignore[import-not-found]  # noqa: F401 - datetime.strptime imports it on first use, too late here
@@ -13,7 +17,7 @@ import operator
 import signal
 import struct
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any, Final
 
 import orjson
@@ -26,7 +30,8 @@ from RestrictedPython.Guards import (
     safer_getattr,
 )
 
-from preservarium.domain.errors import ReasonCode
+from preservarium.domain.readings import json_text
+from preservarium.errors import ReasonCode
 from preservarium.sandbox.javascript import ScriptError
 
 #: Longest sequence that `range` and repetition may make in a script.
@@ -60,7 +65,7 @@ def _names(source: Any, names: str) -> SimpleNamespace:
     return SimpleNamespace(**{n: getattr(source, n) for n in names.split()})
 
 
-def _globals() -> dict[str, Any]:
+def _names_of_a_run() -> dict[str, Any]:
     builtins = {
         **safe_builtins,
         "range": _range, "min": min, "max": max, "sum": sum, "all": all, "any": any, "enumerate": enumerate, "reversed": reversed,
@@ -91,6 +96,10 @@ def _globals() -> dict[str, Any]:
     }
 
 
+#: What each run begins with. Nothing in it can be written to by a script, so a copy of the outermost dictionary is enough.
+_NAMES: Final = _names_of_a_run()
+
+
 class _OverTime(BaseException):
     """Not an Exception, so that a script's `except Exception` does not swallow it."""
 
@@ -112,26 +121,35 @@ class PythonScript:
             code = compile_restricted(source, "<script>", "exec")
         except SyntaxError as e:
             raise ScriptError(ReasonCode.SCRIPT_FAULT, str(e.args[0] if e.args else e)[:500], e.lineno) from None
-        self._globals = _globals()
+        self._code: CodeType = code
         signal.signal(signal.SIGVTALRM, _alarm)
-        self._run(lambda: exec(code, self._globals), cpu_s * 10)
-        if not callable(self._globals.get("decode")):
+        names = self._run(self._executed, cpu_s * 10)
+        if not callable(names.get("decode")):
             raise ScriptError(ReasonCode.SCRIPT_FAULT, "the script defines no decode(payload, context)")
-        self.functions = [n for n in ("decode", "encode") if callable(self._globals.get(n))]
+        self.functions = [n for n in ("decode", "encode") if callable(names.get(n))]
+
+    def _executed(self) -> dict[str, Any]:
+        """The script's names after its last line."""
+        names = dict(_NAMES)
+        exec(self._code, names)
+        return names
 
     def call(self, function: str, arguments: str, result_bytes_max: int) -> str:
-        """Run `function(payload, context)`; the result as JSON text.
+        """Run `function(payload, context)`; the result as JSON text, with NaN and Infinity where they are in it.
 
         Raises:
             ScriptError: as JavaScript.call.
         """
         if function not in self.functions:
             raise ScriptError(ReasonCode.SCRIPT_FAULT, f"the script has no {function}")
-        given = orjson.loads(arguments)
+        given = json_text.loads(json_text.unmarked(arguments).encode())
         payload = bytes(given["bytes"]) if "bytes" in given else given.get("payload")
-        result = self._run(lambda: self._globals[function](payload, given.get("context", {})), self._cpu_s)
+        result = self._run(lambda: self._executed()[function](payload, given.get("context", {})), self._cpu_s)
         try:
-            text = orjson.dumps(_plain(result), default=_bytes, option=orjson.OPT_NON_STR_KEYS).decode()
+            result = _plain(result)
+            text = _json(result)
+            if "null" in text:  # orjson writes it for NaN and Infinity, too
+                text = json_text.unmarked(_json(json_text.mark(result)))
         except (TypeError, ValueError, RecursionError) as e:
             raise ScriptError(ReasonCode.SCRIPT_FAULT, f"the result is not JSON: {e}") from None
         if len(text) > result_bytes_max:
@@ -163,10 +181,16 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, Iterator) else value
 
 
-def _bytes(value: Any) -> list[int]:
-    """Bytes, which an encoder returns, as numbers."""
+def _json(value: Any) -> str:
+    return orjson.dumps(value, default=_known, option=orjson.OPT_NON_STR_KEYS).decode()
+
+
+def _known(value: Any) -> Any:
+    """Bytes, which an encoder returns, as numbers; a number that is not finite and was given to the script, as any other."""
     if isinstance(value, bytes | bytearray):
         return list(value)
+    if isinstance(value, float):
+        return float(value)
     raise TypeError
 
 

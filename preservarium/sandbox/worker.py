@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import orjson
 
-from preservarium.domain.errors import ReasonCode
+from preservarium.errors import ReasonCode
 from preservarium.sandbox import confine
 from preservarium.sandbox.javascript import JavaScript, ScriptError
 from preservarium.sandbox.python_scripts import PythonScript

@@ -1,1 +1,6 @@
-"""The only sockets to databases."""
+"""The only sockets to databases.
+
+`timescale` writes readings to PostgreSQL, in the rows of `timescale_rows`; `migrate/` brings both databases' schemas up to date.
+
+May import the domain and the ground.
+"""

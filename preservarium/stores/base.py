@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from preservarium.domain.errors import ReasonCode, Retry
-from preservarium.domain.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, Message
-from preservarium.domain.stored import StoredMessage
+from preservarium.domain.readings.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, Message
+from preservarium.domain.readings.stored import StoredMessage
+from preservarium.errors import ReasonCode, Retry
 
 #: Readings ahead of the clock by more than this are not stored: retention would never reach them. validate is far
 #: stricter (`quality.future_skew_s`); this is the net for what does not pass it.
@@ -65,6 +65,8 @@ BeforeCommit = Callable[[Sequence[Rejected]], Awaitable[None]]
 class Moved(Retry):
     """Another writer moved the offsets of these partitions; read them and go on from there."""
 
+    of_dependency = False
+
     def __init__(self, positions: Mapping[tuple[str, int], int | None]) -> None:
         super().__init__(
             "offsets moved by another writer: " + ", ".join(f"{t}[{p}]={n}" for (t, p), n in positions.items())
@@ -91,9 +93,10 @@ class Store(Protocol):
 
         Messages are typed (fast), or dictionaries that need not be what they should be but for a list of `readings`.
 
-        Of readings with one key the last wins within a write; one that is stored already stays, unless the new one
-        is of a later generation or, in the same, a revision (`revised`). Of several revisions that of the message
-        received last stays, whatever the order in which they come. Writing the same again is harmless.
+        Of readings with one key the first stays, within a write and of what is stored, unless the new one is of a later
+        generation or, in the same, a revision (`revised`). Another value that came second in the same generation is
+        rejected (`same_instant`), an equal one is a duplicate. Of several revisions that of the message received last
+        stays, whatever the order in which they come. Writing the same again is harmless.
 
         Raises:
             Moved: the offsets are not what `moves` expects; nothing was written.

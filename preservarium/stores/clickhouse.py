@@ -14,10 +14,10 @@ from clickhouse_connect.driver import options
 from clickhouse_connect.driver.exceptions import ClickHouseError, DatabaseError, OperationalError
 
 from preservarium import metrics
+from preservarium.breaker import Breaker
 from preservarium.clock import Clock, SystemClock
-from preservarium.domain.errors import Retry
+from preservarium.errors import Retry, reason
 from preservarium.settings import Settings
-from preservarium.stores.breaker import Breaker
 
 #: Error codes (ClickHouse, ErrorCodes.cpp) that say that the data is at fault. Everything else is the server's state: a
 #: missing table, a read-only replica, too many parts, no memory; waiting loses nothing.
@@ -43,6 +43,9 @@ def _without_pandas() -> None:
 
 
 _without_pandas()
+
+#: A server that has not answered a ping for so long is down.
+PING_S: Final = 5.0
 
 #: What says nothing about the rows.
 INFRASTRUCTURE_ERRORS: Final = (OperationalError, aiohttp.ClientError, OSError, TimeoutError)
@@ -148,29 +151,11 @@ class ClickHouseStore:
             return self._client
         async with self._connecting:
             if self._client is None:
-                import clickhouse_connect
-
-                s = self._settings().clickhouse
-                host, port, user, password, secure = s.parts
+                s = self._settings()
                 try:
-                    self._client = await clickhouse_connect.get_async_client(
-                        interface="https" if secure else "http",
-                        host=host,
-                        port=port,
-                        username=user,
-                        password=password,
-                        ca_cert=s.ssl_ca_file or None,
-                        database=s.database,
-                        compress="lz4",
-                        connect_timeout=min(10, s.timeout_s),
-                        send_receive_timeout=s.timeout_s,
-                        # A request that fails is made again by the feed, which knows of pauses and breakers.
-                        query_retries=0,
-                        autogenerate_session_id=False,
-                        connector_limit=s.pool_max,
-                        connector_limit_per_host=s.pool_max,
-                    )
+                    self._client = await _connect(s, database=s.clickhouse.database, connections=s.clickhouse.pool_max)
                 except (ClickHouseError, *INFRASTRUCTURE_ERRORS) as e:
+                    host, port, *_ = s.clickhouse.parts
                     message = f"ClickHouse cannot be reached at {host}:{port}: {_short(e)}"
                     raise Retry(message) from e
         return self._client
@@ -183,6 +168,61 @@ class ClickHouseStore:
             await client.close()
 
 
+class ClickHousePing:
+    """Whether the server answers, asked over a connection of its own: the store's may all be at work.
+
+    Args:
+        settings: asked when it connects.
+    """
+
+    def __init__(self, settings: Callable[[], Settings]) -> None:
+        self._settings = settings
+        self._client: Any = None
+
+    async def __call__(self) -> None:
+        """Return when it has answered.
+
+        Raises:
+            ClickHouseError, aiohttp.ClientError, OSError, TimeoutError: it does not, or lets nobody in.
+        """
+        if self._client is None:
+            self._client = await _connect(self._settings(), database="default", connections=1)
+        if not await self._client.ping(PING_S):
+            message = "it does not answer a ping"
+            raise OSError(message)
+
+    async def close(self) -> None:
+        """Close the connection."""
+        client, self._client = self._client, None
+        if client is not None:
+            with contextlib.suppress(Exception):
+                await client.close()
+
+
+async def _connect(settings: Settings, *, database: str, connections: int) -> Any:
+    import clickhouse_connect
+
+    s = settings.clickhouse
+    host, port, user, password, secure = s.parts
+    return await clickhouse_connect.get_async_client(
+        interface="https" if secure else "http",
+        host=host,
+        port=port,
+        username=user,
+        password=password,
+        ca_cert=s.ssl_ca_file or None,
+        database=database,
+        compress="lz4",
+        connect_timeout=min(10, s.timeout_s),
+        send_receive_timeout=s.timeout_s,
+        # A request that fails is made again by the feed, which knows of pauses and breakers.
+        query_retries=0,
+        autogenerate_session_id=False,
+        connector_limit=connections,
+        connector_limit_per_host=connections,
+    )
+
+
 def _code(error: BaseException) -> int | None:
     text = str(error)
     marker = "code: "
@@ -192,4 +232,4 @@ def _code(error: BaseException) -> int | None:
 
 
 def _short(error: BaseException) -> str:
-    return (str(error) or repr(error)).splitlines()[0][:300]
+    return reason(error)[:300]

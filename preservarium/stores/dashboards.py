@@ -16,7 +16,8 @@ from cachetools import TTLCache
 
 from preservarium import metrics
 from preservarium.clock import Clock, SystemClock
-from preservarium.domain.errors import PreservariumError
+from preservarium.domain.readings.address import spellings
+from preservarium.errors import PreservariumError
 from preservarium.settings import Settings
 from preservarium.stores.clickhouse import ClickHouseStore
 
@@ -36,7 +37,9 @@ _LIMITS: Final[Mapping[str, tuple[int, int]]] = {
 }
 
 _BLOCK: Final = re.compile(r"^-- name: (\w+)\n((?:-- [^\n]*\n)+)(.*?);\s*$", re.MULTILINE | re.DOTALL)
-_PARAMETER: Final = re.compile(r"-- param: (\w+) (String|UInt32|Int64)(?: = (\S+))?: (.+)")
+_PARAMETER: Final = re.compile(r"-- param: (\w+) (String|UInt32|Int64|Address)(?: = (\S+))?: (.+)")
+#: Of which type an address is to ClickHouse: all its spellings, and none where no device is named.
+_ADDRESS: Final = "Array(String)"
 
 
 class DashboardUnknown(PreservariumError):
@@ -52,7 +55,7 @@ class Parameter:
     """A parameter of a query."""
 
     name: str
-    type: str  #: String, UInt32 or Int64 (µs since the epoch, UTC)
+    type: str  #: String, UInt32, Int64 (µs since the epoch, UTC), or Address: of a device, in any spelling
     default: str | int | None  #: None: must be given
     meaning: str
 
@@ -67,7 +70,7 @@ class Parameter:
                 message = f"{self.name} is missing: {self.meaning}"
                 raise ParameterInvalid(message)
             return self.default
-        if self.type == "String":
+        if self.type in ("String", "Address"):
             value = str(text)
             if len(value) > TEXT_CHARS_MAX or "\0" in value:
                 message = f"{self.name} is longer than {TEXT_CHARS_MAX} characters, or holds NUL"
@@ -107,6 +110,14 @@ class Dashboard:
             raise ParameterInvalid(message)
         return values
 
+    def bound(self, values: Mapping[str, str | int]) -> dict[str, Any]:
+        """Checked values as ClickHouse gets them."""
+        addresses = {p.name for p in self.parameters if p.type == "Address"}
+        return {
+            name: value if name not in addresses else spellings(str(value)) if value else []
+            for name, value in values.items()
+        }
+
     def document(self) -> dict[str, Any]:
         """For a list of dashboards."""
         return {
@@ -128,7 +139,7 @@ def parse(text: str) -> dict[str, Dashboard]:
     for name, comments, query in _BLOCK.findall(text):
         parameters = [
             Parameter(
-                p, kind, None if not default else default.strip("'") if kind == "String" else int(default), meaning
+                p, kind, None if not default else int(default) if default.isdigit() else default.strip("'"), meaning
             )
             for p, kind, default, meaning in _PARAMETER.findall(comments)
         ]
@@ -137,7 +148,7 @@ def parse(text: str) -> dict[str, Dashboard]:
         if used != {(p.name, p.type) for p in parameters}:
             message = f"{name}: parameters are declared otherwise than used: {sorted(used)}"
             raise ValueError(message)
-        found[name] = Dashboard(name, meaning, tuple(parameters), query.strip())
+        found[name] = Dashboard(name, meaning, tuple(parameters), query.strip().replace(":Address}", f":{_ADDRESS}}}"))
     if len(found) != text.count("-- name: "):
         message = "a query is not of the form that is read"
         raise ValueError(message)
@@ -205,7 +216,7 @@ class Dashboards:
 
     async def _ask(self, dashboard: Dashboard, values: dict[str, str | int], key: tuple[Any, ...]) -> bytes:
         began_s = self._clock.monotonic_s()
-        columns, rows = await self._store.select(dashboard.text, values)
+        columns, rows = await self._store.select(dashboard.text, dashboard.bound(values))
         metrics.DASHBOARD_SECONDS.labels(dashboard.name).observe(self._clock.monotonic_s() - began_s)
         text = orjson.dumps({"name": dashboard.name, "parameters": values, "columns": columns, "rows": rows})
         s = self._settings().sync

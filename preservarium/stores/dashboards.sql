@@ -111,31 +111,44 @@ LIMIT 1000;
 
 -- name: latest
 -- The last value of each series, of one device or of all.
--- param: device String = '': only of this device
+-- param: device Address = '': only of this device
 -- param: after String = '': only devices after this one: the next page
 -- param: limit UInt32 = 200: most rows
 SELECT device_id, component_type, pin_position, connector_mode, toUnixTimestamp64Micro(timestamp) AS at, value, value_text, unit,
        quality
 FROM latest_values FINAL
-WHERE device_id > {after:String} AND ({device:String} = '' OR device_id = {device:String})
+WHERE device_id > {after:String} AND (empty({device:Address}) OR device_id IN {device:Address})
 ORDER BY device_id, component_type, pin_position, connector_mode
 LIMIT {limit:UInt32};
 
 -- name: series
--- One series in so many equal steps: count, least, mean and greatest of the readings that did not fail.
--- param: device String: address of the device
+-- One series in so many equal steps: count, least, mean and greatest of the readings that did not fail; of a circular quantity, which
+-- the newest reading tells (of those from before they did, the newest window), the mean of the directions, and neither least nor greatest.
+-- param: device Address: address of the device
 -- param: component String: what is measured
 -- param: pin String = '-1': which of several equal components
 -- param: start Int64: from then on
 -- param: end Int64: to before then
 -- param: points UInt32 = 500: most steps
+WITH (SELECT argMax(circular, timestamp) FROM measurements
+      WHERE device_id IN {device:Address} AND component_type = {component:String} AND pin_position = {pin:String}
+        AND timestamp >= fromUnixTimestamp64Micro({start:Int64}, 'UTC') AND timestamp < fromUnixTimestamp64Micro({end:Int64}, 'UTC')) AS told,
+     (SELECT argMax(ifNull(circular, 0), window_start) FROM aggregates
+      WHERE device_id IN {device:Address} AND component_type = {component:String} AND pin_position = {pin:String}) AS windowed,
+     if(told > 0, told, windowed) AS period
 SELECT {start:Int64} + step * greatest(1, intDiv({end:Int64} - {start:Int64}, {points:UInt32})) AS at, count() AS readings,
-       min(value) AS least, avg(value) AS mean, max(value) AS greatest
+       if(period > 0, NULL, min(value)) AS least,
+       multiIf(period = 0, avg(value),
+               hypot(avg(x), avg(y)) < 1e-9, NULL,
+               -- Rounded, because a last bit below 0 would be almost a whole period.
+               positiveModulo(round(atan2(avg(y), avg(x)) / (2 * pi()) * period, 9), nullIf(period, 0))) AS mean,
+       if(period > 0, NULL, max(value)) AS greatest
 FROM (
   SELECT intDiv(toUnixTimestamp64Micro(timestamp) - {start:Int64},
-                greatest(1, intDiv({end:Int64} - {start:Int64}, {points:UInt32}))) AS step, value
+                greatest(1, intDiv({end:Int64} - {start:Int64}, {points:UInt32}))) AS step, value,
+         2 * pi() * value / nullIf(period, 0) AS angle, cos(angle) AS x, sin(angle) AS y
   FROM measurements FINAL
-  WHERE device_id = {device:String} AND component_type = {component:String} AND pin_position = {pin:String}
+  WHERE device_id IN {device:Address} AND component_type = {component:String} AND pin_position = {pin:String}
     AND timestamp >= fromUnixTimestamp64Micro({start:Int64}, 'UTC') AND timestamp < fromUnixTimestamp64Micro({end:Int64}, 'UTC')
     AND value IS NOT NULL AND quality NOT IN (4, 9)
 )
@@ -145,7 +158,7 @@ LIMIT 10000;
 
 -- name: windows
 -- The windows of one series, as aggregate made them.
--- param: device String: address of the device
+-- param: device Address: address of the device
 -- param: component String: what is measured
 -- param: pin String = '-1': which of several equal components
 -- param: size_s UInt32 = 3600: size of the windows in seconds
@@ -153,7 +166,7 @@ LIMIT 10000;
 -- param: end Int64: to before then
 SELECT toUnixTimestamp64Micro(window_start) AS at, count AS readings, min AS least, mean, max AS greatest, sum, last, consumption
 FROM aggregates FINAL
-WHERE device_id = {device:String} AND component_type = {component:String} AND pin_position = {pin:String}
+WHERE device_id IN {device:Address} AND component_type = {component:String} AND pin_position = {pin:String}
   AND size_s = {size_s:UInt32}
   AND window_start >= fromUnixTimestamp64Micro({start:Int64}, 'UTC') AND window_start < fromUnixTimestamp64Micro({end:Int64}, 'UTC')
 ORDER BY window_start
@@ -299,12 +312,12 @@ LIMIT {limit:UInt32};
 
 -- name: anomalies
 -- Beginnings and ends of anomalies, newest first.
--- param: device String = '': only of this device
+-- param: device Address = '': only of this device
 -- param: days UInt32 = 7: days back, today included
 -- param: limit UInt32 = 100: most rows
 SELECT toUnixTimestamp64Micro(timestamp) AS at, device_id, component_type, pin_position, state, value, unit, expected, score
 FROM anomalies FINAL
-WHERE ({device:String} = '' OR device_id = {device:String})
+WHERE (empty({device:Address}) OR device_id IN {device:Address})
   AND timestamp >= toDateTime64(today() - {days:UInt32} + 1, 6, 'UTC')
 ORDER BY timestamp DESC, anomaly_id
 LIMIT {limit:UInt32};

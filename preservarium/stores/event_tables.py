@@ -5,6 +5,7 @@ declaration names a revision, the highest (of equal ones the later). Rows and of
 PostgreSQL refuses is bisected to the row, and the rest commits. The declarations are in preservarium/stores/tables.py.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,9 +14,10 @@ from typing import Any, Final
 
 import orjson
 
+from preservarium.breaker import Breaker
 from preservarium.clock import Clock
-from preservarium.domain.errors import ReasonCode
-from preservarium.domain.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US
+from preservarium.domain.readings.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US
+from preservarium.errors import ReasonCode
 from preservarium.settings import Settings
 from preservarium.stores.base import (
     TEXT_CHARS_MAX,
@@ -26,7 +28,6 @@ from preservarium.stores.base import (
     text_fault,
     timestamp_code,
 )
-from preservarium.stores.breaker import Breaker
 from preservarium.stores.events import instant as to_datetime
 from preservarium.stores.postgres import DATA_ERRORS, OffsetStore, PostgresPool, count_of
 from preservarium.topics import Topic
@@ -222,6 +223,11 @@ class EventStore(OffsetStore):
         super().__init__(settings, sink=sink, pool=pool or PostgresPool(settings), clock=clock, breaker=breaker)
         self.declared = declared
 
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Every table that events are written to: the declared one, then those that follow from it."""
+        return (self.declared.table, *re.findall(r"\bINSERT INTO (\w+)", self.declared.then))
+
     async def write(
         self, lines: Sequence[Line], moves: Moves, *, before_commit: BeforeCommit | None = None
     ) -> WriteResult:
@@ -243,9 +249,12 @@ class EventStore(OffsetStore):
         """
         if not self.declared.kept_by:
             return 0
-        before = to_datetime(self._clock.now_us()) - timedelta(days=self.declared.kept_days(self._settings()))
+        kept = timedelta(days=self.declared.kept_days(self._settings()))
 
         async def delete(connection: Any) -> int:
+            # What is deleted is gone: a worker's clock that is ahead of the database's must not say what is old.
+            now = await connection.fetchval("SELECT least($1::timestamptz, now())", to_datetime(self._clock.now_us()))
+            before = now - kept
             return sum(
                 [count_of(await connection.execute(one, before, PRUNE_ROWS_MAX)) for one in self.declared.prunes]
             )

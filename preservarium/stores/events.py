@@ -13,8 +13,8 @@ from typing import Any, Final
 import asyncpg
 import orjson
 
-from preservarium.domain import registry as domain
-from preservarium.domain.errors import PreservariumError
+from preservarium.domain.registry import changes as domain
+from preservarium.errors import PreservariumError
 
 #: The `prev_hash` of a stream's first event.
 GENESIS: Final = bytes(32)

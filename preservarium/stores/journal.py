@@ -9,7 +9,7 @@ from typing import Any, Final
 import orjson
 
 from preservarium import topics
-from preservarium.domain.errors import Retry
+from preservarium.errors import Retry
 from preservarium.stores import events
 from preservarium.stores.event_tables import EventStore, EventTable, document, instant, text
 
@@ -34,6 +34,11 @@ def stream_of(device_id: str) -> str:
 
 class Journal(EventStore):
     """Stores answers, and what they tell in the event store."""
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Every table that answers are written to."""
+        return (*super().tables, "event_store")
 
     async def _insert(self, connection: Any, items: list[tuple[tuple[Any, ...], tuple[int, tuple[Any, ...]]]]) -> int:
         # In the order of the topic: it becomes the order of the chain.

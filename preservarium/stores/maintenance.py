@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Final
 
-from preservarium.domain.errors import PreservariumError
+from preservarium.errors import PreservariumError, reason
 from preservarium.settings import Settings
 from preservarium.stores.clickhouse import INFRASTRUCTURE_ERRORS
 
@@ -86,7 +86,7 @@ async def _answer(answer: Awaitable[Any]) -> Any:
     try:
         return await answer
     except (ClickHouseError, *INFRASTRUCTURE_ERRORS) as e:
-        message = f"ClickHouse: {(str(e) or repr(e)).splitlines()[0][:300]}"
+        message = f"ClickHouse: {reason(e)[:300]}"
         raise VerificationError(message) from e
 
 

@@ -6,9 +6,9 @@ from typing import Any
 from msgspec import UNSET
 
 from preservarium.clock import Clock, SystemClock
-from preservarium.domain.errors import ReasonCode, Retry
-from preservarium.domain.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, Message
-from preservarium.domain.stored import StoredMessage, StoredReading
+from preservarium.domain.readings.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, Message
+from preservarium.domain.readings.stored import StoredMessage, StoredReading
+from preservarium.errors import ReasonCode, Retry
 from preservarium.stores.base import (
     DAY_US,
     FUTURE_MAX_US,
@@ -86,7 +86,14 @@ class MemoryStore:
                     key = (*_series(message, reading), row["timestamp"])
                     rank = (row["generation"], reading.revised, *(row[name] for name in _ORDER if reading.revised))
                     part = parts[2 if reading.revised else 1 if row["generation"] else 0]
-                    if key not in part or rank >= part[key][0]:
+                    standing = part.get(key, (None, self.rows.get(key)))[1]
+                    if part is parts[0] and standing is not None:
+                        same = all(standing[name] == row[name] for name in ("value", "value_text"))
+                        if not same and not standing["generation"] and not self._revised(key):
+                            there = standing["value_text"] if standing["value"] is None else standing["value"]
+                            text = f"{there!r:.200} stands at this instant"
+                            found.append(Rejected(index, position, ReasonCode.SAME_INSTANT, text))
+                    elif key not in part or rank >= part[key][0]:
                         part[key] = rank, row
         result.rejected = sent.rejected(found)
         if before_commit is not None:
@@ -103,6 +110,9 @@ class MemoryStore:
 
     async def close(self) -> None:
         """Nothing to give back; what is stored stays."""
+
+    def _revised(self, key: RowKey) -> bool:
+        return key in self._ranks and self._ranks[key][1]
 
     def _check(self) -> None:
         if self.down:

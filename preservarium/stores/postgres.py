@@ -4,7 +4,6 @@ A consumer's offsets are rows of `sink_offsets`, moved by compare-and-set in the
 them. So they are the truth, Kafka's commit a hint, and a writer that lost its partition finds out before it commits.
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, TypeVar
@@ -12,11 +11,12 @@ from typing import Any, Final, TypeVar
 import asyncpg
 
 from preservarium import metrics
+from preservarium.breaker import Breaker
 from preservarium.clock import Clock, SystemClock
-from preservarium.domain.errors import PreservariumError, Retry
+from preservarium.errors import PreservariumError, Retry, reason
 from preservarium.settings import Settings
 from preservarium.stores.base import Moved, Moves, WriteResult
-from preservarium.stores.breaker import Breaker
+from preservarium.stores.connections import Pool, Use
 
 T = TypeVar("T")
 
@@ -56,95 +56,71 @@ WITH moved AS (
   RETURNING 1)"""
 
 
-class PostgresPool:
-    """A pool of connections to the settings' database, made when first needed and again after `close`.
+class PostgresPool(Pool):
+    """A pool of connections to the settings' database.
 
     Args:
         settings: asked when the pool is made.
         name: shown by the server as application_name.
-        prepare: a statement that each new connection runs, such as one that makes a temporary table.
+        temporary: as of `Pool`.
     """
 
-    def __init__(self, settings: Callable[[], Settings], name: str = "preservarium-sink", *, prepare: str = "") -> None:
-        self._settings = settings
-        self._name = name
-        self._statement = prepare
-        self._pool: Any = None
-        self._lock = asyncio.Lock()
+    def __init__(
+        self, settings: Callable[[], Settings], name: str = "preservarium-sink", *, temporary: str = ""
+    ) -> None:
+        super().__init__(
+            lambda: settings().postgres.dsn,
+            connections_max=lambda: settings().postgres.pool_max,
+            connect_timeout_s=lambda: settings().postgres.connect_timeout_s,
+            command_timeout_s=lambda: settings().postgres.command_timeout_s,
+            server_settings={"application_name": name},
+            temporary=temporary,
+        )
         self.engine = ""  #: timescaledb or plain, once connected
 
-    def acquire(self) -> "_Connection":
-        """A connection for an `async with` block, given back at its end, closed where it failed."""
-        return _Connection(self)
+    async def _made(self, pool: Any) -> None:
+        use = Use(self)
+        connection = await use.of(pool)
+        try:
+            self.engine = await connection.fetchval("SELECT storage_engine()")
+        except BaseException as e:
+            await use.__aexit__(type(e), e, None)
+            raise
+        await use.__aexit__(None, None, None)
 
-    async def ready(self) -> Any:
-        """The asyncpg pool; makes it where there is none."""
-        if self._pool is not None:
-            return self._pool
-        async with self._lock:
-            if self._pool is None:
-                s = self._settings().postgres
-                pool = await asyncpg.create_pool(
-                    s.dsn,
-                    min_size=0,
-                    max_size=s.pool_max,
-                    timeout=s.connect_timeout_s,
-                    command_timeout=s.command_timeout_s,
-                    # Connections are given back clean or closed, so the round trip of RESET ALL is saved.
-                    reset=_no_reset,
-                    init=self._prepare,
-                    server_settings={"application_name": self._name},
-                )
-                try:
-                    self.engine = await pool.fetchval("SELECT storage_engine()")
-                except BaseException:
-                    pool.terminate()
-                    raise
-                self._pool = pool
-        return self._pool
+    def is_clean(self, error: BaseException) -> bool:
+        """See `Pool`: a row's fault, or another transaction in the way, leaves a connection as it was."""
+        return isinstance(error, (PreservariumError, *DATA_ERRORS, *CONFLICTS))
 
-    async def _prepare(self, connection: Any) -> None:
-        if self._statement:
-            await connection.execute(self._statement)
 
-    @property
-    def connect_timeout_s(self) -> float:
-        """How long a connection may take to be had."""
-        return self._settings().postgres.connect_timeout_s
+class PostgresPing:
+    """Whether the server answers, asked over a connection of its own: one of the pool may be waited for while all are at work.
+
+    Args:
+        settings: asked when it connects.
+    """
+
+    def __init__(self, settings: Callable[[], Settings]) -> None:
+        self._pool = Pool(
+            lambda: settings().postgres.dsn,
+            connections_max=lambda: 1,
+            connect_timeout_s=lambda: settings().postgres.connect_timeout_s,
+            command_timeout_s=lambda: settings().postgres.command_timeout_s,
+            server_settings={"application_name": "preservarium-ping"},
+        )
+
+    async def __call__(self) -> None:
+        """Return when it has answered.
+
+        Raises:
+            OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError: it does not, or lets nobody in.
+        """
+        async with self._pool.acquire() as connection:
+            await connection.execute("SELECT 1")
 
     async def close(self) -> None:
-        """Close every connection."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            try:
-                await asyncio.wait_for(pool.close(), self.connect_timeout_s)
-            except (TimeoutError, *INFRASTRUCTURE_ERRORS):
-                pool.terminate()
-
-
-async def _no_reset(_connection: Any) -> None:
-    return None
-
-
-class _Connection:
-    """One use of a pooled connection."""
-
-    def __init__(self, pool: PostgresPool) -> None:
-        self._owner = pool
-        self._pool: Any = None
-        self._connection: Any = None
-
-    async def __aenter__(self) -> Any:
-        self._pool = await self._owner.ready()
-        self._connection = await self._pool.acquire(timeout=self._owner.connect_timeout_s)
-        return self._connection
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
-        connection = self._connection
-        if error is not None and not isinstance(error, (PreservariumError, *DATA_ERRORS, *CONFLICTS)):
-            # Cancelled in the middle, or broken, or nobody knows: not a connection to hand on.
-            connection.terminate()
-        await self._pool.release(connection)
+        """Close the connection."""
+        await self._pool.close()
 
 
 class OffsetStore:
@@ -295,4 +271,4 @@ def count_of(status: str) -> int:
 def retry(error: BaseException) -> Retry:
     """What the caller is told of an error of the database: try again."""
     hint = "; run `preservarium migrate`" if isinstance(error, _NOT_MIGRATED) else ""
-    return Retry(f"PostgreSQL: {type(error).__name__}: {error}{hint}")
+    return Retry(f"PostgreSQL: {reason(error)}{hint}")

@@ -13,9 +13,11 @@ import asyncpg
 import orjson
 
 from preservarium import topics
-from preservarium.domain import registry as domain
-from preservarium.domain.errors import PreservariumError
-from preservarium.registry_file import IDENTITY, SECTIONS, RegistryFile, check_meaning, check_references, identity
+from preservarium.domain.readings.address import canonical_address, spellings
+from preservarium.domain.registry import changes as domain
+from preservarium.domain.registry.checks import RegistryFile, check_meaning, check_references
+from preservarium.domain.registry.documents import IDENTITY, SECTIONS, identity
+from preservarium.errors import PreservariumError
 from preservarium.stores import events
 
 Document = dict[str, Any]
@@ -202,8 +204,10 @@ def check(file: RegistryFile) -> None:
 def _check(file: RegistryFile, final: Mapping[str, Mapping[str, Document]]) -> None:
     check_references(file, {kind: [identity(kind, d) for d in documents.values()] for kind, documents in final.items()})
     if not file.errors:
-        datatypes = {d["name"]: d for d in final["datatype"].values()}
-        check_meaning(file, datatypes, {d["name"]: d for d in final["rule"].values()})
+        datatypes, rules, types = (
+            {d["name"]: d for d in final[kind].values()} for kind in ("datatype", "rule", "type")
+        )
+        check_meaning(file, datatypes, rules, types)
 
 
 def _final(
@@ -384,7 +388,41 @@ async def _project(
 
 
 async def _outbox(connection: Any, changes: Sequence[Change], revisions: Mapping[str, int]) -> list[int]:
-    rows: list[tuple[str, bytes, bytes | None, int]] = []
+    rows = _records(changes, revisions)
+    if not rows:
+        return []
+    inserted = await connection.fetch(
+        """
+        INSERT INTO registry_outbox (topic, key, value, rev)
+        SELECT topic, key, value, rev FROM unnest($1::text[], $2::bytea[], $3::bytea[], $4::bigint[])
+          WITH ORDINALITY AS u (topic, key, value, rev, n) ORDER BY n
+        RETURNING id
+        """,
+        *(list(column) for column in zip(*rows, strict=True)),
+    )
+    return [r[0] for r in inserted]
+
+
+#: What becomes a record on Kafka: (topic, key, value, revision).
+Record = tuple[str, bytes, bytes | None, int]
+
+
+async def current_records(connection: Any) -> list[Record]:
+    """The records that say the whole registry as it is: for topics that are empty."""
+    async with connection.transaction(isolation="repeatable_read", readonly=True):
+        current = await load(connection, [*TYPE_KINDS, "device"])
+    changes = [
+        Change(kind, stream, "create", None, stored.document, 0, "", {})
+        for kind, documents in current.items()
+        for stream, stored in documents.items()
+    ]
+    return _records(changes, {stream: s.rev for documents in current.values() for stream, s in documents.items()})
+
+
+def _records(changes: Sequence[Change], revisions: Mapping[str, int]) -> list[Record]:
+    rows: list[Record] = []
+    # Of a device that is registered anew in another spelling, the old one's mark must not hide it.
+    kept = {key for c in changes if c.kind == "device" and c.after for key in domain.device_keys(c.after["device_id"])}
     replaced = {c.after["name"] for c in changes if c.kind == "parser" and c.after and c.after["status"] == "active"}
     for change in changes:
         rev = revisions[change.stream]
@@ -401,25 +439,16 @@ async def _outbox(connection: Any, changes: Sequence[Change], revisions: Mapping
         elif change.kind not in TYPE_KINDS and change.kind != "device":
             continue
         name = identity(change.kind, document)
-        topic, key = (
-            (topics.DEVICE_REGISTRY, name)
-            if change.kind == "device"
-            else (topics.TYPE_REGISTRY, f"{change.kind}/{name}")
-        )
         value = None if after is None else orjson.dumps({**after, "rev": rev})
-        rows.append((topic.name, key.encode(), value, rev))
-    if not rows:
-        return []
-    inserted = await connection.fetch(
-        """
-        INSERT INTO registry_outbox (topic, key, value, rev)
-        SELECT topic, key, value, rev FROM unnest($1::text[], $2::bytea[], $3::bytea[], $4::bigint[])
-          WITH ORDINALITY AS u (topic, key, value, rev, n) ORDER BY n
-        RETURNING id
-        """,
-        *(list(column) for column in zip(*rows, strict=True)),
-    )
-    return [r[0] for r in inserted]
+        if change.kind != "device":
+            rows.append((topics.TYPE_REGISTRY.name, f"{change.kind}/{name}".encode(), value, rev))
+            continue
+        rows += [
+            (topics.DEVICE_REGISTRY.name, key.encode(), value, rev)
+            for key in domain.device_keys(name)
+            if value is not None or key not in kept
+        ]
+    return rows
 
 
 async def _check_parsers(connection: Any) -> None:
@@ -530,12 +559,31 @@ class Composite:
         ]
 
 
+#: How the device is registered that has an address, given its canonical form. It looks at every device: for people, who name one.
+SPELLED: Final = "SELECT device_id FROM devices WHERE lower(translate(device_id, '-:. ', '')) = $1"
+
+
+async def spelled(connection: Any, device_id: str) -> str:
+    """How a device is registered that may be named by another spelling of its address; as it is given where none is known."""
+    if len(spellings(device_id)) < 2:
+        return device_id
+    found = [row["device_id"] for row in await connection.fetch(SPELLED, canonical_address(device_id))]
+    return device_id if device_id in found or not found else found[0]
+
+
 async def composite(
     connection: Any, device_ids: Sequence[str], *, timeout_s: float | None = None
 ) -> dict[str, Composite]:
-    """Load devices with all that belongs to them, in one round trip; unknown ones are left out."""
-    rows = await connection.fetch(COMPOSITE, list(device_ids), timeout=timeout_s)
-    return {r["device_id"]: _composite(r) for r in rows}
+    """Load devices with all that belongs to them, in one round trip; unknown ones are left out.
+
+    A device may be asked for by another spelling of its address than it is registered with; the answer is by what was asked.
+    """
+    asked = list(dict.fromkeys(spelling for device_id in device_ids for spelling in spellings(device_id)))
+    rows = await connection.fetch(COMPOSITE, asked, timeout=timeout_s)
+    found = {r["device_id"]: _composite(r) for r in rows}
+    by_address = {canonical_address(device_id): one for device_id, one in found.items()}
+    answers = {i: found.get(i) or by_address.get(canonical_address(i)) for i in device_ids}
+    return {device_id: one for device_id, one in answers.items() if one is not None}
 
 
 def _composite(row: Any) -> Composite:

@@ -66,8 +66,10 @@ AGGREGATES: Final = EventTable(
     ("window_id",),
     (
         text("window_id"), integer("revision"), *_SERIES, instant("window_start"), instant("window_end"), integer("size_s"),
-        integer("hop_s"), integer("count"), number("min"), number("max"), number("mean"), number("sum"), number("last"),
+        integer("hop_s"), integer("count"), number("min", default=None),
+        number("max", default=None), number("mean", default=None), number("sum", default=None), number("last"),
         instant("last_at"), number("consumption", default=None), text("closed_by"), integer("generation"),
+        number("circular", default=None), number("spread", default=None), number("cos_sum", default=None), number("sin_sum", default=None),
     ),
     revision="revision",
     kept_by="window_end",

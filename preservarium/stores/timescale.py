@@ -2,10 +2,10 @@
 
 The way of a write:
 
-1. The messages, typed, become rows of PostgreSQL's binary COPY format in one pass: a prefix that is kept per series, and
-   one call that makes the whole of a plain row. Rows sort by key as bytes.
+1. The messages, typed, become rows of PostgreSQL's binary COPY format in one pass (timescale_rows.py).
 2. In one transaction: compare-and-set of `sink_offsets`, `latest`, then COPY straight into `measurements`.
-3. COPY meets a key that is stored: the same rows go through a temporary table and `ON CONFLICT DO NOTHING`.
+3. COPY meets a key that is stored: the same rows go through a temporary table and `ON CONFLICT DO NOTHING`, and what stands
+   with another value is told. Where the write before met nothing new, the rows are looked up first.
 4. PostgreSQL refuses the data: the rows are bisected under savepoints to those that it refuses; the rest commits.
 5. Anything else is the database's fault, not the data's: `Retry`. Whether the transaction was committed shows in
    `sink_offsets`, which the caller reads again.
@@ -13,43 +13,55 @@ The way of a write:
 What overwrites takes paths of its own, because ON CONFLICT DO UPDATE into compressed chunks decompresses them: rows of
 a later generation (a deliberate replay), and revisions (a later verdict on a reading that stands). Whatever the order of
 arrival, the highest generation stays, in it a revision rather than the reading, and of several revisions the one whose
-message was received last. Rows older than the compression horizon are staged in
-`measurements_late` and merged by `maintain`, chunk by chunk.
+message was received last. Rows older than the compression horizon are staged in `measurements_late`, where none stands in
+either table, and merged by `maintain`, chunk by chunk.
 """
 
-import asyncio
-import struct
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from enum import Enum
 from typing import Any, Final
 
-import asyncpg
 import structlog
-from msgspec import UNSET
 
+from preservarium.breaker import Breaker
 from preservarium.clock import Clock
-from preservarium.domain.errors import ReasonCode
-from preservarium.domain.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, Message
-from preservarium.domain.stored import StoredMessage, StoredReading
+from preservarium.domain.readings.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, Message
+from preservarium.domain.readings.stored import StoredMessage
 from preservarium.settings import Settings
 from preservarium.stores.base import (
     DAY_US,
     FUTURE_MAX_US,
-    NAME_CHARS_MAX,
-    TOPIC_CHARS_MAX,
     BeforeCommit,
     Moved,
     Moves,
-    Rejected,
     WriteResult,
     derivation_fault,
     series_fault,
-    text_fault,
-    timestamp_code,
-    value_fault,
 )
-from preservarium.stores.breaker import Breaker
-from preservarium.stores.postgres import DATA_ERRORS, MOVED, OffsetStore, PostgresPool, count_of
+from preservarium.stores.connections import session
+from preservarium.stores.postgres import DATA_ERRORS, INFRASTRUCTURE_ERRORS, MOVED, OffsetStore, PostgresPool, count_of
+from preservarium.stores.timescale_rows import (
+    COLUMN_LIST,
+    COLUMNS,
+    DERIVATION,
+    PREFIX,
+    Bounds,
+    CopyMessage,
+    DerivationKey,
+    Encoded,
+    Latest,
+    Names,
+    Series,
+    SeriesKey,
+    Standing,
+    encode,
+    find_refused,
+    find_second,
+    latest_of,
+    staged,
+)
 from preservarium.stores.typed import Typed, typed
 
 _log = structlog.get_logger(__name__)
@@ -57,9 +69,6 @@ _log = structlog.get_logger(__name__)
 #: The names of the series and derivations that are in memory. 200,000 series are about 60 MB; beyond, all are
 #: forgotten and read again as they come.
 CACHE_MAX: Final = 200_000
-#: Messages encoded before others have their turn: a millisecond. So the rows of one flight are made while the database
-#: works on those of another, and nothing else in the process waits for 5,000 rows.
-SLICE_MESSAGES: Final = 500
 #: Staged rows moved in one transaction: some 100 ms, so that live writes never wait long.
 LATE_ROWS_MAX: Final = 20_000
 #: A week of a large fleet is rolled up at some 100,000 rows a second; what takes longer goes on at the next turn.
@@ -70,71 +79,75 @@ _REFRESH_WINDOW: Final = """
 SELECT date_bin('1 day', now() - make_interval(days => $1), '2000-01-01 00:00+00') + INTERVAL '1 day',
        date_bin('1 day', now(), '2000-01-01 00:00+00')"""
 
-_COLUMNS: Final = (
-    "series_id", "timestamp", "quality", "value", "value_text", "flags", "unit", "topic",
-    "received_at", "raw_partition", "raw_offset", "raw_index", "generation", "derivation_id",
-)  # fmt: skip
-_COLUMN_LIST: Final = ", ".join(_COLUMNS)
-#: Most rows have nothing in these; a batch without them leaves them out of its COPY.
-_RARE_COLUMNS: Final = ("value_text", "flags", "unit", "topic")
-_PLAIN_COLUMNS: Final = tuple(c for c in _COLUMNS if c not in _RARE_COLUMNS)
-
-# Binary COPY (PostgreSQL manual, COPY, "Binary Format"): a count of fields, then length and bytes of each; -1 is NULL.
-# Rows are kept without the count; a plain row is one of _PLAIN_COLUMNS with a value, and no other has its length.
-_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
-_TRAILER: Final = struct.pack(">h", -1)
-_PREFIX: Final = struct.Struct(">iii")  # 4 series_id | length of the timestamp
-_VALUE: Final = struct.Struct(">qihid")  # timestamp | 2 quality | 8 value
-_NO_VALUE: Final = struct.Struct(">qihi").pack  # timestamp | 2 quality | -1
-_TAIL: Final = struct.Struct(">iqihiqii")  # 8 received_at | 2 raw_partition | 8 raw_offset | 4 raw_index
-_DERIVATION: Final = struct.Struct(">iiii")  # 4 generation | 4 derivation_id
-_NULL: Final = struct.pack(">i", -1)
-_NULLS: Final = _NULL * len(_RARE_COLUMNS)
-_TAIL_BYTES: Final = _TAIL.size + _DERIVATION.size
-_RARE_AT: Final = _PREFIX.size + _VALUE.size  #: where the rare columns belong in a plain row
-_ROW: Final = struct.Struct(">12sq10sdiq10sqii16s")  #: a plain row: prefix | _VALUE | _TAIL | _DERIVATION
-#: Quality and raw partition as a plain row has them, with the lengths around them: a pack of fewer parts is faster. What is
-#: not here makes a row of the general kind. Few topics have so many partitions; half a megabyte.
-_SHORTS: Final = {n: struct.pack(">ihi", 2, n, 8) for n in range(4096)}
-_PLAIN: Final = struct.Struct(">4xi4xq4xh4xd4xq42x")  # series_id, timestamp, quality, value, received_at of a plain row
-assert _PLAIN.size == _ROW.size == _RARE_AT + _TAIL_BYTES, "a plain row is read as it is written"
-_TEXT_OID: Final = 25
-
-#: (device_id, connector_mode, component_type, pin_position)
-SeriesKey = tuple[str, str, str, str]
-#: (parser, config_rev, experiment_id)
-DerivationKey = tuple[str, int, str | None]
-#: (row prefix, unit, topic)
-_Series = tuple[bytes, str, str]
-#: (series prefix, timestamp) -> row
-_Rows = dict[tuple[bytes, int], bytes]
-
 #: What a connection needs before it is used here.
-PREPARE: Final = "CREATE TEMP TABLE IF NOT EXISTS sink_staging (LIKE measurements) ON COMMIT DELETE ROWS"
+STAGING: Final = "sink_staging (LIKE measurements)"
 #: Only where one transaction merges twice is there anything to clear.
 _CLEAR_STAGING: Final = "DELETE FROM sink_staging"
+
+
+def _standing(came: str, tables: str) -> str:
+    """What stands where rows of the temporary table came, and whether that is another value of the same generation.
+
+    A revised row has overwritten one on purpose.
+    """
+    return f"""
+  SELECT c.series_id, c.timestamp, m.value, m.value_text, m.generation = c.generation AND m.revised IS NOT TRUE
+    AND (m.value IS DISTINCT FROM c.value OR m.value_text IS DISTINCT FROM c.value_text) AS is_other
+  FROM {came} AS c CROSS JOIN LATERAL ({tables} LIMIT 1) AS m"""
+
+
+#: LIMIT has each row looked up by its key. A join would be planned by what is known of a temporary table, nothing, and may read
+#: all of `measurements`. $1 and $2 are the first and the last instant of the rows: partitions without any are not looked at.
+_BY_KEY: Final = "series_id = c.series_id AND timestamp = c.timestamp AND timestamp BETWEEN $1 AND $2"
+_LIVE: Final = f"SELECT value, value_text, quality, received_at, generation, revised FROM measurements WHERE {_BY_KEY}"
+#: A row that is staged counts where none is in the live table: `merge_late` would not overwrite that one.
+_LATE: Final = f"""{_LIVE}
+  UNION ALL SELECT value, value_text, quality, received_at, generation, NULL FROM measurements_late WHERE {_BY_KEY}"""
+#: How many rows stand, and of those with another value the keys (series, µs since the epoch) and what they say.
+_STOOD: Final = """
+  count(*), array_agg(series_id) FILTER (WHERE is_other),
+  array_agg((extract(epoch FROM timestamp) * 1000000)::bigint) FILTER (WHERE is_other),
+  array_agg(value) FILTER (WHERE is_other), array_agg(value_text) FILTER (WHERE is_other) FROM stands"""
+#: What an INSERT has just stored is not seen by the statement that it is a part of: a lookup finds what stood before.
 _MERGE: Final = f"""
-INSERT INTO measurements ({_COLUMN_LIST}) SELECT {_COLUMN_LIST} FROM sink_staging
-ORDER BY series_id, timestamp ON CONFLICT (series_id, timestamp) DO NOTHING"""
+WITH new AS (
+  INSERT INTO measurements ({COLUMN_LIST}) SELECT {COLUMN_LIST} FROM sink_staging
+  ORDER BY series_id, timestamp ON CONFLICT (series_id, timestamp) DO NOTHING RETURNING series_id, timestamp),
+old AS (
+  SELECT series_id, timestamp, generation, value, value_text FROM sink_staging AS c
+  WHERE NOT EXISTS (SELECT FROM new WHERE new.series_id = c.series_id AND new.timestamp = c.timestamp)),
+stands AS ({_standing("old", _LIVE)})
+SELECT (SELECT count(*) FROM new), {_STOOD}"""
 _MERGE_LATE: Final = f"""
-INSERT INTO measurements_late ({_COLUMN_LIST}) SELECT {_COLUMN_LIST} FROM sink_staging
-ORDER BY series_id, timestamp ON CONFLICT (series_id, timestamp) DO NOTHING"""
-_SET: Final = ", ".join(f"{c} = excluded.{c}" for c in _COLUMNS[2:])
+WITH stands AS MATERIALIZED ({_standing("sink_staging", _LATE)}),
+new AS (
+  INSERT INTO measurements_late ({COLUMN_LIST}) SELECT {COLUMN_LIST} FROM sink_staging AS c
+  WHERE NOT EXISTS (SELECT FROM stands WHERE stands.series_id = c.series_id AND stands.timestamp = c.timestamp)
+  ORDER BY series_id, timestamp ON CONFLICT (series_id, timestamp) DO NOTHING RETURNING 1)
+SELECT (SELECT count(*) FROM new), {_STOOD}"""
+#: Of a merge: what it is to find, asked without storing anything.
+_LOOK: Final = {
+    _MERGE: f"WITH stands AS ({_standing('sink_staging', _LIVE)}) SELECT 0, {_STOOD}",
+    _MERGE_LATE: f"WITH stands AS ({_standing('sink_staging', _LATE)}) SELECT 0, {_STOOD}",
+}
+_SET: Final = ", ".join(f"{c} = excluded.{c}" for c in COLUMNS[2:])
 _CORRECT: Final = f"""
-INSERT INTO measurements AS m ({_COLUMN_LIST}) SELECT {_COLUMN_LIST} FROM sink_staging
+INSERT INTO measurements AS m ({COLUMN_LIST}) SELECT {COLUMN_LIST} FROM sink_staging
 ORDER BY series_id, timestamp ON CONFLICT (series_id, timestamp) DO UPDATE
 SET {_SET}, revised = NULL WHERE m.generation < excluded.generation"""
 _REVISE: Final = f"""
-INSERT INTO measurements AS m ({_COLUMN_LIST}, revised) SELECT {_COLUMN_LIST}, true FROM sink_staging
+INSERT INTO measurements AS m ({COLUMN_LIST}, revised) SELECT {COLUMN_LIST}, true FROM sink_staging
 ORDER BY series_id, timestamp ON CONFLICT (series_id, timestamp) DO UPDATE
 SET {_SET}, revised = true WHERE m.generation < excluded.generation OR (m.generation = excluded.generation AND (
   m.revised IS NOT TRUE OR (m.received_at, m.raw_partition, m.raw_offset, m.raw_index)
     < (excluded.received_at, excluded.raw_partition, excluded.raw_offset, excluded.raw_index)))"""
-#: After one of the two: what overwrote a newest reading is the newest reading.
-_CORRECT_LATEST: Final = """
+#: For `Encoded.others`, in its order.
+_OTHERS: Final = (_MERGE_LATE, _CORRECT, _REVISE)
+#: After a correction or a revision: what overwrote a newest reading is the newest reading.
+_CORRECT_LATEST: Final = f"""
 UPDATE latest AS l SET value = m.value, value_text = m.value_text, quality = m.quality, received_at = m.received_at
-FROM sink_staging AS c JOIN measurements AS m USING (series_id, timestamp)
-WHERE l.series_id = m.series_id AND l.timestamp = m.timestamp"""
+FROM sink_staging AS c CROSS JOIN LATERAL ({_LIVE} LIMIT 1) AS m WHERE l.series_id = c.series_id AND l.timestamp = c.timestamp"""
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _EPOCH_SQL: Final = "'2000-01-01 00:00+00'::timestamptz"
 
 _DIRTY: Final = f"""
@@ -162,6 +175,10 @@ INSERT INTO series (device_id, connector_mode, component_type, pin_position, uni
 SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[]) AS u(d, m, c, p, unit, topic)
 ORDER BY d, c, p, m ON CONFLICT (device_id, component_type, pin_position, connector_mode) DO NOTHING
 RETURNING series_id, device_id, connector_mode, component_type, pin_position, unit, topic"""
+#: Messages say which of their readings are circular; roll-ups go by the series.
+_SET_CIRCULAR: Final = """
+UPDATE series AS s SET circular = u.p FROM unnest($1::int[], $2::float8[]) AS u(s, p)
+WHERE s.series_id = u.s AND s.circular IS DISTINCT FROM u.p"""
 _SELECT_DERIVATIONS: Final = """
 SELECT d.derivation_id, d.parser, d.config_rev, d.experiment_id FROM unnest($1::text[], $2::bigint[], $3::text[]) AS u(p, r, e)
 JOIN derivations d ON d.parser = u.p AND d.config_rev = u.r AND d.experiment_id = u.e"""
@@ -172,75 +189,18 @@ ON CONFLICT (parser, config_rev, experiment_id) DO NOTHING
 RETURNING derivation_id, parser, config_rev, experiment_id"""
 
 
-@dataclass(slots=True)
-class _Encoded:
-    """The rows of a write."""
+class _Way(Enum):
+    """How the rows of a write reach the live table. Each write takes the way that suited the one before."""
 
-    plain: list[bytes] = field(default_factory=list)  #: of the live table, in the order of arrival
-    times: list[int] = field(default_factory=list)  #: their timestamps
-    late: _Rows = field(default_factory=dict)
-    corrections: _Rows = field(default_factory=dict)  #: of a later generation than the live one
-    revisions: _Rows = field(default_factory=dict)  #: later verdicts on readings that stand
-    #: of the rows of `corrections` and `revisions`: what decides between two of one key
-    ranks: dict[tuple[bytes, int], tuple[int, ...]] = field(default_factory=dict)
-    rejected: list[Rejected] = field(default_factory=list)
-    readings: int = 0
-    missing: bool = False  #: a series or derivation is not known yet; the rest is incomplete
-    _rows: _Rows | None = None
-    _message: "_CopyMessage | None" = None
-    _latest: "_Latest | None" = None
-    _sorted: list[bytes] | None = None
+    COPY = "copy"  #: straight: none stands
+    MERGE = "merge"  #: through the temporary table: some stand
+    LOOK = "look"  #: looked up first: all stand
+    BISECT = "bisect"  #: part by part: PostgreSQL refuses some
 
-    async def prepare(self) -> None:
-        """Make what the transaction sends, so that no connection is held, and no lock, while Python works."""
-        if not self.missing:
-            self.message()
-            await asyncio.sleep(0)
-            self.latest()
-
-    def rows(self) -> _Rows:
-        """The rows of the live table by key, of two with one key the last.
-
-        COPY does without: it meets the second one as it meets one that is stored, and then this is asked for.
-        """
-        if self._rows is None:
-            self._rows = {(row[: _PREFIX.size], at): row for row, at in zip(self.plain, self.times, strict=True)}
-            if len(self._rows) < len(self.plain):
-                self.plain, self.times = list(self._rows.values()), [at for _, at in self._rows]
-                self._message = self._latest = self._sorted = None
-        return self._rows
-
-    def message(self) -> "_CopyMessage":
-        """The COPY of the live table's rows."""
-        if self._message is None:
-            self._message = _copy_message(self._ordered())
-        return self._message
-
-    def _ordered(self) -> list[bytes]:
-        """The rows by key, sorted once for all who need them so."""
-        if self._sorted is None:
-            self._sorted = sorted(self.plain)
-        return self._sorted
-
-    def latest(self) -> "_Latest":
-        """The newest values, and the changed ranges of time, of all parts."""
-        if self._latest is None:
-            others = self.others()
-            if any(part for part, _ in others):
-                self._latest = _latest([self.rows(), *(part for part, _ in others)])
-            else:
-                self._latest = _Latest.of(_newest_of(self._ordered()), self.times)
-        return self._latest
-
-    def others(self) -> tuple[tuple[_Rows, str], ...]:
-        """Rows besides the live ones with the statement that merges them, in the order in which one may overwrite the other."""
-        return ((self.late, _MERGE_LATE), (self.corrections, _CORRECT), (self.revisions, _REVISE))
-
-    def overwrite(self, part: _Rows, key: tuple[bytes, int], row: bytes, rank: tuple[int, ...]) -> None:
-        """Add a correction or revision; of two of one key the higher rank stays, of equal ones the later."""
-        if key not in part or rank >= self.ranks[key]:
-            part[key] = row
-            self.ranks[key] = rank
+    @classmethod
+    def after(cls, stood: int, *, of: int) -> "_Way":
+        """The next way, where so many of the rows stood."""
+        return cls.COPY if stood == 0 else cls.LOOK if stood == of else cls.MERGE
 
 
 class TimescaleStore(OffsetStore):
@@ -249,7 +209,7 @@ class TimescaleStore(OffsetStore):
     Args:
         settings: asked at each write.
         sink: whose offsets; each consumer group has its own.
-        pool: shared connections, prepared by `PREPARE`; its own where none is given.
+        pool: shared connections, with the temporary table `STAGING`; its own where none is given.
         clock: for retention.
         breaker: shared by all that use the database; its own where none is given.
         copy_first: False goes through the temporary table always (for measurements).
@@ -267,17 +227,19 @@ class TimescaleStore(OffsetStore):
         copy_first: bool = True,
         late_lane: bool | None = None,
     ) -> None:
-        pool = pool or PostgresPool(settings, prepare=PREPARE)
+        pool = pool or PostgresPool(settings, temporary=STAGING)
         super().__init__(settings, sink=sink, pool=pool, clock=clock, breaker=breaker)
         self._copy_first = copy_first
         self._late_lane = late_lane
-        self._merge_next = not copy_first
+        self._way = _Way.COPY if copy_first else _Way.MERGE
         #: rows came, here or in a process before, that the roll-ups' policies do not look at any more
         self._rollups_behind = True
-        self._series: dict[SeriesKey, _Series] = {}
+        self._series: dict[SeriesKey, Series] = {}
         #: prefixes of series that have a row in `latest`
         self._has_latest: set[bytes] = set()
         self._derivations: dict[DerivationKey, int] = {}
+        #: periods of circular series, as they are stored
+        self._periods: dict[SeriesKey, float] = {}
         #: (parser, config_rev, experiment_id, generation) -> the last 16 bytes of a row
         self._tails: dict[tuple[str, int, str | None, int], bytes] = {}
 
@@ -293,75 +255,93 @@ class TimescaleStore(OffsetStore):
         await self._pool.ready()  # the engine decides about the late lane
         now_us = self._clock.now_us()
         sink = self._settings().sink
-        bounds = _Bounds(
+        bounds = Bounds(
             oldest=max(TIMESTAMP_MIN_US, now_us - sink.retention_days * DAY_US),
             newest=min(TIMESTAMP_MAX_US - 1, now_us + FUTURE_MAX_US),
             late=now_us - sink.compress_after_days * DAY_US if self._stages_late() else TIMESTAMP_MIN_US,
         )
-        encoded = await _encode(sent.messages, self._series.get, self._tails.get, bounds, None)
-        await encoded.prepare()
+        encoded = await encode(sent.messages, self._series.get, self._tails.get, bounds, None)
+        await encoded.prepare(settled=self._way is not _Way.COPY)
         async with self._pool.acquire() as connection, self._fence(connection, moves):
-            if not self._merge_next:
-                try:
-                    return await self._transaction(connection, sent, encoded, moves, bounds, before_commit, "copy")
-                except asyncpg.UniqueViolationError:
-                    self._merge_next = True
-                except DATA_ERRORS:
-                    pass
-            try:
-                result = await self._transaction(connection, sent, encoded, moves, bounds, before_commit, "merge")
-            except DATA_ERRORS:
-                result = await self._transaction(connection, sent, encoded, moves, bounds, before_commit, "bisect")
-            if self._copy_first and not result.duplicates:
-                self._merge_next = False
-            return result
+            for way in dict.fromkeys((self._way, _Way.MERGE)):
+                with suppress(*DATA_ERRORS):
+                    return await self._transaction(connection, sent, encoded, moves, bounds, before_commit, way)
+            return await self._transaction(connection, sent, encoded, moves, bounds, before_commit, _Way.BISECT)
 
     async def _transaction(
         self,
         connection: Any,
         sent: Typed,
-        encoded: _Encoded,
+        encoded: Encoded,
         moves: Moves,
-        bounds: "_Bounds",
+        bounds: Bounds,
         before_commit: BeforeCommit | None,
-        how: str,
+        way: "_Way",
     ) -> WriteResult:
         """One transaction. Names made in it are kept in memory only once it is committed."""
-        names: _Names | None = None
+        names: Names | None = None
         async with connection.transaction():
             if encoded.missing:
                 names = await self._resolve(connection, sent.messages)
-                encoded = await _encode(sent.messages, names.series.get, names.tails.get, bounds, names)
+                encoded = await encode(sent.messages, names.series.get, names.tails.get, bounds, names)
+            periods = await self._set_circular(connection, sent.messages, names)
+            if way is not _Way.COPY:
+                encoded.settle()
             refused: dict[tuple[bytes, int], str] = {}
-            accepted = 0
-            if how == "bisect":
-                stored = []
-                for part, statement in ((encoded.rows(), _MERGE), *encoded.others()):
-                    accepted += await self._bisect(connection, sorted(part.items()), statement, refused)
-                    stored.append({k: v for k, v in part.items() if k not in refused})
-                newest = await self._advance(connection, moves, _latest(stored))
+            if way is _Way.BISECT:
+                accepted, newest = await self._store_good(connection, moves, encoded, refused)
+                stood = sum(key not in refused for key in encoded.rows()) - accepted[0]
             else:
-                live = {} if how == "copy" else encoded.rows()
                 newest = await self._advance(connection, moves, encoded.latest())
-                if how == "copy" and encoded.plain:
-                    await _copy(connection, "measurements", encoded.message())
-                    accepted += len(encoded.plain)
-                for part, statement in ((live, _MERGE), *encoded.others()):
-                    if part:
-                        accepted += await self._merge(connection, part.values(), statement)
+                accepted = await self._store(connection, encoded, way)
+                stood = len(encoded.plain) - accepted[0]
             found = encoded.rejected
-            if refused:
+            if refused or encoded.standing:
                 known = self._series if names is None else names.series
-                found = sorted([*found, *_find(sent.messages, refused, known)], key=lambda r: (r.message, r.reading))
+                found = [*found, *find_refused(sent.messages, refused, known)]
+                found += find_second(sent.messages, encoded.standing, known)
+                found.sort(key=lambda r: (r.message, r.reading))
             rejected = sent.rejected(found)
             if before_commit is not None:
                 await before_commit(rejected)
         if names is not None:
             self._keep(names)
         self._has_latest.update(newest)
-        return WriteResult(accepted, encoded.readings - accepted - len(found), rejected)
+        self._periods.update(periods)
+        if self._copy_first and encoded.plain:
+            self._way = _Way.after(stood + encoded.doubles, of=len(encoded.plain) + encoded.doubles)
+        return WriteResult(sum(accepted), encoded.readings - sum(accepted) - len(found), rejected)
 
-    async def _advance(self, connection: Any, moves: Moves, latest: "_Latest") -> Collection[bytes]:
+    async def _store(self, connection: Any, encoded: Encoded, way: "_Way") -> list[int]:
+        """Store the rows. Returns how many of each part were stored: the live table's, then `Encoded.others`."""
+        stored = 0
+        if encoded.plain and way is _Way.COPY:
+            await _copy(connection, "measurements", encoded.message())
+            stored = len(encoded.plain)
+        elif encoded.plain:
+            look = way is _Way.LOOK
+            stored = await self._merge(
+                connection, encoded.message(), encoded.times, _MERGE, encoded.standing, look=look
+            )
+        return [
+            stored,
+            *[
+                await self._merge(connection, *staged(part), statement, encoded.standing) if part else 0
+                for part, statement in zip(encoded.others(), _OTHERS, strict=True)
+            ],
+        ]
+
+    async def _store_good(
+        self, connection: Any, moves: Moves, encoded: Encoded, refused: dict[tuple[bytes, int], str]
+    ) -> tuple[list[int], Collection[bytes]]:
+        """Store the rows that PostgreSQL takes; the others with its reason go to `refused`. Returns as `_store`, and `_advance`."""
+        accepted, stored = [], []
+        for part, statement in zip((encoded.rows(), *encoded.others()), (_MERGE, *_OTHERS), strict=True):
+            accepted.append(await self._bisect(connection, sorted(part.items()), statement, encoded.standing, refused))
+            stored.append({k: v for k, v in part.items() if k not in refused})
+        return accepted, await self._advance(connection, moves, latest_of(stored))
+
+    async def _advance(self, connection: Any, moves: Moves, latest: Latest) -> Collection[bytes]:
         """Compare-and-set of the offsets, newest values, and what the roll-ups must look at again.
 
         Returns:
@@ -385,17 +365,48 @@ class TimescaleStore(OffsetStore):
             raise Moved({})
         return latest.series
 
-    async def _merge(self, connection: Any, rows: Iterable[bytes], statement: str) -> int:
-        """Through the temporary table. Returns how many rows were stored."""
-        overwrites = statement in (_CORRECT, _REVISE)
-        if overwrites and self._pool.engine == "timescaledb":
-            # A replay may touch more compressed rows than the limit that guards against accidents.
-            await connection.execute("SET LOCAL timescaledb.max_tuples_decompressed_per_dml_transaction = 0")
+    async def _merge(
+        self,
+        connection: Any,
+        message: CopyMessage,
+        times: Collection[int],
+        statement: str,
+        standing: Standing,
+        *,
+        look: bool = False,
+    ) -> int:
+        """Through the temporary table.
+
+        Args:
+            connection: within the transaction.
+            message: rows of different keys.
+            times: their timestamps.
+            statement: what becomes of them.
+            standing: is told what stands where a row came with another value; not where the statement overwrites.
+            look: whether all of them are thought to stand: then a look does, which costs less than to try to store them.
+
+        Returns:
+            How many rows were stored.
+        """
         await connection.execute(_CLEAR_STAGING)
-        await _copy(connection, "sink_staging", _copy_message(sorted(rows)))
-        stored = count_of(await connection.execute(statement))
-        if overwrites and stored:
-            await connection.execute(_CORRECT_LATEST)
+        await _copy(connection, "sink_staging", message)
+        bounds = _instant(min(times)), _instant(max(times))
+        if statement in (_CORRECT, _REVISE):
+            if self._pool.engine == "timescaledb":
+                # A replay may touch more compressed rows than the limit that guards against accidents.
+                await connection.execute("SET LOCAL timescaledb.max_tuples_decompressed_per_dml_transaction = 0")
+            stored = count_of(await connection.execute(statement))
+            if stored:
+                await connection.execute(_CORRECT_LATEST, *bounds)
+            return stored
+        stored, stood = 0, 0
+        if look:
+            _, stood = await _tell(connection, _LOOK[statement], bounds, standing)
+        if stood < len(times):
+            stored, stood = await _tell(connection, statement, bounds, standing)
+        if stored + stood < len(times):
+            # Others have stored some meanwhile: a statement sees what was committed when it began.
+            await _tell(connection, _LOOK[statement], bounds, standing)
         return stored
 
     async def _bisect(
@@ -403,6 +414,7 @@ class TimescaleStore(OffsetStore):
         connection: Any,
         items: list[tuple[tuple[bytes, int], bytes]],
         statement: str,
+        standing: Standing,
         refused: dict[tuple[bytes, int], str],
     ) -> int:
         """Store what can be stored of `items`; the others with PostgreSQL's reason go to `refused`."""
@@ -410,21 +422,24 @@ class TimescaleStore(OffsetStore):
             return 0
         try:
             async with connection.transaction():
-                return await self._merge(connection, [row for _, row in items], statement)
+                return await self._merge(connection, *staged(dict(items)), statement, standing)
         except DATA_ERRORS as e:
             if len(items) == 1:
                 refused[items[0][0]] = f"{type(e).__name__}: {e}"
                 return 0
         half = len(items) // 2
-        return await self._bisect(connection, items[:half], statement, refused) + await self._bisect(
-            connection, items[half:], statement, refused
+        return sum(
+            [
+                await self._bisect(connection, part, statement, standing, refused)
+                for part in (items[:half], items[half:])
+            ]
         )
 
     # --- names
 
-    async def _resolve(self, connection: Any, messages: Sequence[StoredMessage]) -> "_Names":
+    async def _resolve(self, connection: Any, messages: Sequence[StoredMessage]) -> Names:
         """Every series and derivation of the messages: known ones from memory, others read or made."""
-        names = _Names()
+        names = Names()
         series: dict[SeriesKey, tuple[str, str]] = {}
         derivations: set[DerivationKey] = set()
         generations: set[tuple[DerivationKey, int]] = set()
@@ -447,10 +462,10 @@ class TimescaleStore(OffsetStore):
         for derivation, generation in generations:
             number = names.derivations.get(derivation)
             if number is not None and _is_int4(generation):
-                names.tails[(*derivation, generation)] = _DERIVATION.pack(4, generation, 4, number)
+                names.tails[(*derivation, generation)] = DERIVATION.pack(4, generation, 4, number)
         return names
 
-    async def _resolve_series(self, connection: Any, wanted: dict[SeriesKey, tuple[str, str]], names: "_Names") -> None:
+    async def _resolve_series(self, connection: Any, wanted: dict[SeriesKey, tuple[str, str]], names: Names) -> None:
         for statement in (_SELECT_SERIES, _INSERT_SERIES, _SELECT_SERIES):
             # The last look is for what another transaction made meanwhile: one statement does not see it.
             missing = [key for key in wanted if key not in names.series]
@@ -460,9 +475,9 @@ class TimescaleStore(OffsetStore):
             if statement is _INSERT_SERIES:
                 columns += [[wanted[k][0] for k in missing], [wanted[k][1] for k in missing]]
             for number, device, mode, component, pin, unit, topic in await connection.fetch(statement, *columns):
-                names.series[device, mode, component, pin] = (_PREFIX.pack(4, number, 8), unit, topic)
+                names.series[device, mode, component, pin] = (PREFIX.pack(4, number, 8), unit, topic)
 
-    async def _resolve_derivations(self, connection: Any, wanted: set[DerivationKey], names: "_Names") -> None:
+    async def _resolve_derivations(self, connection: Any, wanted: set[DerivationKey], names: Names) -> None:
         for statement in (_SELECT_DERIVATIONS, _INSERT_DERIVATIONS, _SELECT_DERIVATIONS):
             missing = [key for key in wanted if key not in names.derivations]
             if not missing:
@@ -474,11 +489,30 @@ class TimescaleStore(OffsetStore):
                     if key in wanted:
                         names.derivations[key] = number
 
-    def _keep(self, names: "_Names") -> None:
+    async def _set_circular(
+        self, connection: Any, messages: Sequence[StoredMessage], names: Names | None
+    ) -> dict[SeriesKey, float]:
+        """Have the series of circular readings say their period; those that are new or have another one now."""
+        series = self._series if names is None else names.series
+        found: dict[SeriesKey, float] = {}
+        for message in messages:
+            if message.circular:
+                for reading in message.readings:
+                    key = (message.device_id, message.connector_mode, reading.component_type, reading.pin_position)
+                    period = message.circular.get(reading.component_type)
+                    if period is not None and key in series and self._periods.get(key) != period:
+                        found[key] = period
+        if found:
+            ids = {PREFIX.unpack(series[key][0])[1]: period for key, period in found.items()}
+            await connection.execute(_SET_CIRCULAR, sorted(ids), [ids[number] for number in sorted(ids)])
+        return found
+
+    def _keep(self, names: Names) -> None:
         """Remember the names of a committed transaction."""
         if len(self._series) + len(names.series) > CACHE_MAX:
             self._series.clear()
             self._has_latest.clear()
+            self._periods.clear()
         if len(self._derivations) > CACHE_MAX or len(self._tails) > CACHE_MAX:
             self._derivations.clear()
             self._tails.clear()
@@ -487,7 +521,7 @@ class TimescaleStore(OffsetStore):
         self._tails.update(names.tails)
 
     def _forget(self) -> None:
-        for cache in (self._series, self._derivations, self._tails, self._has_latest):
+        for cache in (self._series, self._derivations, self._tails, self._has_latest, self._periods):
             cache.clear()
 
     def _stages_late(self) -> bool:
@@ -504,6 +538,7 @@ class TimescaleStore(OffsetStore):
             Retry: the database cannot be reached.
         """
         s = self._settings().sink
+        refresh: list[bool] = []
 
         async def work(connection: Any) -> None:
             if self._pool.engine == "plain":
@@ -514,11 +549,13 @@ class TimescaleStore(OffsetStore):
                 while await connection.fetchval(merge, chunk, LATE_ROWS_MAX):
                     self._rollups_behind = True
             if self._rollups_behind and self._pool.engine == "timescaledb":
-                self._rollups_behind = not await self._refresh_old(connection, s.retention_days)
+                refresh.append(True)
 
         await self._ask(work)
+        if refresh:
+            self._rollups_behind = not await self._refresh_old(s.retention_days)
 
-    async def _refresh_old(self, connection: Any, retention_days: int) -> bool:
+    async def _refresh_old(self, retention_days: int) -> bool:
         """Bring TimescaleDB's roll-ups to the rows that came after the policies had passed their time.
 
         From the first whole day that retention keeps (a refresh over a dropped range would delete its aggregates) to
@@ -528,18 +565,26 @@ class TimescaleStore(OffsetStore):
         Returns:
             Whether it was done; not where a refresh is under way elsewhere.
         """
-        if not await connection.fetchval("SELECT pg_try_advisory_lock($1)", _REFRESH_LOCK):
-            return False  # another worker is at it, and may have begun before our rows came
         try:
+            # A refresh is no part of a transaction, and the lock is the session's: both end with this connection.
+            connection = await session(self._settings().postgres, "refreshing roll-ups of late rows")
+        except INFRASTRUCTURE_ERRORS as e:
+            _log.warning(
+                "roll-ups of late rows put off", error=str(e) or repr(e), action="tried again at the next turn"
+            )
+            return False
+        try:
+            if not await connection.fetchval("SELECT pg_try_advisory_lock($1)", _REFRESH_LOCK):
+                return False  # another worker is at it, and may have begun before our rows came
             start, end = await connection.fetchrow(_REFRESH_WINDOW, retention_days)
-            for level in ("measurement_1m", "measurement_1h", "measurement_1d"):
+            for level in ("rollup_1m", "rollup_1h", "rollup_1d", "rollup_circular_1h"):
                 statement = f"CALL refresh_continuous_aggregate('{level}', $1::timestamptz, $2::timestamptz)"
                 await connection.execute(statement, start, end, timeout=REFRESH_TIMEOUT_S)
-        except asyncpg.PostgresError as e:
+        except INFRASTRUCTURE_ERRORS as e:
             _log.warning("roll-ups of late rows put off", error=repr(e), action="tried again at the next turn")
             return False
         finally:
-            await connection.execute("SELECT pg_advisory_unlock($1)", _REFRESH_LOCK)
+            connection.terminate()
         return True
 
     async def apply_policies(self) -> None:
@@ -571,301 +616,23 @@ class TimescaleStore(OffsetStore):
         return await self._ask(look)
 
 
-@dataclass(slots=True)
-class _Names:
-    """Series and derivations of one write."""
-
-    series: dict[SeriesKey, _Series] = field(default_factory=dict)
-    derivations: dict[DerivationKey, int] = field(default_factory=dict)
-    tails: dict[tuple[str, int, str | None, int], bytes] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Bounds:
-    """Times that are stored, µs since the epoch."""
-
-    oldest: int
-    newest: int
-    late: int  #: rows older than this are staged
+async def _tell(
+    connection: Any, statement: str, bounds: tuple[datetime, datetime], standing: Standing
+) -> tuple[int, int]:
+    """What a merge, or a look, finds: rows stored, rows that stood; those with another value go to `standing`."""
+    stored, stood, *others = await connection.fetchrow(statement, *bounds)
+    for series_id, at, value, text in zip(*[column or () for column in others], strict=True):
+        standing[PREFIX.pack(4, series_id, 8), at] = value, text
+    return stored, stood
 
 
-async def _encode(
-    messages: Sequence[StoredMessage],
-    series: Callable[[SeriesKey], _Series | None],
-    tails: Callable[[tuple[str, int, str | None, int]], bytes | None],
-    bounds: _Bounds,
-    names: _Names | None,
-) -> _Encoded:
-    """Rows of the messages, made in slices between which others have their turn.
-
-    Args:
-        messages: readings.
-        series: known series.
-        tails: known derivations.
-        bounds: times that are stored.
-        names: given on the second pass, when everything that can be known is: what is missing then is invalid.
-    """
-    out = _Encoded()
-    for start in range(0, len(messages), SLICE_MESSAGES):
-        if start:
-            await asyncio.sleep(0)
-        _encode_slice(messages[start : start + SLICE_MESSAGES], start, out, series, tails, bounds, names)
-        if out.missing:
-            break
-    return out
+def _instant(us: int) -> datetime:
+    return _EPOCH + timedelta(microseconds=us)
 
 
-def _encode_slice(
-    messages: Sequence[StoredMessage],
-    first: int,
-    out: _Encoded,
-    series: Callable[[SeriesKey], _Series | None],
-    tails: Callable[[tuple[str, int, str | None, int]], bytes | None],
-    bounds: _Bounds,
-    names: _Names | None,
-) -> None:
-    """Add the rows of messages to `out`. The one loop that runs for every reading: it looks dull because it is fast.
-
-    `first` is the index of the first message.
-    """
-    add, add_time, pack, shorts = out.plain.append, out.times.append, _ROW.pack, _SHORTS.get
-    epoch, negative, positive = TIMESTAMP_MIN_US, float("-inf"), float("inf")
-    oldest, newest = max(bounds.oldest, bounds.late), bounds.newest
-    last: Any = None
-    derivation: bytes | None = None
-    out.readings += sum([len(message.readings) for message in messages])
-    for index, message in enumerate(messages, first):
-        readings, generation = message.readings, message.generation
-        origin = message.parser, message.config_rev, message.experiment_id, generation
-        if origin != last:
-            derivation = tails(origin)
-            last = origin
-        if derivation is None:
-            if names is None:
-                out.missing = True
-                return
-            text = derivation_fault(origin[:3]) or f"generation {generation}"
-            out.rejected += [Rejected(index, n, ReasonCode.STORE_REJECTED, text) for n in range(len(readings))]
-            continue
-        device, mode, topic = message.device_id, message.connector_mode, message.topic
-        for reading in readings:
-            key = device, mode, reading.component_type, reading.pin_position
-            known = series(key)
-            if known is None:
-                if names is None:
-                    out.missing = True
-                    return
-                text = series_fault(key, reading.unit, topic) or "series"
-                out.rejected.append(Rejected(index, _place(readings, reading), ReasonCode.STORE_REJECTED, text))
-                continue
-            prefix, series_unit, series_topic = known
-            value, timestamp = reading.value, reading.timestamp
-            if timestamp is UNSET:
-                timestamp = message.timestamp
-            try:
-                if (
-                    value is not None
-                    and negative < value < positive
-                    and oldest <= timestamp <= newest
-                    and reading.unit == series_unit
-                    and topic == series_topic
-                    and not reading.flags
-                    and not generation
-                    and not reading.revised
-                    and reading.value_text is None
-                ):
-                    quality, partition = shorts(reading.quality), shorts(message.raw_partition)
-                    if quality and partition:
-                        # One call that makes the whole row: twice as fast as two whose bytes are joined.
-                        add(pack(
-                            prefix, timestamp - epoch, quality, value, 8, message.received_at - epoch, partition,
-                            message.raw_offset, 4, message.raw_index, derivation,
-                        ))  # fmt: skip
-                        add_time(timestamp)
-                        continue
-                rare = _encode_rare(reading, timestamp, known, topic, bounds)
-                if isinstance(rare, bytes):
-                    coordinates = message.received_at, message.raw_partition, message.raw_offset, message.raw_index
-                    received, part, offset, line = coordinates
-                    row = rare + _TAIL.pack(8, received - epoch, 2, part, 8, offset, 4, line) + derivation
-                    if reading.revised:
-                        out.overwrite(out.revisions, (prefix, timestamp), row, (generation, *coordinates))
-                    elif generation:
-                        out.overwrite(out.corrections, (prefix, timestamp), row, (generation,))
-                    elif timestamp < bounds.late:
-                        out.late[prefix, timestamp] = row
-                    else:
-                        add(row)
-                        add_time(timestamp)
-                    continue
-            except (struct.error, OverflowError) as e:
-                rare = ReasonCode.STORE_REJECTED, f"{type(e).__name__}: {e}"
-            out.rejected.append(Rejected(index, _place(readings, reading), *rare))
-
-
-def _place(readings: Sequence[StoredReading], reading: StoredReading) -> int:
-    """Which of the readings this one is; equal ones are not the same. Counting would cost every reading."""
-    return next(n for n, other in enumerate(readings) if other is reading)
-
-
-def _encode_rare(
-    reading: StoredReading, timestamp: int, known: _Series, topic: str, bounds: _Bounds
-) -> bytes | tuple[ReasonCode, str]:
-    """A row with text, flags or another unit, up to its tail; or why there is none."""
-    value, text, flags = reading.value, reading.value_text, reading.flags
-    fault = timestamp_code(timestamp, oldest_us=bounds.oldest, newest_us=bounds.newest)
-    fault = fault or value_fault(value, text, flags)
-    if fault is not None:
-        return fault
-    prefix, unit, series_topic = known
-    if value is None:
-        row = prefix + _NO_VALUE(timestamp - TIMESTAMP_MIN_US, 2, reading.quality, -1)
-    else:
-        row = prefix + _VALUE.pack(timestamp - TIMESTAMP_MIN_US, 2, reading.quality, 8, value)
-    if flags:
-        items = b"".join(_text(flag) for flag in flags)
-        # Array (PostgreSQL source, array_send): dimensions, has-null flag, element type; then length, lower bound.
-        array = struct.pack(">iiiii", 1, 0, _TEXT_OID, len(flags), 1) + items
-        packed_flags = struct.pack(">i", len(array)) + array
-    else:
-        packed_flags = _NULL
-    own_unit = own_topic = _NULL
-    if reading.unit != unit:
-        if fault_text := text_fault(reading.unit, NAME_CHARS_MAX):
-            return ReasonCode.STORE_REJECTED, f"unit {fault_text}"
-        own_unit = _text(reading.unit)
-    if topic != series_topic:
-        if fault_text := text_fault(topic, TOPIC_CHARS_MAX):
-            return ReasonCode.STORE_REJECTED, f"topic {fault_text}"
-        own_topic = _text(topic)
-    return row + (_NULL if text is None else _text(text)) + packed_flags + own_unit + own_topic
-
-
-def _text(value: str) -> bytes:
-    encoded = value.encode()
-    return struct.pack(">i", len(encoded)) + encoded
+async def _copy(connection: Any, table: str, message: CopyMessage) -> None:
+    await connection.copy_to_table(table, source=message.data, columns=message.columns, format="binary")
 
 
 def _is_int4(value: Any) -> bool:
     return type(value) is int and -(2**31) <= value < 2**31
-
-
-def _newest(parts: Sequence[_Rows]) -> dict[bytes, bytes]:
-    """The newest row of each series by its prefix, in the order of the series; of equal times that of the last part."""
-    rows = (row for part in parts for row in part.values())
-    return _newest_of(sorted(rows, key=lambda row: row[: _PREFIX.size + 8]))
-
-
-def _newest_of(rows: Iterable[bytes]) -> dict[bytes, bytes]:
-    # Two writers in opposite orders would wait for each other, so rows are sorted anyway. As bytes they sort like their
-    # keys: series numbers and times since 2000 are positive.
-    return {row[: _PREFIX.size]: row for row in rows}
-
-
-def _columns(rows: Collection[bytes]) -> list[Any]:
-    """series_id, timestamp, value, value_text, quality, received_at of rows; times in µs since 2000."""
-    if set(map(len, rows)) == {_PLAIN.size}:
-        series, timestamps, qualities, values, received = zip(*_PLAIN.iter_unpack(b"".join(rows)), strict=True)
-        return [series, timestamps, values, (), qualities, received]  # unnest fills the shorter array with NULL
-    return list(zip(*map(_read_row, rows), strict=True))
-
-
-def _read_row(row: bytes) -> tuple[int, int, float | None, str | None, int, int]:
-    if len(row) == _PLAIN.size:
-        series_id, timestamp, quality, value, received_at = _PLAIN.unpack(row)
-        return series_id, timestamp, value, None, quality, received_at
-    _, series_id, _, timestamp, _, quality, length = struct.unpack_from(">iiiqihi", row)
-    at = struct.calcsize(">iiiqihi")
-    value, text = None, None
-    if length == 8:
-        value = struct.unpack_from(">d", row, at)[0]
-        at += 8
-    length = int.from_bytes(row[at : at + 4], signed=True)
-    if length >= 0:
-        text = row[at + 4 : at + 4 + length].decode()
-    received_at = struct.unpack_from(">q", row, len(row) - _TAIL_BYTES + 4)[0]
-    return series_id, timestamp, value, text, quality, received_at
-
-
-def _find(
-    messages: Sequence[StoredMessage], refused: Mapping[tuple[bytes, int], str], series: Mapping[SeriesKey, _Series]
-) -> list[Rejected]:
-    """Which readings the refused rows were: the last of those with the same key, as only that one was tried."""
-    found: dict[tuple[bytes, int], Rejected] = {}
-    for index, message in enumerate(messages):
-        for position, reading in enumerate(message.readings):
-            known = series.get(
-                (message.device_id, message.connector_mode, reading.component_type, reading.pin_position)
-            )
-            if known is None:
-                continue
-            key = known[0], message.timestamp if reading.timestamp is UNSET else reading.timestamp
-            if key in refused:
-                found[key] = Rejected(index, position, ReasonCode.STORE_REJECTED, refused[key])
-    return list(found.values())
-
-
-@dataclass(frozen=True, slots=True)
-class _CopyMessage:
-    """What a binary COPY sends."""
-
-    columns: tuple[str, ...]
-    data: bytearray
-
-
-def _copy_message(ordered: list[bytes]) -> _CopyMessage:
-    """Of rows sorted by key: two writers in opposite orders would wait for each other."""
-    columns = _PLAIN_COLUMNS
-    if set(map(len, ordered)) != {_PLAIN.size}:
-        columns = _COLUMNS
-        ordered = [row[:_RARE_AT] + _NULLS + row[_RARE_AT:] if len(row) == _PLAIN.size else row for row in ordered]
-    data = bytearray(_HEADER)
-    data += struct.pack(">h", len(columns)).join([b"", *ordered])
-    data += _TRAILER
-    return _CopyMessage(columns, data)
-
-
-async def _copy(connection: Any, table: str, message: _CopyMessage) -> None:
-    await connection.copy_to_table(table, source=message.data, columns=message.columns, format="binary")
-
-
-@dataclass(frozen=True, slots=True)
-class _Latest:
-    """What a write says of `latest` and of the roll-ups."""
-
-    series: frozenset[bytes]  #: their prefixes
-    columns: list[Any]  #: of their newest rows, see `_columns`
-    dirty: list[tuple[int, int]]  #: changed ranges of time, see `_dirty_ranges`
-
-    @classmethod
-    def of(cls, newest: dict[bytes, bytes], times: Iterable[int]) -> "_Latest":
-        """Of the newest row of each series, and the timestamps of all rows."""
-        columns = _columns(newest.values()) if newest else [(), (), (), (), (), ()]
-        return cls(frozenset(newest), columns, _dirty_ranges(times))
-
-
-def _latest(parts: Sequence[_Rows]) -> _Latest:
-    return _Latest.of(_newest(parts), (timestamp for part in parts for _, timestamp in part))
-
-
-#: Ranges of changed minutes in one write; beyond it hours are marked, then days: a back-fill touches thousands.
-_DIRTY_RANGES_MAX: Final = 64
-
-
-def _dirty_ranges(times: Iterable[int]) -> list[tuple[int, int]]:
-    """Time ranges, µs since 2000, in whole minutes, hours or days, that hold all `times`, µs since the epoch."""
-    minute = 60_000_000
-    minutes = {timestamp // minute for timestamp in times}
-    ranges: list[tuple[int, int]] = []
-    for width in (1, 60, 1440):
-        buckets = sorted({m // width for m in minutes})
-        ranges = []
-        for bucket in buckets:
-            if ranges and ranges[-1][1] == bucket:
-                ranges[-1] = (ranges[-1][0], bucket + 1)
-            else:
-                ranges.append((bucket, bucket + 1))
-        ranges = [(f * width * minute - TIMESTAMP_MIN_US, t * width * minute - TIMESTAMP_MIN_US) for f, t in ranges]
-        if len(ranges) <= _DIRTY_RANGES_MAX:
-            break
-    return ranges

@@ -7,9 +7,9 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from preservarium.domain.errors import ReasonCode
-from preservarium.domain.reading import Message
-from preservarium.domain.stored import StoredMessage, StoredReading
+from preservarium.domain.readings.reading import Message
+from preservarium.domain.readings.stored import StoredMessage, StoredReading
+from preservarium.errors import ReasonCode
 from preservarium.stores.base import Rejected
 
 #: What msgspec says of a value that it cannot take.

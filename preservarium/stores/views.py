@@ -3,7 +3,6 @@
 A small pool of its own, so that a busy console cannot take connections from the sink, nor a busy sink from the console.
 """
 
-import asyncio
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -11,9 +10,12 @@ from typing import Any, Final
 import asyncpg
 import orjson
 
-from preservarium.domain.commands import OVER
-from preservarium.domain.errors import Retry
+from preservarium.domain.commands.machine import OVER
+from preservarium.domain.readings.address import canonical_address, spellings
+from preservarium.errors import Retry, reason
 from preservarium.settings import Postgres as PostgresSettings
+from preservarium.stores.connections import Pool
+from preservarium.stores.registry import SPELLED
 
 #: One page for the list and one for the alarms at the same time; more viewers wait a few milliseconds.
 CONNECTIONS_MAX: Final = 2
@@ -26,8 +28,8 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 _DEVICES: Final = """
 SELECT device_id, name, type, enabled FROM devices
-WHERE device_id > $1 AND ($2 = '' OR device_id ILIKE $3 OR name ILIKE $3)
-ORDER BY device_id LIMIT $4
+WHERE device_id > $1 AND ($2 = '' OR device_id ILIKE $3 OR name ILIKE $3 OR device_id = ANY ($4))
+ORDER BY device_id LIMIT $5
 """
 _VALUES: Final = """
 SELECT s.device_id, s.component_type, s.pin_position, l.value, l.value_text, s.unit, l.timestamp, l.received_at,
@@ -37,15 +39,15 @@ ORDER BY s.device_id, s.component_type, s.pin_position LIMIT $2
 """
 _WANTED: Final = """
 FROM alarms a LEFT JOIN devices d USING (device_id)
-WHERE ($1::boolean IS NULL OR (a.cleared_at IS NULL) = $1) AND ($2 = '' OR a.device_id = $2) AND ($3 = '' OR a.rule = $3)
+WHERE ($1::boolean IS NULL OR (a.cleared_at IS NULL) = $1) AND (cardinality($2::text[]) = 0 OR a.device_id = ANY ($2)) AND ($3 = '' OR a.rule = $3)
   AND (cardinality($4::text[]) = 0 OR a.severity = ANY ($4))
-  AND ($5 = '' OR a.device_id ILIKE $6 OR d.name ILIKE $6 OR a.rule ILIKE $6 OR a.message ILIKE $6)
+  AND ($5 = '' OR a.device_id ILIKE $6 OR d.name ILIKE $6 OR a.rule ILIKE $6 OR a.message ILIKE $6 OR a.device_id = ANY ($7))
 """
 _ALARMS: Final = f"""
 SELECT a.alarm_id, a.device_id, d.name AS device_name, a.rule, a.component_type, a.pin_position, a.severity, a.state,
        a.occurred_at, a.detected_at, a.cleared_at, a.value, a.unit, a.threshold, a.message
-{_WANTED} AND ($7::timestamptz IS NULL OR (a.occurred_at, a.alarm_id) < ($7, $8))
-ORDER BY a.occurred_at DESC, a.alarm_id DESC LIMIT $9
+{_WANTED} AND ($8::timestamptz IS NULL OR (a.occurred_at, a.alarm_id) < ($8, $9))
+ORDER BY a.occurred_at DESC, a.alarm_id DESC LIMIT $10
 """
 _ALARMS_COUNT: Final = f"SELECT count(*) {_WANTED}"
 _STANDING: Final = """
@@ -58,11 +60,11 @@ _HISTORY: Final = """
         e.value, e.detail ->> 'message' AS message, e.detail ->> 'actor' AS actor, e.detail ->> 'comment' AS comment, NULL AS reason,
         (e.detail ->> 'sequence')::int AS sequence
  FROM alarms a JOIN alarm_events e USING (alarm_id)
- WHERE (a.device_id, a.rule, a.pin_position) = ($1, $2, $3) AND a.generation = 0 ORDER BY e.detected_at DESC LIMIT $4)
+ WHERE a.device_id = ANY ($1) AND (a.rule, a.pin_position) = ($2, $3) AND a.generation = 0 ORDER BY e.detected_at DESC LIMIT $4)
 UNION ALL
 -- An action that made a transition is told by it; what remains is what was refused, or done to an alarm that was not raised.
 (SELECT 'action', at, action, state, alarm_id, NULL, NULL, NULL, NULL, actor, comment, CASE outcome WHEN 'refused' THEN reason END, 0
- FROM alarm_operations WHERE (device_id, rule, pin_position) = ($1, $2, $3) AND (outcome = 'refused' OR alarm_id = '')
+ FROM alarm_operations WHERE device_id = ANY ($1) AND (rule, pin_position) = ($2, $3) AND (outcome = 'refused' OR alarm_id = '')
  ORDER BY at DESC LIMIT $4)
 ORDER BY at DESC, sequence DESC LIMIT $4
 """
@@ -70,15 +72,15 @@ _COMMANDS: Final = """
 SELECT command_id, device_id, command, state, reason, attempt, priority, requested_at, requested_by, idempotency_key, cause,
        expires_at, ended_at, updated_at, content::text AS content, confirm::text AS confirm
 FROM device_commands
-WHERE ($1 = '' OR device_id = $1) AND (cardinality($2::text[]) = 0 OR state = ANY($2)) AND ($3 = '' OR command_id = $3)
+WHERE (cardinality($1::text[]) = 0 OR device_id = ANY ($1)) AND (cardinality($2::text[]) = 0 OR state = ANY($2)) AND ($3 = '' OR command_id = $3)
   AND ($4::timestamptz IS NULL OR (requested_at, command_id) < ($4, $5))
 ORDER BY requested_at DESC, command_id DESC LIMIT $6
 """
 # What is under way is a few rows of many, and has an index of its own.
 _COMMANDS_OPEN: Final = _COMMANDS.replace("WHERE ", "WHERE ended_at IS NULL AND ")
 _DOCUMENTS: Final = """
-SELECT d.doc::text AS device, d.enabled, d.type, t.doc::text AS type_doc, t.parser
-FROM devices d LEFT JOIN device_types t ON t.name = d.type WHERE d.device_id = $1
+SELECT d.device_id, d.doc::text AS device, d.enabled, d.type, t.doc::text AS type_doc, t.parser
+FROM devices d LEFT JOIN device_types t ON t.name = d.type WHERE d.device_id = ANY ($1)
 """
 _COMMAND_EVENTS: Final = """
 SELECT sequence, event, state, at, actor, reason, attempt FROM command_events WHERE command_id = $1 ORDER BY sequence LIMIT $2
@@ -93,9 +95,18 @@ class Views:
     """
 
     def __init__(self, settings: Callable[[], PostgresSettings]) -> None:
-        self._settings = settings
-        self._pool: asyncpg.Pool | None = None
-        self._connecting = asyncio.Lock()
+        # No connection is made here: the first query makes it.
+        self._pool = Pool(
+            lambda: settings().dsn,
+            connections_max=lambda: CONNECTIONS_MAX,
+            connect_timeout_s=lambda: settings().connect_timeout_s,
+            command_timeout_s=lambda: STATEMENT_TIMEOUT_S,
+            server_settings={
+                "application_name": "preservarium-console",
+                "default_transaction_read_only": "on",
+                "timezone": "UTC",
+            },
+        )
 
     async def devices(self, *, q: str, after: str, limit: int) -> dict[str, Any]:
         """Registered devices behind address `after`, in the order of addresses, with the last value of each series.
@@ -111,7 +122,7 @@ class Views:
         Raises:
             Retry: PostgreSQL cannot be asked, or has not been migrated.
         """
-        rows = await self._fetch(_DEVICES, after, q, _containing(q), limit + 1)
+        rows = await self._fetch(_DEVICES, after, q, _containing(q), await self._spelled(q), limit + 1)
         page = rows[:limit]
         devices = {
             row["device_id"]: {
@@ -175,7 +186,8 @@ class Views:
             Retry: PostgreSQL cannot be asked, or has not been migrated.
         """
         instant, alarm_id = (_EPOCH + timedelta(microseconds=before[0]), before[1]) if before else (None, None)
-        wanted = (active, device_id, rule, [*severities], q, _containing(q))
+        devices = await self._spelled(device_id)
+        wanted = (active, devices, rule, [*severities], q, _containing(q), await self._spelled(q))
         rows = await self._fetch(_ALARMS, *wanted, instant, alarm_id, limit + 1)
         page = [_document(row) for row in rows[:limit]]
         total = await self._fetch(_ALARMS_COUNT, *wanted)
@@ -200,7 +212,8 @@ class Views:
         Raises:
             Retry: PostgreSQL cannot be asked, or has not been migrated.
         """
-        return [_document(row) for row in await self._fetch(_HISTORY, device_id, rule, pin_position, limit)]
+        devices = await self._spelled(device_id)
+        return [_document(row) for row in await self._fetch(_HISTORY, devices, rule, pin_position, limit)]
 
     async def commands(
         self, *, device_id: str, states: Sequence[str], before: tuple[int, str] | None, limit: int
@@ -219,7 +232,8 @@ class Views:
         at = _EPOCH + timedelta(microseconds=before[0]) if before else None
         last = before[1] if before else ""
         query = _COMMANDS_OPEN if states and not OVER & {*states} else _COMMANDS
-        rows = await self._fetch(query, device_id, list(states), "", at, last, limit + 1)
+        devices = await self._spelled(device_id)
+        rows = await self._fetch(query, devices, list(states), "", at, last, limit + 1)
         page = [_command(row) for row in rows[:limit]]
         following = (page[-1]["requested_at"], page[-1]["command_id"]) if len(rows) > limit else None
         return {"commands": page, "next": following}
@@ -230,7 +244,7 @@ class Views:
         Raises:
             Retry: PostgreSQL cannot be asked, or has not been migrated.
         """
-        rows = await self._fetch(_COMMANDS, "", [], command_id, None, "", 1)
+        rows = await self._fetch(_COMMANDS, [], [], command_id, None, "", 1)
         if not rows:
             return None
         events = [_document(row) for row in await self._fetch(_COMMAND_EVENTS, command_id, limit)]
@@ -242,43 +256,29 @@ class Views:
         Raises:
             Retry: PostgreSQL cannot be asked, or has not been migrated.
         """
-        rows = await self._fetch(_DOCUMENTS, device_id)
+        rows = await self._fetch(_DOCUMENTS, await self._spelled(device_id))
         if not rows:
             return None
         row = rows[0]
-        device = {**orjson.loads(row["device"]), "device_id": device_id, "type": row["type"], "enabled": row["enabled"]}
+        known = {name: row[name] for name in ("device_id", "type", "enabled")}
+        device = {**orjson.loads(row["device"]), **known}
         return device, {**orjson.loads(row["type_doc"]), "parser": row["parser"]} if row["type_doc"] else None
+
+    async def _spelled(self, device_id: str) -> list[str]:
+        """How a device may be written in the tables that people name by any spelling of its address; none where none is named."""
+        usual = spellings(device_id) if device_id else []
+        if len(usual) < 2:
+            return usual
+        return [row["device_id"] for row in await self._fetch(SPELLED, canonical_address(device_id))] or usual
 
     async def close(self) -> None:
         """Give the connections back."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            # Not close(): that waits for a query that may hang.
-            pool.terminate()
-
-    async def _connected(self) -> asyncpg.Pool:
-        async with self._connecting:
-            if self._pool is None:
-                settings = self._settings()
-                # No connection is made here: the first query makes it.
-                self._pool = await asyncpg.create_pool(
-                    settings.dsn,
-                    min_size=0,
-                    max_size=CONNECTIONS_MAX,
-                    timeout=settings.connect_timeout_s,
-                    command_timeout=STATEMENT_TIMEOUT_S,
-                    server_settings={
-                        "application_name": "preservarium-console",
-                        "default_transaction_read_only": "on",
-                        "timezone": "UTC",
-                    },
-                )
-            return self._pool
+        # Not close(): that waits for a query that may hang.
+        self._pool.terminate()
 
     async def _fetch(self, query: str, *arguments: Any) -> list[asyncpg.Record]:
         try:
-            pool = await self._connected()
-            async with pool.acquire(timeout=self._settings().connect_timeout_s) as connection:
+            async with self._pool.acquire() as connection:
                 rows: list[asyncpg.Record] = await connection.fetch(query, *arguments)
                 return rows
         except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError) as e:
@@ -286,7 +286,7 @@ class Views:
             raise Retry(message) from e
         except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as e:
             # OSError includes TimeoutError. A pool may hand out a connection that died; the next call gets another.
-            message = f"PostgreSQL: {type(e).__name__}: {e}" if str(e) else f"PostgreSQL: {type(e).__name__}"
+            message = f"PostgreSQL: {reason(e)}"
             raise Retry(message) from e
 
 

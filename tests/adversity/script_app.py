@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from preservarium import topics
-from preservarium.engine import app
-from preservarium.normalizer import Normalizer
 from preservarium.sandbox.pool import Limits, SandboxPool
-from preservarium.stage import Batch, Effects
+from preservarium.stages.normalize import Normalizer
+from preservarium.streaming.app import app
+from preservarium.streaming.stage import Batch, Effects
 
 PARSERS: dict[str, tuple[str, Any]] = {
     "bomb": ("javascript", "function decodeUplink(i) {\n return {data: {n: /^(a+)+$/.test('a'.repeat(40) + 'b')}}; }"),
@@ -46,7 +46,7 @@ sandbox = app.resource(SandboxPool(Limits.of(app.live())))
 normalizer = Normalizer(World(), World(), app.clock, app.live, sandbox)
 
 
-@app.stage(topics.RAW, name="normalize")
+@app.stage(topics.RAW, name="normalize", writes=(topics.STANDARDIZED,))
 async def normalize(batch: Batch) -> Effects:
     """As agents/normalize.py does."""
     return await normalizer(batch)

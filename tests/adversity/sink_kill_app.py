@@ -4,7 +4,8 @@
 
 A fresh process each time (forked, so that 200 take seconds): it asks the store where it stands, goes on from there, and
 kills itself before, while or after a statement chosen at random is executed. The last one is not killed and finishes.
-Prints as JSON: `kills` by statement, `total`, the records of the log, and `now_us`, the instant of the first.
+Prints as JSON: `kills` by statement, `total`, the records of the log, `now_us`, the instant of the first, and `told`, what went
+to `iot_errors`, each once: offset, line, code, device, words.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from asyncpg import Connection
@@ -21,26 +23,43 @@ from asyncpg.pool import PoolConnectionProxy
 from sink_support import NOW_US, batch, live, message, record
 
 from preservarium import logs, topics
-from preservarium.domain.errors import Retry
-from preservarium.sink import ReadingSink
+from preservarium.errors import Retry
+from preservarium.stages.sink import ReadingSink
 from preservarium.stores.timescale import TimescaleStore
+from preservarium.streaming.stage import Send
 
 T = topics.VALIDATED.name
 RECORDS_MAX = 10
+#: More than a write holds, so that an earlier one has stored what comes again.
 REPEATED_AFTER = 3 * RECORDS_MAX
+SECOND_VALUE = 1e6
 #: A life ends at the latest at this statement: some four transactions.
 STATEMENTS_MAX = 40
 #: Beyond this a life hangs.
 LIFE_S = 60.0
+#: Before what a life tells of an error line.
+TOLD = "told "
+
+
+def repeats(offset: int) -> int | None:
+    """Which earlier record's instant the record at an offset has again, with another value: what is stored stays."""
+    return offset - REPEATED_AFTER if offset % 11 == 10 and offset > REPEATED_AFTER else None
+
+
+def second_value(offset: int) -> tuple[int, int, str, str, str] | None:
+    """What is told of the record at an offset; nothing of a reading that a later verdict has overwritten."""
+    before = repeats(offset)
+    if before is None or (before + 1) % 5 == 4:
+        return None
+    return offset, 1, "same_instant", f"d{before % 7}", f"{float(before)} stands at this instant"
 
 
 def messages(offset: int) -> list[Any]:
     """What the record at an offset holds: two new readings; at times a repeated one, or a verdict on one before."""
     device = f"d{offset % 7}"
     found = [message(device, float(offset), -float(offset), at=NOW_US + offset, offset=offset)]
-    if offset % 11 == 10 and offset > REPEATED_AFTER:  # an instant of an earlier write again: what is stored stays
-        before = offset - REPEATED_AFTER
-        found.append(message(f"d{before % 7}", 1e6, at=NOW_US + before, offset=offset))
+    if (before := repeats(offset)) is not None:
+        found.append(message(f"d{before % 7}", SECOND_VALUE, at=NOW_US + before, offset=offset))
     if offset % 5 == 4:
         verdict = {
             "value": float(offset - 1),
@@ -63,7 +82,7 @@ async def run(dsn: str, total: int | None, kill_at: int, how: str, report: int) 
         mine = total is None and count == kill_at
 
         def end() -> None:
-            os.write(report, f"{label} {how}".encode())
+            os.write(report, f"{label} {how}\n".encode())
             os.kill(os.getpid(), signal.SIGKILL)
 
         if mine and how == "before":
@@ -96,12 +115,15 @@ async def run(dsn: str, total: int | None, kill_at: int, how: str, report: int) 
     watch(PoolConnectionProxy, "copy_to_table", lambda args: f"COPY {args[0]}")
     watch(Connection, "execute", first_words)
 
-    async def no_errors(sends: Any) -> None:
-        raise AssertionError(sends)
+    async def publish(sends: Sequence[Send]) -> None:
+        for send in sends:
+            line = json.loads(send.value or b"")
+            told = [line[name] for name in ("offset", "index", "code", "device_id", "message")]
+            os.write(report, f"{TOLD}{json.dumps(told)}\n".encode())
 
     settings = live(postgres={"url": dsn}, breaker={"failures_max": 1000})
     store = TimescaleStore(settings)
-    stage = ReadingSink("sink", T, store, no_errors, settings)
+    stage = ReadingSink("sink", T, store, publish, settings)
     while True:
         try:
             position = (await stage.on_assigned([0]))[0]
@@ -112,12 +134,12 @@ async def run(dsn: str, total: int | None, kill_at: int, how: str, report: int) 
             break
         except Retry:
             await asyncio.sleep(0.01)
-    os.write(report, str(position).encode())
+    os.write(report, f"{position}\n".encode())
     await store.close()
 
 
-def life(*args: Any) -> str:
-    """Run in a process of its own; what it reported."""
+def life(*args: Any) -> tuple[str, list[Any]]:
+    """Run in a process of its own; how it ended, and what it told."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -136,7 +158,8 @@ def life(*args: Any) -> str:
     os.close(reader)
     _, status = os.waitpid(pid, 0)
     assert status in (0, signal.SIGKILL), status
-    return said.decode()
+    lines = said.decode().splitlines()
+    return lines[-1], [json.loads(line.removeprefix(TOLD)) for line in lines[:-1]]
 
 
 def main() -> None:
@@ -144,10 +167,13 @@ def main() -> None:
     logs.set_level("ERROR")
     rng = random.Random(seed)
     killed: collections.Counter[str] = collections.Counter()
+    told: set[tuple[Any, ...]] = set()
     for n in range(kills):
         # One statement after the other first: what begins a log (names, its offset) happens once.
         statement = n // 3 + 1 if n < kills // 4 else rng.randrange(1, STATEMENTS_MAX)
-        killed[life(dsn, None, statement, ("before", "during", "after")[n % 3])] += 1
+        ended, lines = life(dsn, None, statement, ("before", "during", "after")[n % 3])
+        killed[ended] += 1
+        told.update(map(tuple, lines))  # some twice: a crash between Kafka's acknowledgement and the commit
 
     async def position() -> int:
         store = TimescaleStore(live(postgres={"url": dsn}))
@@ -156,8 +182,10 @@ def main() -> None:
         return found
 
     total = asyncio.run(position()) + 50
-    assert life(dsn, total, 0, "") == str(total)
-    print(json.dumps({"kills": killed, "total": total, "now_us": NOW_US}))
+    ended, lines = life(dsn, total, 0, "")
+    assert ended == str(total)
+    told.update(map(tuple, lines))
+    print(json.dumps({"kills": killed, "total": total, "now_us": NOW_US, "told": sorted(told)}))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Lives of sync's readings stage that end by kill -9 between an insert and its acknowledgement; run by test_sync_kills.py.
 
-    python sync_kills.py '{"groups": [...], "kills": 25, "topic": "…", "prefix": "…", "clickhouse": "…", "seed": 1}'
+    python sync_kills.py '{"groups": [...], "kills": 25, "ends": [500, …], "prefix": "…", "clickhouse": "…", "seed": 1}'
 
-Each group reads the whole topic into a database of its own. A life is a fork of this process, which has imported everything
-and started no thread: it runs the real feed on the real stage and ends itself with SIGKILL. After its share of kills a group
-has one more life, which goes on to the end. Prints how many were killed and at which moment.
+Each group reads the whole topic, whose partitions end at `ends`, into a database of its own. A life is a fork of this
+process, which has imported everything and started no thread: it runs the real feed on the real stage and ends itself with
+SIGKILL. After its share of kills a group has one more life, which goes on to the end. Prints how many were killed and at
+which moment.
 """
 
 import asyncio
@@ -18,11 +19,11 @@ from typing import Any
 
 from preservarium import topics
 from preservarium.clock import SystemClock
-from preservarium.feeds import GroupFeed
-from preservarium.runner import Runner
 from preservarium.settings import LiveSettings, load
+from preservarium.stages.sync import ReadingSync
 from preservarium.stores.clickhouse import ClickHouseStore
-from preservarium.sync import ReadingSync
+from preservarium.streaming.feeds import GroupFeed
+from preservarium.streaming.runner import Runner
 
 #: The least that a broker takes by default: the next life waits until the group has given up the one before.
 SESSION_S = 6.0
@@ -89,10 +90,9 @@ async def live_once(plan: dict[str, Any], group: str, inserts: int, moment: str,
         await asyncio.sleep(0.2)
         if task.done():
             task.result()
-        ends = await feed.ends()
         lanes = [lane for lane in feed.lanes.values() if lane.known]
-        if len(ends) == plan["partitions"] == len(lanes) and all(
-            (lane.position if lane.position is not None else lane.committed or 0) >= ends[lane.partition]
+        if len(lanes) == len(plan["ends"]) and all(
+            (lane.position if lane.position is not None else lane.committed or 0) >= plan["ends"][lane.partition]
             for lane in lanes
         ):
             break

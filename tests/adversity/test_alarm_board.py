@@ -1,7 +1,6 @@
 """The broker is killed and comes back: the alarm list says that it may be old, and then is right again, also about what left it."""
 
 import asyncio
-from collections.abc import Iterator
 
 import orjson
 import pytest
@@ -9,27 +8,15 @@ from worker_support import make_topics, until
 
 from preservarium import topics
 from preservarium.console.follower import BoardFollower
-from preservarium.domain.errors import Retry
 from preservarium.embedded.kafka import Kafka
-from preservarium.embedded.service import ServiceUnavailable
-from preservarium.operating import Board
-from preservarium.publish import Publisher
+from preservarium.errors import Retry
+from preservarium.operations.alarm_board import Board
 from preservarium.settings import LiveSettings, load
-from preservarium.stage import Send
+from preservarium.streaming.publish import Publisher
+from preservarium.streaming.stage import Send
 
 PARTITIONS = 3
 DEVICES = [f"dev-{n}" for n in range(20)]
-
-
-@pytest.fixture
-def own_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
-    service = Kafka(tmp_path_factory.mktemp("kafka"))
-    try:
-        service.start()
-    except ServiceUnavailable as e:
-        pytest.skip(f"missing: {e}")
-    yield service
-    service.stop()
 
 
 def standing(device: str, state: str | None = "unacknowledged") -> Send:

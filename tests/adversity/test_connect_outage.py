@@ -14,13 +14,13 @@ from aiohttp import web
 from aiokafka import AIOKafkaConsumer
 from pydantic import SecretStr
 
-from preservarium import topics_admin
 from preservarium.clock import SystemClock
 from preservarium.connectors.base import Backoff
 from preservarium.connectors.http import routes
 from preservarium.connectors.mqtt import MqttConnector
-from preservarium.publish import Publisher
 from preservarium.settings import Kafka, LiveSettings, Mqtt, Settings
+from preservarium.streaming import topics_admin
+from preservarium.streaming.publish import Publisher
 
 
 async def read_devices(settings: Settings, wanted: set[str]) -> set[str]:

@@ -1,7 +1,6 @@
 """The broker is killed and comes back under a working worker: it waits, heals and loses nothing."""
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +8,8 @@ import pytest
 from test_torture import Field, Load
 from worker_support import until
 
-from preservarium.domain.errors import Retry
 from preservarium.embedded.kafka import Kafka
-from preservarium.embedded.service import ServiceUnavailable
-
-
-@pytest.fixture
-def own_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
-    """A broker of this test's own: others must not meet the outage."""
-    service = Kafka(tmp_path_factory.mktemp("kafka"))
-    try:
-        service.start()
-    except ServiceUnavailable as e:
-        pytest.skip(f"missing: {e}")
-    yield service
-    service.stop()
+from preservarium.errors import Retry
 
 
 class StubbornLoad(Load):

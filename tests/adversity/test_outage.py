@@ -23,8 +23,8 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from preservarium.embedded.clickhouse import ClickHouse
 from preservarium.embedded.postgres import Postgres
 from preservarium.embedded.service import free_port
-from preservarium.records import raw_line
-from preservarium.supervise import Worker
+from preservarium.embedded.supervise import Worker
+from preservarium.streaming.records import raw_line
 
 #: Long enough for breakers to open, waits to reach their longest, and every time-out of a client to pass.
 OUTAGE_S = float(os.environ.get("TEST_OUTAGE_S", "60"))

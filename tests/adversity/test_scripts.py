@@ -10,10 +10,10 @@ import pytest
 from worker_support import Workers, make_topics, read_all, until
 
 from preservarium import topics
-from preservarium.publish import Publisher
-from preservarium.records import raw_line
 from preservarium.settings import Kafka, LiveSettings, Settings
-from preservarium.stage import Send
+from preservarium.streaming.publish import Publisher
+from preservarium.streaming.records import raw_line
+from preservarium.streaming.stage import Send
 
 PARTITIONS = 2
 ROUNDS = 20

@@ -1,4 +1,4 @@
-"""A worker killed at every statement of its transactions: each reading is stored once, none is missing."""
+"""A worker killed at every statement of its transactions: each reading is stored once, none is missing, each refusal told."""
 
 import asyncio
 import json
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sink_kill_app import messages
+from sink_kill_app import messages, second_value
 from sink_support import NOW_US, fetch, migrated_database
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +46,8 @@ async def test_killed_at_every_statement(postgres, kills):
         found = {(r[0], r[1], round(r[2].timestamp() * 1e6) - said["now_us"]): (r[3], r[4]) for r in rows}
         assert len(found) == len(rows)
         assert found == expected(said["total"])
+        second = [told for offset in range(said["total"]) if (told := second_value(offset)) is not None]
+        assert [tuple(line) for line in said["told"]] == second != []
         offsets = await fetch(dsn, "SELECT next_offset FROM sink_offsets")
         assert [r[0] for r in offsets] == [said["total"]]
         stale = await fetch(

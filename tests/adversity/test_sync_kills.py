@@ -20,8 +20,9 @@ PARTITIONS = 4
 HERE = Path(__file__).parent
 
 
-async def produce(kafka: str, prefix: str, messages: int) -> int:
-    """Messages of two readings, some sent twice as a stage before would after a crash; the rows that they make."""
+async def produce(kafka: str, prefix: str, messages: int) -> list[int]:
+    """Messages of two readings, some sent twice as a stage before would after a crash; where each partition ends."""
+    ends = []
     producer = AIOKafkaProducer(bootstrap_servers=kafka, linger_ms=20)
     await producer.start()
     try:
@@ -34,19 +35,22 @@ async def produce(kafka: str, prefix: str, messages: int) -> int:
             ]
             for i in range(37, messages, 211):
                 lines[i:i] = lines[i - 20 : i]
+            ends.append(len(lines))
             await asyncio.gather(
                 *[await producer.send(topics.VALIDATED.full(prefix), line, b"k", partition) for line in lines]
             )
     finally:
         await producer.stop()
-    return PARTITIONS * messages * 2
+    return ends
 
 
 async def kill_and_check(kafka: str, clickhouse: str, prefix: str, groups: int, kills: int, seed: int) -> int:
     await make_topics(kafka, prefix, PARTITIONS, [topics.VALIDATED])
     # A life acknowledges two batches at most, so this is never used up before the last.
     records_max = 20
-    rows = await produce(kafka, prefix, messages=max(500, kills * 2 * records_max // PARTITIONS * 2))
+    messages = max(500, kills * 2 * records_max // PARTITIONS * 2)
+    ends = await produce(kafka, prefix, messages)
+    rows = PARTITIONS * messages * 2
     databases = [f"{prefix.strip('.')}_{i}" for i in range(groups)]
     stores = []
     for database in databases:
@@ -55,7 +59,7 @@ async def kill_and_check(kafka: str, clickhouse: str, prefix: str, groups: int, 
         stores.append(ClickHouseStore(settings))
     plan = {
         "groups": databases, "kills": kills, "kafka": kafka, "prefix": prefix, "clickhouse": clickhouse, "seed": seed,
-        "partitions": PARTITIONS, "records_max": records_max,
+        "ends": ends, "records_max": records_max,
     }  # fmt: skip
     process = await asyncio.create_subprocess_exec(
         sys.executable, str(HERE / "sync_kills.py"), json.dumps(plan),

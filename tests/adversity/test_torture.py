@@ -18,9 +18,9 @@ import pytest
 from worker_support import Workers, make_topics, read_all, until
 
 from preservarium import topics
-from preservarium.publish import Publisher
 from preservarium.settings import LiveSettings, load
-from preservarium.stage import Send
+from preservarium.streaming.publish import Publisher
+from preservarium.streaming.stage import Send
 
 PARTITIONS = 6
 KEYS = 200

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from preservarium import topics
-from preservarium.domain.errors import Retry
-from preservarium.engine import app
-from preservarium.stage import Batch, Effects, Send
+from preservarium.errors import Retry
+from preservarium.streaming.app import app
+from preservarium.streaming.stage import Batch, Effects, Send
 
 FAILURES = float(os.environ.get("TORTURE_FAILURES", "0"))
 counters = app.state_table("counters", help="Records of each key, with the offset that the count goes up to.")
@@ -32,7 +32,7 @@ def maybe_fail() -> None:
         raise RuntimeError("torture")
 
 
-@app.stage(topics.RAW, name="count")
+@app.stage(topics.RAW, name="count", writes=(topics.STANDARDIZED,), state=counters)
 async def count(batch: Batch) -> Effects:
     """Count the records of each key; pass every record on, again where it comes again."""
     maybe_fail()
@@ -54,7 +54,7 @@ async def count(batch: Batch) -> Effects:
     return effects
 
 
-@app.stage(topics.STANDARDIZED, name="relay")
+@app.stage(topics.STANDARDIZED, name="relay", writes=(topics.VALIDATED,))
 async def relay(batch: Batch) -> Effects:
     """Pass every record on by key, as normalize does."""
     maybe_fail()

@@ -7,9 +7,9 @@ import pytest
 from quality_support import S, StateTable, T, World, batch, catalogue, errors, lines, live, message, reading, record
 
 from preservarium import topics
-from preservarium.aggregation import Aggregation
-from preservarium.domain.errors import Fatal
-from preservarium.stage import Tick
+from preservarium.errors import Fatal
+from preservarium.stages.aggregate import Aggregation
+from preservarium.streaming.stage import Tick
 
 METER: dict[str, Any] = {"name": "meter", "kind": "number", "unit": "m³", "counter": {"width": 1_000}}
 PARTITION = 3
@@ -40,6 +40,15 @@ def at(offset: int, seconds: float, value: Any = 1.0, device: str = "dev-1", **f
     return {**one, "timestamp": start + round(seconds * S)}
 
 
+def meter_reading(offset: int, seconds: float, value: float, consumption: float | None) -> Any:
+    """As validate tells it."""
+    one = at(offset, seconds, value, component_type="meter", unit="m³")
+    if consumption is not None:
+        derived = {"timestamp": one["timestamp"], "derived": True}
+        one["readings"].append(reading(consumption, "meter_consumption", "m³", **derived))
+    return one
+
+
 async def test_windows_go_where_the_reading_came_from_with_its_headers():
     stage = Stage()
     assert await stage.run(record(1, at(1, 0), generation=b"0", trace=b"00-a", other=b"x")) == []
@@ -64,12 +73,19 @@ async def test_a_counter_of_the_catalogue_has_consumption():
         "device_id": "dev-1", "rev": 1, "type": "t", "enabled": True,
         "datatypes": {"own": {"counter": {}}, "meter": {"description": "x"}},
     }  # fmt: skip
-    values = [(0, 990), (10, 995), (20, 5)]
+    values = [(0, 990, None), (10, 995, 5), (20, 5, 10), (61, 5, 0)]
+    sends = await stage.run(*(record(i, meter_reading(i, *one)) for i, one in enumerate(values)))
+    assert [line["consumption"] for line in lines(sends, topics.AGGREGATES) if "consumption" in line] == [15.0]
+
+
+async def test_a_direction_of_the_catalogue_has_a_mean_and_no_extremes():
+    wind = {"name": "wind_direction", "kind": "number", "unit": "°", "circular": 360}
+    stage = Stage(World(catalogue(("datatype", wind))))
     sends = await stage.run(
-        *(record(i, at(i, s, v, component_type="meter", unit="m³")) for i, (s, v) in enumerate(values)),
-        record(9, at(9, 61, 5, component_type="meter", unit="m³")),
+        *(record(i, at(i, i, (1, 359)[i % 2], component_type="wind_direction", unit="°")) for i in range(62))
     )
-    assert [line["consumption"] for line in lines(sends, topics.AGGREGATES)] == [15.0]
+    (window,) = lines(sends, topics.AGGREGATES)
+    assert (window["mean"], window["circular"], "min" in window, "max" in window) == (0.0, 360.0, False, False)
 
 
 async def test_silent_devices_are_found_also_after_a_restart():

@@ -21,9 +21,17 @@ from quality_support import (
 )
 
 from preservarium import metrics, topics
-from preservarium.alarming import ACTION_BYTES_MAX, DUE_A_TICK_MAX, TICK_S, Alarming
-from preservarium.publish import partition_of
-from preservarium.stage import Tick
+from preservarium.operations.alarm_board import Board, Desk
+from preservarium.stages.alarm import (
+    ACTION_BYTES_MAX,
+    CHECKED_A_TICK_MAX,
+    DUE_A_TICK_MAX,
+    GONE_AFTER_S,
+    TICK_S,
+    Alarming,
+)
+from preservarium.streaming.publish import partition_of
+from preservarium.streaming.stage import Tick
 
 TEMP: dict[str, Any] = {"name": "temp", "kind": "number", "unit": "°C"}
 HOT: dict[str, Any] = {"name": "hot", "component_type": "temp", "kind": "high", "severity": "major", "threshold": 30}
@@ -45,8 +53,21 @@ class Stage:
         return self.effects.sends if crash else self.world.carry_out(self.effects, PARTITION)
 
     async def actions(self, *records: Any, partition: int = PARTITION) -> list[Any]:
+        # Whoever acts has the right time.
+        at = max((x.get("at", T) for r in records for x in _objects(r.value)), default=T)
+        self.world.clock.advance(max(0, min(at, T + 3_600 * S) - self.world.clock.now_us()) / 1e6)
         self.effects = await self.alarming.act(batch(topics.ALARM_ACTIONS, *records, partition=partition))
         return self.world.carry_out(self.effects, partition)
+
+
+def _objects(value: bytes) -> list[dict[str, Any]]:
+    found = []
+    for line in value.split(b"\n"):
+        try:
+            found.append(orjson.loads(line))
+        except orjson.JSONDecodeError:
+            continue
+    return [x for x in found if isinstance(x, dict) and isinstance(x.get("at"), int)]
 
 
 def value(offset: int, number: float, **fields: Any) -> Any:
@@ -124,6 +145,66 @@ async def test_an_action_that_is_keyed_wrongly_touches_no_state():
     assert stage.effects.puts == {}
 
 
+EUI = "70b3d57ed0aa0001"
+
+
+@pytest.mark.parametrize("registered", [EUI, "70B3D57ED0AA0001", "70-b3-D5-7e-d0-aa-00-01"])
+@pytest.mark.parametrize("spelled", [EUI, "70B3D57ED0AA0001", "70:b3:d5:7e:d0:aa:00:01"])
+async def test_people_act_on_a_device_however_they_spell_it(registered: str, spelled: str):
+    stage = Stage()
+    for name in {registered, spelled, EUI}:  # as the look-up finds it
+        stage.world.devices[name] = {**stage.world.devices["dev-1"], "device_id": registered}
+    sent: list[Any] = []
+
+    async def publish(sends: Any) -> None:
+        sent.extend(sends)
+
+    home, by_address = (partition_of(name.encode(), 12) for name in (registered, EUI))
+
+    async def act(record: Any, partition: int) -> list[Any]:
+        return stage.world.carry_out(
+            await stage.alarming.act(batch(topics.ALARM_ACTIONS, record, partition=partition)), partition
+        )
+
+    raised = batch(
+        topics.VALIDATED, record(1, value(1, 31, device=registered), key=registered.encode()), partition=home
+    )
+    stage.world.carry_out(await stage.alarming.observe(raised), home)
+    desk = Desk(Board(), publish, stage.world.clock)
+    action_id = await desk.act({k: v for k, v in action(device_id=spelled).items() if k != "at"})
+    (first,) = sent
+    assert first.key == EUI.encode()
+    sends = await act(record(1, orjson.loads(first.value), key=first.key), by_address)
+    if registered != EUI:
+        (onward,) = sends
+        assert (onward.topic, onward.key, onward.partition) == (topics.ALARM_ACTIONS, registered.encode(), None)
+        line = orjson.loads(onward.value)
+        sends = await act(record(2, line, key=onward.key), home)
+        # What a crash has sent on twice is done once.
+        assert await act(record(3, line, key=onward.key), home) == []
+    assert told(sends) == [("acknowledged", "acknowledged")]
+    (answer,) = lines(sends, topics.ALARM_ANSWERS)
+    assert (answer["action_id"], answer["device_id"], answer["outcome"]) == (action_id, registered, "done")
+    assert [x["device_id"] for x in standing(sends)] == [registered]
+
+
+async def test_an_alarm_of_a_device_that_is_gone_can_be_acted_on_by_any_spelling():
+    stage = Stage()
+    upper = EUI.upper()
+    stage.world.devices[upper] = {**stage.world.devices["dev-1"], "device_id": upper}
+    home, by_address = partition_of(upper.encode(), 12), partition_of(EUI.encode(), 12)
+    raised = batch(topics.VALIDATED, record(1, value(1, 31, device=upper), key=upper.encode()), partition=home)
+    stage.world.carry_out(await stage.alarming.observe(raised), home)
+    stage.world.devices.clear()
+    stage.alarming.changed(upper)
+    given = record(1, action("comment", device_id=upper, comment="where is it?"), key=EUI.encode())
+    (onward,) = (await stage.alarming.act(batch(topics.ALARM_ACTIONS, given, partition=by_address))).sends
+    assert onward.key == upper.encode()
+    there = batch(topics.ALARM_ACTIONS, record(2, orjson.loads(onward.value), key=onward.key), partition=home)
+    sends = (await stage.alarming.act(there)).sends
+    assert lines(sends, topics.ALARM_ANSWERS)[0]["outcome"] == "done"
+
+
 async def test_an_action_on_a_device_without_rules_is_refused_and_leaves_nothing():
     stage = Stage()
     stage.world.devices.clear()
@@ -152,6 +233,32 @@ async def test_a_changed_rule_counts_from_the_next_batch():
     sends = await stage.readings(record(2, value(2, 29)))
     assert told(sends) == [("raised", "unacknowledged")]
     assert lines(sends, topics.ALERTS)[0]["threshold"] == 25
+
+
+async def test_a_device_whose_datatype_is_another_one_is_watched_by_that():
+    stage = Stage()
+    off = {
+        "name": "off",
+        "component_type": "temp",
+        "kind": "deviation",
+        "severity": "minor",
+        "setpoint": 350,
+        "threshold": 30,
+    }
+    offer(stage.world.documents, "rule", **off)
+    other = partition_of(b"dev-2", 12)
+    for name, more in (("dev-1", {"datatypes": {"temp": {"circular": 360}}}), ("dev-2", {})):
+        stage.world.devices[name] = {
+            "device_id": name,
+            "rev": 1,
+            "type": "box",
+            "enabled": True,
+            "rules": {"off": {}},
+            **more,
+        }
+    assert told(await stage.readings(record(1, value(1, 10)))) == []
+    straight = batch(topics.VALIDATED, record(1, value(1, 10, device="dev-2"), key=b"dev-2"), partition=other)
+    assert told((await stage.alarming.observe(straight)).sends) == [("raised", "unacknowledged")]
 
 
 async def test_the_state_says_where_the_alarm_stands():
@@ -190,6 +297,19 @@ async def test_a_normal_alarm_that_is_shelved_stands_too():
     assert shelved["shelved_until"] == T + 560 * S
     later = message(9, {**reading(20), "quality": 1}, received_at=T + 561 * S)
     assert standing(await stage.readings(record(9, later))) == [None]
+
+
+@pytest.mark.parametrize("done", ["shelve", "out_of_service", "suppress"])
+async def test_what_a_rule_says_of_its_condition_is_not_said_of_a_normal_alarm(done: str):
+    stage = Stage()
+    hot = "temp at {value} {unit}, above {threshold}"
+    offer(stage.world.documents, "rule", **{**HOT, "message": hot})
+    more = {"duration_s": 3_000} if done == "shelve" else {}
+    (aside,) = standing(await stage.actions(record(1, action(done, **more))))
+    (over,) = standing(await stage.readings(record(1, value(1, 31))))  # nobody is told, and it holds
+    (under,) = standing(await stage.readings(record(2, value(2, 20))))
+    assert [one["message"] for one in (aside, over, under)] == ["", "temp at 31 °C, above 30", ""]
+    assert (aside["value"], over["value"]) == (None, 31)
 
 
 async def test_a_shelved_alarm_whose_rule_goes_stands_no_more():
@@ -395,3 +515,185 @@ async def test_a_shelf_that_ends_without_a_message_leaves_what_stands():
     assert standing(await stage.tick(39)) == []
     assert standing(await stage.tick(50)) == [None]
     assert standing(await stage.tick(51)) == []
+
+
+# --- clocks that are wrong
+
+
+@pytest.mark.parametrize("ahead_s", [3_600.0, 20 * 86_400.0])
+async def test_a_clock_that_was_ahead_for_a_moment_holds_up_no_deadline(ahead_s: float):
+    stage = Silent()
+    await stage.tick(0)
+    stage.world.clock.jump(ahead_s)
+    await stage.readings(record(1, value(1, 20)))
+    await stage.tick(ahead_s + 1)
+    stage.world.clock.jump(-ahead_s)
+    sends = [x for at in range(65, 200, 5) for x in told(await stage.tick(at))]
+    assert sends == [("raised", "unacknowledged")]
+
+
+async def test_a_shelf_ends_after_its_duration_whatever_clock_the_operator_has():
+    stage = Stage()
+    await stage.readings(record(1, value(1, 31)))
+    ahead = action("shelve", duration_s=60, at=stage.world.clock.now_us() + 20 * 86_400 * S)
+    effects = await stage.alarming.act(batch(topics.ALARM_ACTIONS, record(1, ahead), partition=PARTITION))
+    (shelved,) = standing(stage.world.carry_out(effects, PARTITION))
+    assert shelved["shelved_until"] == stage.world.clock.now_us() + 60 * S
+
+
+# --- what nothing watches any more
+
+
+class Watched(Silent):
+    """A stage with an alarm that stands; ticks pass on both of its clocks."""
+
+    removed: set[str]
+
+    def restart(self) -> None:
+        self.removed = getattr(self, "removed", set())
+        self.alarming = Alarming(
+            StateTable(self.world, "a"),
+            self.world.known,
+            self.world.documents,
+            live(alarm={"settle_s": self.settle_s}),
+            self.world.clock,
+            removed=lambda _partition, device_id: device_id in self.removed,
+        )
+        self.first = True
+
+    async def pass_time(self, seconds: float, *, behind: bool = False) -> list[Any]:
+        """Ticks of five seconds; what was sent."""
+        sends = []
+        for _ in range(round(seconds / 5)):
+            self.world.clock.advance(5)
+            sends += await self.tick((self.world.clock.now_us() - T) / S, behind=behind)
+        return sends
+
+    async def raise_alarm(self, device: str = "dev-1") -> None:
+        sends = await self.readings(record(1, value(1, 31, device=device), key=device.encode()))
+        assert ("raised", "unacknowledged") in told(sends)
+
+    def change(self, what: str) -> None:
+        device, documents = self.world.devices["dev-1"], self.world.documents
+        if what == "device_disabled":
+            self.world.devices["dev-1"] = {**device, "enabled": False}
+        elif what == "device_removed":
+            del self.world.devices["dev-1"]
+            self.removed.add("dev-1")
+        elif what == "moved to another type":
+            offer(documents, "type", name="other", rules=[])
+            self.world.devices["dev-1"] = {**device, "type": "other", "rules": {}}
+        elif what == "rule_disabled":
+            offer(documents, "rule", **{**HOT, "enabled": False})
+        elif what == "rule_moved":
+            offer(documents, "rule", **{**HOT, "component_type": "humidity"})
+        else:
+            offer(documents, "rule", **{**HOT, "severity": "awful"})
+        if not what.startswith("rule"):
+            self.alarming.changed("dev-1")
+
+
+def ended(sends: list[Any]) -> list[tuple[str, str]]:
+    return [(x["transition"], x.get("reason", "")) for x in lines(sends, topics.ALERTS) if x["rule"] == "hot"]
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("device_disabled", "device_disabled"),
+        ("device_removed", "device_removed"),
+        ("moved to another type", "rule_removed"),
+        ("rule_disabled", "rule_disabled"),
+        ("rule_moved", "rule_moved"),
+        ("rule_unusable", "rule_unusable"),
+    ],
+)
+@pytest.mark.parametrize("restarts", [False, True])
+async def test_an_alarm_ends_by_itself_when_what_watched_it_is_gone(what: str, reason: str, restarts: bool):
+    stage = Watched()
+    await stage.tick(0)
+    await stage.raise_alarm()
+    stage.change(what)
+    if restarts:
+        stage.restart()
+    early = await stage.pass_time(GONE_AFTER_S - 5)
+    assert ended(early) == []
+    sends = await stage.pass_time(20)
+    assert ended(sends) == [("withdrawn", reason)]
+    assert None in standing(sends)
+    assert ended(await stage.pass_time(60)) == []
+
+
+async def test_a_device_that_is_registered_again_within_seconds_keeps_its_alarm():
+    stage = Watched()
+    await stage.tick(0)
+    await stage.raise_alarm()
+    document = stage.world.devices["dev-1"]
+    stage.change("device_removed")
+    await stage.pass_time(20)
+    stage.world.devices["dev-1"] = document
+    stage.removed.clear()
+    stage.alarming.changed("dev-1")
+    assert ended(await stage.pass_time(120)) == []
+    assert told(await stage.readings(record(2, value(2, 20))))[-1] == ("cleared", "returned_unacknowledged")
+
+
+async def test_a_device_that_is_merely_not_known_keeps_its_alarm_and_people_can_act_on_it():
+    stage = Watched()
+    await stage.tick(0)
+    await stage.raise_alarm()
+    del stage.world.devices["dev-1"]
+    stage.alarming.changed("dev-1")
+    assert ended(await stage.pass_time(120)) == []
+    assert told(await stage.actions(record(1, action()))) == [("acknowledged", "acknowledged")]
+    assert told(await stage.actions(record(2, action("clear")))) == [("withdrawn", "normal")]
+
+
+async def test_a_tick_that_crashes_ends_the_alarm_again_with_the_same_id():
+    stage = Watched()
+    await stage.tick(0)
+    await stage.raise_alarm()
+    stage.change("device_disabled")
+    await stage.pass_time(GONE_AFTER_S)
+    stage.world.clock.advance(5)
+    at = (stage.world.clock.now_us() - T) / S
+    first = lines(await stage.tick(at, crash=True), topics.ALERTS)
+    again = lines(await stage.tick(at), topics.ALERTS)
+    assert [x["transition"] for x in first] == ["withdrawn"]
+    assert first == again
+
+
+async def test_a_changed_rule_of_many_devices_is_seen_to_in_ticks_that_follow_at_once():
+    stage = Watched()
+    await stage.tick(0)
+    names = [f"many-{i}" for i in range(2 * CHECKED_A_TICK_MAX + 5)]
+    for name in names:
+        stage.world.devices[name] = {**stage.world.devices["dev-1"], "device_id": name}
+    await stage.readings(*(record(i, value(i, 31, at=1, device=name)) for i, name in enumerate(names)))
+    await stage.pass_time(30)
+    stage.change("rule_disabled")
+    counts = []
+    for _ in range(4):
+        effects = await stage.alarming.tick(Tick(PARTITION, stage.world.clock.now_us(), False, True))
+        stage.world.carry_out(effects, PARTITION)
+        counts.append(stage.alarming.tick_s() < 1)
+    assert counts[:2] == [True, True]
+    stage.world.clock.advance(GONE_AFTER_S)
+    found = []
+    for _ in range(4):
+        effects = await stage.alarming.tick(Tick(PARTITION, stage.world.clock.now_us(), False, True))
+        found.append(len(lines(stage.world.carry_out(effects, PARTITION), topics.ALERTS)))
+    assert found == [CHECKED_A_TICK_MAX, CHECKED_A_TICK_MAX, 5, 0]
+
+
+async def test_an_action_on_what_is_listed_and_nothing_is_known_of_takes_it_off_the_list():
+    stage = Stage()
+    stage.world.devices.clear()
+    sends = await stage.actions(record(1, action(alarm_id="f" * 32)))
+    assert errors(sends) == [
+        (
+            "action_invalid",
+            "acknowledge of rule 'hot' is refused: the occurrence is over, or another one has taken its place",
+        )
+    ]
+    assert standing(sends) == [None]

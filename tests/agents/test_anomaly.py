@@ -11,11 +11,11 @@ import pytest
 from quality_support import S, StateTable, World, batch, catalogue, errors, lines, live, message, offer, reading, record
 
 from preservarium import topics
-from preservarium.detection import Detection
-from preservarium.domain.anomaly import Detector, detector_of, judge, new_series
-from preservarium.domain.errors import Fatal
-from preservarium.domain.quality import compile_checks
-from preservarium.river_models import MODELS_PER_DEVICE_MAX, RiverModel
+from preservarium.domain.quality.anomaly import Detector, detector_of, judge, new_series
+from preservarium.domain.quality.checks import compile_checks
+from preservarium.errors import Fatal
+from preservarium.stages.anomaly import Detection
+from preservarium.stages.river_models import MODELS_PER_DEVICE_MAX, RiverModel
 
 TEMP: dict[str, Any] = {
     "name": "temp", "kind": "number", "unit": "°C", "tests": {"anomaly": {"warm_up": 50, "window": 32, "seasonal": False}},

@@ -2,15 +2,19 @@
 
 from typing import Any
 
+import orjson
 import pytest
 from quality_support import S, T, World, batch, catalogue, errors, lines, live, message, offer, reading, record
 
 from preservarium import topics
-from preservarium.commanding import DOWNLINKS_A_TURN_MAX, PATIENCE_US, Commanding
-from preservarium.domain.commands import LINE_BYTES_MAX, MEMORY_S, downlink_id
-from preservarium.domain.errors import Retry
-from preservarium.publish import partition_of
-from preservarium.stage import Tick
+from preservarium.connectors.base import report_send
+from preservarium.domain.commands.device import MEMORY_S, downlink_id
+from preservarium.domain.commands.lines import LINE_BYTES_MAX
+from preservarium.errors import Retry
+from preservarium.operations.command_desk import CommandDesk
+from preservarium.stages.commands import DOWNLINKS_A_TURN_MAX, PATIENCE_US, Commanding
+from preservarium.streaming.publish import partition_of
+from preservarium.streaming.stage import Tick
 
 PARTITION = partition_of(b"dev-1", 12)
 KIND: dict[str, Any] = {"name": "box", "manufacturer": "m", "parser": "p", "downlink": {"timeout_s": 60}}
@@ -257,6 +261,58 @@ async def test_a_line_that_is_keyed_wrongly_touches_no_state():
     sends = await stage.lines(record(1, request(), key=b"other"), partition=other)
     assert [e[0] for e in errors(sends)] == ["command_invalid"]
     assert stage.table.rows == {}
+
+
+EUI = "70b3d57ed0aa0001"
+
+
+@pytest.mark.parametrize("registered", [EUI, "70B3D57ED0AA0001", "70-B3-D5-7E-D0-AA-00-01"])
+@pytest.mark.parametrize("spelled", [EUI, "70B3D57ED0AA0001", "70:b3:d5:7e:d0:aa:00:01"])
+async def test_a_report_finds_its_device_however_the_network_spells_it(registered, spelled):
+    stage = Stage()
+    for name in {registered, spelled, EUI}:
+        stage.world.devices[name] = {"device_id": registered, "rev": 1, "type": "box", "enabled": True}
+    home, by_address = partition_of(registered.encode(), 12), partition_of(EUI.encode(), 12)
+    asked = request(device_id=registered)
+    sends = await stage.lines(record(1, asked, key=registered.encode()), partition=home)
+    (downlink,) = lines(sends, topics.DOWNLINKS)
+    # As the connectors send it: by the canonical form of the address.
+    report = report_send({**sent_report(downlink), "device_id": spelled})
+    assert report.key == EUI.encode()
+    sends = await stage.lines(record(2, orjson.loads(report.value), key=report.key), partition=by_address)
+    if registered != EUI:
+        (onward,) = sends
+        assert (onward.topic, onward.key, onward.partition) == (topics.COMMANDS, registered.encode(), None)
+        sends = await stage.lines(record(3, orjson.loads(onward.value), key=onward.key), partition=home)
+    assert told(sends)[0] == ("publish", "sent")
+    assert {e["device_id"] for e in lines(sends, topics.COMMAND_EVENTS)} == {registered}
+
+
+@pytest.mark.parametrize("registered", [EUI, "70B3D57ED0AA0001"])
+@pytest.mark.parametrize("spelled", [EUI, "70B3D57ED0AA0001", "70:b3:d5:7e:d0:aa:00:01"])
+async def test_people_ask_a_device_however_they_spell_it(registered, spelled):
+    stage = Stage()
+    for name in {registered, spelled, EUI}:
+        stage.world.devices[name] = {"device_id": registered, "rev": 1, "type": "box", "enabled": True}
+    home, by_address = partition_of(registered.encode(), 12), partition_of(EUI.encode(), 12)
+    sent: list[Any] = []
+
+    async def publish(sends: Any) -> None:
+        sent.extend(sends)
+
+    made = await CommandDesk(publish, stage.world.clock).request(
+        spelled, {"payload": {"x": 1}, "actor": "ann", "idempotency_key": "k"}
+    )
+    assert sent[0].key == EUI.encode()
+    sends = await stage.lines(record(1, orjson.loads(sent[0].value), key=sent[0].key), partition=by_address)
+    if registered != EUI:
+        (onward,) = sends
+        assert onward.key == registered.encode()
+        sends = await stage.lines(record(2, orjson.loads(onward.value), key=onward.key), partition=home)
+    assert told(sends)[0] == ("request", "queued")
+    assert {(e["device_id"], e["command_id"]) for e in lines(sends, topics.COMMAND_EVENTS)} == {
+        (registered, made["command_id"])
+    }
 
 
 async def test_reports_of_nothing_are_nobodys_fault():

@@ -13,9 +13,9 @@ from notice_support import US, event, transition
 from quality_support import World, batch, catalogue, errors, lines, live, record
 
 from preservarium import topics
-from preservarium.domain.errors import Reject, Retry
 from preservarium.domain.notices import Inbox, Policy
 from preservarium.embedded.service import free_port
+from preservarium.errors import Reject, Retry
 from preservarium.notices.channel import Notice, RefusedForNow
 from preservarium.notices.chat import AppriseChannel
 from preservarium.notices.grouping import Policies
@@ -26,6 +26,8 @@ from preservarium.notices.webhook import WebhookChannel, key_of
 pytestmark = pytest.mark.filterwarnings("ignore:'imghdr':DeprecationWarning")
 
 SECRET = "0123456789abcdef"
+#: The servers of these tests are on this machine, where notices do not go unasked.
+LOOPBACK = {"private_destinations": "127.0.0.0/8"}
 
 
 class Endpoint:
@@ -75,7 +77,7 @@ class Hook:
     def __init__(self, address: str, **settings: Any) -> None:
         hook = {"name": "hook", "channel": "webhook", "address": address}
         self.world = World(catalogue(("recipient", hook)))
-        self.live = live(notices={"webhook_secret": SECRET, "endpoint_timeout_s": 2, **settings})
+        self.live = live(notices={"webhook_secret": SECRET, "endpoint_timeout_s": 2, **LOOPBACK, **settings})
         self.channel = WebhookChannel(self.live, lambda line, _to: f"https://x/{line['alarm_id']}", self.world.clock)
         documents, clock = self.world.documents, self.world.clock
         self.notifier = Notifier("notify-endpoints", {"webhook": self.channel}, documents, self.live, clock)
@@ -228,6 +230,21 @@ async def test_what_stands_in_an_address_is_not_told():
     assert "secret-path" not in str(told.value)
 
 
+async def test_a_private_receiver_is_told_of_by_the_setting_that_lets_it_be_reached(endpoint: Endpoint):
+    hook = Hook(endpoint.url, private_destinations="", endpoint_retry_s=60)
+    for _ in range(2):
+        with pytest.raises(Retry, match=r"127.0.0.1 is loopback.*PRESERVARIUM_NOTICES__PRIVATE_DESTINATIONS"):
+            await hook.run(delivery())
+    hook.world.clock.advance(60)
+    ((code, why),) = errors(await hook.run(delivery()))
+    assert (code, "PRESERVARIUM_NOTICES__PRIVATE_DESTINATIONS" in why, endpoint.requests) == (
+        "notice_refused",
+        True,
+        [],
+    )
+    await hook.channel.close()
+
+
 async def test_without_a_secret_nothing_goes_out_unsigned(endpoint: Endpoint):
     hook = Hook(endpoint.url, webhook_secret="")
     with pytest.raises(RefusedForNow, match="PRESERVARIUM_NOTICES__WEBHOOK_SECRET"):
@@ -244,7 +261,7 @@ async def test_mail_is_none_of_this_stages_business(hook: Hook):
 
 
 def chat() -> AppriseChannel:
-    settings = live(notices={"endpoint_timeout_s": 5})
+    settings = live(notices={"endpoint_timeout_s": 5, **LOOPBACK})
     return AppriseChannel(settings, Policies(catalogue(), settings).zone_of, lambda _line, _to: None)
 
 

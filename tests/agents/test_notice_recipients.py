@@ -8,9 +8,10 @@ from notice_support import US, S
 from quality_support import World, batch, catalogue, errors, lines, live, offer, record
 
 from preservarium import topics
-from preservarium.domain.device_alarms import DeviceAlarms, parse_action
+from preservarium.domain.alarms.action import parse_action
+from preservarium.domain.alarms.device import DeviceAlarms
+from preservarium.domain.alarms.rules import compile_rules
 from preservarium.domain.notices import Inbox, Policy
-from preservarium.domain.rules import compile_rules
 from preservarium.notices.routing import Router
 
 DEVICE: Any = {"device_id": "dev-1", "rev": 1, "type": "t", "enabled": True, "meta": {"area": "roof"}}
@@ -135,13 +136,16 @@ async def test_one_address_under_another_name_is_told_once():
 
 
 @pytest.mark.parametrize("changes", [1, 3])
-async def test_a_rule_that_goes_is_not_repeated_to_anybody(changes: int):
+async def test_who_was_told_of_an_alarm_hears_that_its_rule_is_gone_and_nothing_is_repeated(changes: int):
     site = Site(recipients=["ops"], levels=LEVELS)
     await site.reads(31)
+    told = {"ops"}
     for name in ["night", "boss", "ops"][: changes - 1]:
         site.rule(recipients=[name], levels=LEVELS)
         await site.reads(45)
         await site.reads(35)
+        told.add(name)
     site.rule()
+    assert await site.reads(31) == {name: [("cleared", True)] for name in told}
     assert await site.reads(31) == {}
     assert site.waiting() == []

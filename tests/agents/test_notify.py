@@ -10,13 +10,13 @@ from notice_support import US, Memory, transition
 from quality_support import World, batch, catalogue, errors, lines, live, offer, record
 
 from preservarium import metrics, topics
-from preservarium.domain.errors import Retry
 from preservarium.embedded.service import free_port
+from preservarium.errors import Retry
 from preservarium.notices.grouping import Grouping, Policies
 from preservarium.notices.mail import MailChannel
 from preservarium.notices.outbox import Notifier
 from preservarium.notices.routing import Router
-from preservarium.stage import Tick
+from preservarium.streaming.stage import Tick
 
 _open: list[MailChannel] = []
 
@@ -104,7 +104,7 @@ async def test_every_transition_is_told_once(smtp: Any):
     assert count("sent") - before == 2
     assert [m.get_content_type() for m in smtp.messages[0].iter_parts()] == ["text/plain", "text/html"]
     assert [(r["outcome"], r["recipient"], r["address"], r["attempts"], r["transitions"]) for r in stage.receipts] == [
-        ("sent", "ops", "ops@example.org", 1, [transition(n)["transition_id"]]) for n in (1, 2)
+        ("sent", "ops", "ops@example.org", 1, [line["transition_id"]]) for line in (transition(1), cleared)
     ]
     assert all(r["answer"].startswith("250 ") for r in stage.receipts)
     assert f"<{stage.receipts[0]['delivery_id']}@localhost>" == smtp.messages[0]["Message-ID"]

@@ -7,12 +7,12 @@ from typing import Any
 import orjson
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quality_support import S, StateTable, World, batch, catalogue, lines, live, message, reading, record
+from quality_support import S, StateTable, T, World, batch, catalogue, lines, live, message, reading, record
 
 from preservarium import topics
-from preservarium.aggregation import Aggregation
-from preservarium.stage import Tick
-from preservarium.validation import Validation
+from preservarium.stages.aggregate import Aggregation
+from preservarium.stages.validate import Validation
+from preservarium.streaming.stage import Tick
 
 PARTITION = 3
 LATENESS_S = 30
@@ -223,11 +223,11 @@ async def test_a_device_may_have_a_lateness_of_its_own():
 async def test_a_message_sent_twice_passes_without_its_readings():
     pipeline = Pipeline(lateness_s=0)
     first, again = (standardized(offset, 1.0, {"temp": 20.0, "meter": 1}) for offset in (0, 1))
-    other = standardized(2, 1.0, {"temp": 21.0, "meter": 1})
+    other = standardized(2, 2.0, {"temp": 21.0, "meter": 1})
     given_readings = orjson.loads(orjson.dumps(again["readings"]))
     for one in (first, again, other):
         await pipeline.run(pipeline.put([[one]]))
-    assert [len(m["readings"]) for m in pipeline.released] == [2, 0, 2]
+    assert [len(m["readings"]) for m in pipeline.released] == [2, 0, 3]  # with what the meter consumed
     assert pipeline.released[1]["repeated"] == given_readings
 
 
@@ -252,4 +252,45 @@ async def test_without_a_clock_of_its_own_nothing_is_a_repeat():
     for offset in (0, 1):
         one = {**standardized(offset, 1.0, {"temp": 20.0, "meter": 1}), "clock": "received"}
         await pipeline.run(pipeline.put([[one]]))
-    assert [len(m["readings"]) for m in pipeline.released] == [2, 2]
+    assert [len(m["readings"]) for m in pipeline.released] == [2, 3]  # with what the meter consumed
+    first, second = pipeline.released
+    assert second["timestamp"] == first["timestamp"] + 1
+    assert second["moved_from"] == first["timestamp"]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=8),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=60, deadline=None)
+def test_messages_without_a_time_of_their_own_keep_their_order_and_each_its_row(records, random):
+    """However many share a ms of Kafka's, however they are cut into batches, wherever it crashes."""
+    at = sorted(ms for of_record in records for ms in of_record)
+    places = iter(at)
+    sent = [[next(places) for _ in of_record] for of_record in records]
+
+    def run(cuts: bool) -> list[tuple[int, int]]:
+        async def work() -> list[tuple[int, int]]:
+            pipeline = Pipeline(lateness_s=0)
+            lines_of, offset = [], 0
+            for of_record in sent:
+                lines_of.append([
+                    {**standardized(offset + n, ms / 1_000, {"temp": 20.0, "meter": 1}), "clock": "received"}
+                    for n, ms in enumerate(of_record)
+                ])  # fmt: skip
+                offset += len(of_record)
+            waiting = pipeline.put(lines_of)
+            while waiting:
+                count = random.randint(1, len(waiting)) if cuts else len(waiting)
+                await pipeline.run(waiting[:count], crash=cuts and random.random() < 0.3)
+                waiting = waiting[count:]
+            return [(m["raw_offset"], m["timestamp"]) for m in {m["raw_offset"]: m for m in pipeline.released}.values()]
+
+        return asyncio.run(work())
+
+    whole = run(cuts=False)
+    assert whole == run(cuts=True)
+    instants = [at for _, at in sorted(whole)]
+    assert len(whole) == len(at)
+    assert instants == sorted(set(instants))
+    assert all(0 <= given - ms * 1_000 - T < 1_000 for given, ms in zip(instants, at, strict=True))

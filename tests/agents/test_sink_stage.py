@@ -5,8 +5,8 @@ import pytest
 from sink_support import NOW_US, FakeRecord, batch, live, message, record
 
 from preservarium import topics
-from preservarium.domain.errors import Retry
-from preservarium.sink import LegacySink, ReadingSink
+from preservarium.errors import Retry
+from preservarium.stages.sink import LegacySink, ReadingSink
 from preservarium.stores.memory import MemoryStore
 
 T = topics.VALIDATED.name

@@ -7,9 +7,9 @@ import pytest
 from quality_support import StateTable, World, batch, catalogue, errors, lines, live, message, offer, reading, record
 
 from preservarium import topics
-from preservarium.domain.errors import Fatal, Retry
-from preservarium.stage import RECORDS_A_TURN
-from preservarium.validation import Validation
+from preservarium.errors import Fatal, Retry
+from preservarium.stages.validate import Validation
+from preservarium.streaming.stage import RECORDS_A_TURN
 
 TEMP: dict[str, Any] = {"name": "temp", "kind": "number", "unit": "°C", "fail_span": {"min": -40, "max": 85}}
 STEEP: dict[str, Any] = {**TEMP, "name": "steep", "tests": {"rate_of_change": {"threshold": 1}}}

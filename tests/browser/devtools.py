@@ -81,9 +81,9 @@ class Page:
         await self.call("Page.navigate", url=url)
         await self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
 
-    async def size(self, width, height, *, mobile=False):
+    async def size(self, width, height, *, mobile=False, scale=1):
         await self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=mobile
         )
 
     async def scheme(self, name):
@@ -98,8 +98,9 @@ class Page:
                 parameters["windowsVirtualKeyCode"] = VIRTUAL_KEYS[key]
             await self.call("Input.dispatchKeyEvent", **parameters)
 
-    async def screenshot(self, path: Path):
-        shot = await self.call("Page.captureScreenshot", captureBeyondViewport=True)
+    async def screenshot(self, path: Path, *, whole=True):
+        """The whole page, or what is seen of it at once."""
+        shot = await self.call("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(shot["data"]))
 
     async def close(self):

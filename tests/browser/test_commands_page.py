@@ -17,12 +17,12 @@ from worker_support import ROOT
 
 from preservarium.__main__ import cli
 from preservarium.clock import SystemClock
-from preservarium.command_desk import CommandDesk
 from preservarium.console.commands import Commands
 from preservarium.console.tables import TableReader
 from preservarium.console.views import Console
-from preservarium.domain.commands import State
-from preservarium.domain.errors import Retry
+from preservarium.domain.commands.machine import State
+from preservarium.errors import Retry
+from preservarium.operations.command_desk import CommandDesk
 from preservarium.settings import Commands as CommandSettings
 from preservarium.settings import Web
 

@@ -17,8 +17,8 @@ from preservarium.console.operators import Operators
 from preservarium.console.tables import TableReader
 from preservarium.console.views import Console
 from preservarium.console.workers import Workers
-from preservarium.domain.errors import Retry
-from preservarium.operating import Board, Desk
+from preservarium.errors import Retry
+from preservarium.operations.alarm_board import Board, Desk
 from preservarium.settings import Web
 
 pytestmark = pytest.mark.browser
@@ -92,6 +92,8 @@ async def site():
     reads = Reads()
     report = {
         "problems": [],
+        "kafka": {"state": "up", "detail": ""},
+        "topics": [],
         "assignment": {"iot_raw_data": [0]},
         "recovering": False,
         "rebalancing": False,
@@ -187,6 +189,24 @@ async def test_the_page_shows_what_the_views_say(page, site):
     await page.scheme("dark")
     await shot(page, "dark.png")
     assert page.logged == []
+
+
+async def test_where_there_are_operators_the_overview_is_theirs(page, site):
+    site.settings.web = Web(operators="ann:s3cret")
+    await page.go(site.url)
+    await page.until("!document.getElementById('login').hidden")
+    assert await page.js("document.getElementById('health').innerText") == "for operators"
+    assert await page.js("document.getElementById('banner').hidden")
+    await page.js(
+        "document.getElementById('l-token').value = 's3cret'; document.querySelector('#login button').click()"
+    )
+    await page.until(
+        "document.getElementById('login').hidden && document.querySelectorAll('#device-rows tr').length > 5"
+    )
+    assert (
+        await page.js("sessionStorage.getItem('operator-token') + localStorage.getItem('operator-token')")
+        == "s3cretnull"
+    )
 
 
 async def test_names_and_messages_are_text_and_never_markup(page, site):

@@ -29,6 +29,7 @@ class UnderTest:
         if isinstance(self.store, MemoryStore):
             found = [{c: row[c] for c in COLUMNS} for row in self.store.rows.values()]
         else:
+            await self.store.maintain()  # what is staged
             rows = await fetch(self.dsn, f"SELECT {', '.join(COLUMNS)} FROM iot_measurements")
             found = [dict(row) for row in rows]
             for row in found:
@@ -39,10 +40,16 @@ class UnderTest:
         )
 
 
-@pytest.fixture(params=["memory", "postgres"])
-def target(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(params=["memory", "postgres", "late"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """The fake, the real store, or that with every row older than the compression horizon."""
+    return request.param
+
+
+@pytest.fixture
+def target(kind: str, request: pytest.FixtureRequest) -> Iterator[str]:
     """DSN of the real store; empty for the fake."""
-    if request.param == "memory":
+    if kind == "memory":
         yield ""
     else:
         with migrated_database(request.getfixturevalue("postgres")) as dsn:
@@ -50,7 +57,16 @@ def target(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
-async def under_test(target: str) -> AsyncIterator[UnderTest]:
-    store = TimescaleStore(live(postgres={"url": target})) if target else MemoryStore()
+async def under_test(kind: str, target: str) -> AsyncIterator[UnderTest]:
+    store = MemoryStore() if kind == "memory" else made(target, late=kind == "late")
     yield UnderTest(store, target)
     await store.close()
+
+
+def made(dsn: str, *, late: bool) -> TimescaleStore:
+    """The real store."""
+    settings = live(postgres={"url": dsn})()
+    if late:
+        sink = settings.sink.model_copy(update={"compress_after_days": -2})  # beyond what is stored of the future
+        settings = settings.model_copy(update={"sink": sink})
+    return TimescaleStore(lambda: settings, late_lane=late)

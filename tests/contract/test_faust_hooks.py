@@ -1,11 +1,12 @@
 """The private parts of Faust, mode and aiokafka that we lean on: an upgrade that moves one fails here, by name.
 
-Each test says what preservarium/transport.py, state.py, publish.py or engine.py needs to be true.
+Each test says what preservarium/streaming/transport.py, state.py, publish.py or app.py needs to be true.
 """
 
 import asyncio
 import importlib.metadata
 import inspect
+import re
 from typing import Any
 
 import aiokafka
@@ -19,9 +20,11 @@ from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.consumer.subscription_state import Assignment, SubscriptionState, TopicPartitionState
 from aiokafka.producer.message_accumulator import BatchBuilder, MessageAccumulator
 from aiokafka.producer.sender import Sender
+from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from aiokafka.record.memory_records import MemoryRecords
 from faust.app.base import App
+from faust.assignor.partition_assignor import PartitionAssignor
 from faust.stores import memory, rocksdb
 from faust.tables.manager import TableManager
 from faust.tables.recovery import Recovery
@@ -33,7 +36,7 @@ from faust.transport.drivers import TRANSPORTS
 from faust.transport.drivers import aiokafka as driver
 from mode.threads import QueueServiceThread
 
-from preservarium import kafka_clients
+from preservarium.streaming import kafka_clients
 
 
 def source(thing: Any) -> str:
@@ -72,6 +75,12 @@ def test_versions_are_the_pinned_ones() -> None:
         (rocksdb.Store.set_persisted_offset, ["self", "tp", "offset"]),
         (Recovery.flush_buffers, ["self"]),
         (GroupCoordinator.check_errors, ["self"]),
+        (Fetcher._proc_fetch_request, ["self", "assignment", "node_id", "request"]),
+        (
+            driver.AIOKafkaConsumerThread._fetch_records,
+            ["self", "consumer", "active_partitions", "timeout", "max_records"],
+        ),
+        (driver.AIOKafkaConsumerThread.highwater, ["self", "tp"]),
         (SubscriptionState.seek, ["self", "tp", "offset"]),
         (BatchBuilder.append, ["self", "timestamp", "key", "value", "headers"]),
     ],
@@ -196,6 +205,66 @@ def test_aiokafka_positions() -> None:
     assert list(inspect.signature(Assignment.state_value).parameters) == ["self", "tp"]
 
 
+def test_aiokafka_takes_the_isolation_level_when_it_starts() -> None:
+    assert "isolation_level=self._isolation_level" in source(AIOKafkaConsumer.start)
+    assert "self._isolation_level = isolation_level" in source(AIOKafkaConsumer.__init__)
+    assert "isolation_level=isolation_level" in source(driver.AIOKafkaConsumerThread._create_worker_consumer)
+    # And asks with it where a partition ends.
+    assert "OffsetRequest(-1, self._isolation_level" in source(Fetcher._proc_offset_request)
+
+
+def test_aiokafka_moves_a_position_over_what_holds_no_record() -> None:
+    parse = source(PartitionRecords._unpack_records)
+    assert parse.count("self.next_fetch_offset = next_batch.next_offset") == 3  # aborted, marker, end of a batch
+    assert "state.consumed_to(self._partition_records.next_fetch_offset)" in source(FetchResult._update_position)
+    # No wait between a position's change and the records that it belongs to.
+    taken = source(Fetcher.fetched_records)
+    assert "await" not in taken[taken.index("drained = {}") : taken.index("waiter = self._create_fetch_waiter()")]
+    assert source(AIOKafkaConsumer.getmany).endswith("return records")
+
+
+async def test_aiokafka_sends_every_fetch_and_every_heartbeat_through_what_we_wrap() -> None:
+    assert "self._proc_fetch_request(assignment, node_id, request)" in source(Fetcher._fetch_requests_routine)
+    assert "now_ms = int(1000 * time.time())" in source(Fetcher._proc_fetch_request)
+    assert "success = await self._do_heartbeat()" in source(GroupCoordinator._heartbeat_routine)
+    assert "return True" in source(GroupCoordinator._do_heartbeat)
+    consumer = AIOKafkaConsumer()
+    assert consumer._coordinator is None, "made by start()"
+    await consumer.stop()
+
+
+def test_aiokafka_has_these_tasks_and_connections() -> None:
+    """kafka_clients.stop cuts off what does not end."""
+    text = source(GroupCoordinator.__init__)
+    for name in ("_coordination_task", "_heartbeat_task", "_commit_refresh_task"):
+        assert f"self.{name} = " in text
+    assert "self._fetch_task = create_task(" in source(Fetcher.__init__)
+    assert "self._sync_task = create_task(" in source(AIOKafkaClient.bootstrap)
+    # A half-closed group member sends heartbeats for ever.
+    close = source(GroupCoordinator.close)
+    assert close.index("await self._coordination_task") < close.index("await self._stop_heartbeat_task()")
+
+
+def test_aiokafka_writes_to_a_connection_in_two_places() -> None:
+    """kafka_clients has both of them take a closed one for a broken one."""
+    writes = re.findall(r"def (\w+)|_writer\.(?:write|writelines)\(", source(AIOKafkaConnection))
+    assert writes.count("") == 2
+    for one in (AIOKafkaConnection.send, AIOKafkaConnection._send_sasl_token):
+        assert "self._writer.write(size + " in source(one)
+        assert "except OSError as err:" in source(one)
+
+
+def test_faust_asks_the_cluster_for_nothing_but_partitions_when_it_assigns() -> None:
+    text = source(PartitionAssignor._perform_assignment) + source(PartitionAssignor._get_copartitioned_groups)
+    assert set(re.findall(r"cluster\.(\w+)", text)) == {"partitions_for_topic"}
+    assert "self._perform_assignment(cluster, member_metadata)" in source(PartitionAssignor._assign)
+
+
+def test_metadata_can_be_asked_for_without_making_a_topic() -> None:
+    assert list(inspect.signature(MetadataRequest.__init__).parameters)[1:] == ["topics", "allow_auto_topic_creation"]
+    assert "self._topics = set(topics)" in source(AIOKafkaClient.set_topics)
+
+
 def test_aiokafka_drops_what_was_fetched_before_a_seek() -> None:
     text = source(Fetcher.seek_to)
     assert "self._records" in text
@@ -280,11 +349,42 @@ def test_recovery_attributes_for_applying_changelogs_in_batches() -> None:
     assert "table.apply_changelog_batch(buffer) buffer.clear()" in source(Recovery.flush_buffers)
 
 
-def test_our_scheme_is_registered() -> None:
-    import preservarium.transport
+def test_recovery_can_be_fenced() -> None:
+    """restoring.py: fences before the ends are asked for; tables open before streams resume."""
+    text = source(Recovery._restart_recovery)
+    order = [
+        text.index(step)
+        for step in (
+            '_build_highwaters)( consumer, assigned_active_tps, active_highwaters, "active"',
+            '_build_offsets)( consumer, assigned_active_tps, active_offsets, "active"',
+            "if self.need_recovery():",
+            "T(self.on_recovery_completed)(generation_id)",
+        )
+    ]
+    assert order == sorted(order)
+    assert "consumer.highwaters(*tps)" in source(Recovery._build_highwaters)
+    completed = source(Recovery.on_recovery_completed)
+    assert completed.index("call") < completed.index("consumer.resume_partitions(")
+    assert "self._recovery is None" in source(TableManager.recovery.fget)
+    assert "self.tables.recovery" not in source(Recovery.__init__)
 
-    assert TRANSPORTS.by_url("batch://localhost") is preservarium.transport.Transport
-    assert preservarium.transport.Transport.Consumer is preservarium.transport.BatchConsumer
+
+def test_our_store_is_the_one_that_tables_get() -> None:
+    from faust.stores import STORES
+
+    from preservarium.streaming.local_store import Store
+
+    assert STORES.by_name("state") is Store
+    # It is keyed by partition, is told of revoked ones, and opens a database in one place.
+    assert "self._open_for_partition(partition)" in source(rocksdb.Store._db_for_partition)
+    assert "self.revoke_partitions(self.table, revoked)" in source(rocksdb.Store.on_rebalance)
+
+
+def test_our_scheme_is_registered() -> None:
+    import preservarium.streaming.transport
+
+    assert TRANSPORTS.by_url("batch://localhost") is preservarium.streaming.transport.Transport
+    assert preservarium.streaming.transport.Transport.Consumer is preservarium.streaming.transport.BatchConsumer
 
 
 def test_records_are_parsed_when_they_are_taken_and_may_stay_so() -> None:

@@ -7,8 +7,8 @@ import orjson
 import pytest
 from sink_support import DAY_US, NOW_US, SECOND_US, message
 
-from preservarium.domain.errors import ReasonCode, Retry
-from preservarium.domain.stored import parse_messages
+from preservarium.domain.readings.stored import parse_messages
+from preservarium.errors import ReasonCode, Retry
 from preservarium.stores.base import Move, Moved
 
 T = "iot_validated_data"
@@ -97,14 +97,65 @@ async def test_writing_the_same_again_changes_nothing(under_test):
 async def test_a_stored_row_stays_and_new_ones_beside_it_are_stored(under_test):
     await under_test.store.write([message("a", 1.0)], {})
     result = await under_test.store.write([message("a", 2.0), message("b", 3.0)], {})
-    assert (result.accepted, result.duplicates) == (1, 1)
+    assert (result.accepted, result.duplicates, len(result.rejected)) == (1, 0, 1)
     assert [r["value"] for r in await under_test.rows()] == [1.0, 3.0]
 
 
-async def test_of_equal_keys_in_one_write_the_last_wins(under_test):
-    result = await under_test.store.write([message("a", 1.0), message("a", 2.0), message("a", 3.0)], {})
-    assert (result.accepted, result.duplicates) == (1, 2)
-    assert [r["value"] for r in await under_test.rows()] == [3.0]
+async def test_of_equal_keys_in_one_write_the_first_stays_and_other_values_are_told(under_test):
+    sent = [message("a", 1.0), message("a", 2.0), message("a", 1.0), message("a", 3.0), message("b", 5.0)]
+    told: list[Any] = []
+
+    async def tell(rejected):
+        told[:] = rejected
+
+    result = await under_test.store.write(sent, {}, before_commit=tell)
+    assert (result.accepted, result.duplicates) == (2, 1)
+    assert [r["value"] for r in await under_test.rows()] == [1.0, 5.0]
+    assert [(r.message, r.reading, r.code) for r in told] == [(1, 0, "same_instant"), (3, 0, "same_instant")]
+    assert result.rejected == told
+    assert "1.0 stands" in told[0].text
+
+
+async def test_another_value_of_an_instant_that_is_stored_is_told(under_test):
+    await under_test.store.write([message("a", 1.0), message("b", 2.0), message("c", {"value_text": "x"})], {})
+    result = await under_test.store.write(
+        [message("b", 2.0), message("a", 1.5), message("c", {"value_text": "y"}), message("d", 4.0)], {}
+    )
+    assert (result.accepted, result.duplicates) == (1, 1)
+    assert [(r.message, r.code) for r in result.rejected] == [(1, "same_instant"), (2, "same_instant")]
+    assert [r["value"] for r in await under_test.rows()] == [1.0, 2.0, None, 4.0]
+
+
+@pytest.mark.parametrize("replays", [0, 1, 2])
+async def test_second_values_are_told_whatever_was_written_before(under_test, replays):
+    stored = [message(f"d{i}", float(i), {"value_text": f"{i}"}) for i in range(9)]
+    await under_test.store.write(stored, {})
+    for _ in range(replays):
+        assert (await under_test.store.write(stored, {})).duplicates == 18
+    again = [*stored[:4], message("d4", 4.5, {"value_text": "4"}), message("d5", 5.0, {"value_text": "x"})]
+    result = await under_test.store.write([*again, message("d4", 4.5, at=NOW_US + 1), message("new", 1.0)], {})
+    assert (result.accepted, result.duplicates) == (2, 10)
+    assert [(r.message, r.reading, r.code) for r in result.rejected] == [(4, 0, "same_instant"), (5, 1, "same_instant")]
+    assert ["4.0 stands" in result.rejected[0].text, "'5' stands" in result.rejected[1].text] == [True, True]
+    # All of them stand: nothing is stored, and the second values are told all the same.
+    result = await under_test.store.write(again, {})
+    assert (result.accepted, result.duplicates, len(result.rejected)) == (0, 10, 2)
+    assert len(await under_test.rows()) == 20
+
+
+async def test_a_number_is_another_value_than_none_or_a_text(under_test):
+    await under_test.store.write([message("a", 1.0, {"value": None}, {"value_text": "1.0"}, {"value": None})], {})
+    again = message("a", {"value": None}, 0.0, 1.0, {"value": None})
+    result = await under_test.store.write([again], {})
+    assert (result.accepted, result.duplicates, [r.reading for r in result.rejected]) == (0, 1, [0, 1, 2])
+
+
+async def test_what_was_overwritten_on_purpose_is_no_second_value_when_it_comes_again(under_test):
+    await under_test.store.write([message("a", 1.0), message("b", 1.0)], {})
+    await under_test.store.write([verdict(7.0, 3, offset=2), message("b", 8.0, generation=1)], {})
+    result = await under_test.store.write([message("a", 1.0), message("b", 1.0)], {})
+    assert (result.accepted, result.duplicates, result.rejected) == (0, 2, [])
+    assert [r["value"] for r in await under_test.rows()] == [7.0, 8.0]
 
 
 async def test_a_later_generation_overwrites_and_an_earlier_one_does_not(under_test):

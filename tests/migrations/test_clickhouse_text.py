@@ -13,7 +13,8 @@ import pytest
 from clickhouse_connect.driver.exceptions import DatabaseError
 
 from preservarium.settings import load
-from preservarium.stores.migrate import _BOOKKEEPING_CLICKHOUSE, MIGRATIONS, parse_file, substitute
+from preservarium.stores.migrate import MIGRATIONS, parse_file, substitute
+from preservarium.stores.migrate.clickhouse import _BOOKKEEPING_CLICKHOUSE
 
 FILES = sorted((MIGRATIONS / "clickhouse").glob("*.sql"))
 LAYOUTS = {"server": "", "cluster": "main"}

@@ -2,9 +2,7 @@
 // sends actions, and says what became of them: the machine decides, and its answer is waited for.
 "use strict";
 
-const LIST_INTERVAL_MS = 2000;
 const HISTORY_INTERVAL_MS = 5000;
-const LIMIT = 50;
 // The machine answers within a second; a worker that starts takes longer.
 const ANSWER_S = 20;
 
@@ -34,15 +32,10 @@ const ALLOWED = {
   normal: ["shelve", "out_of_service"],
 };
 
-let nowUs = Date.now() * 1000;
 let state = "standing";
 let order = "priority";
 let query = "";
 const severities = new Set();
-const cursors = [""];
-let next = null;
-const rows = new Map();
-let opened = null;  // key of the alarm whose details are shown
 const pending = new Set();  // keys of alarms with an action under way
 const chosen = new Map();  // keys of the alarms with a check mark -> each as it was when it got it
 // What may be done to several alarms at once.
@@ -86,21 +79,16 @@ function row(alarm) {
   const key = keyOf(alarm);
   let entry = rows.get(key);
   if (!entry) {
-    entry = { row: el("tr", { class: "alarm", tabindex: "0" }), detail: null, key };
-    entry.cells = ["check", "severity", "state", "device", "what", "value num", "limit num", "age num", "do"].map((c) => el("td", { class: `c-${c}` }));
-    entry.row.append(...entry.cells);
+    entry = newEntry(key, ["check", "severity", "state", "device", "what", "value num", "limit num", "age num", "do"]);
     entry.check = el("input", { type: "checkbox", tabindex: "-1", "aria-label": `Select: ${alarm.device_name || alarm.device_id}, ${alarm.rule}` });
     entry.check.addEventListener("change", () => choose(entry, entry.check.checked));
     entry.cells[0].append(el("label", {}, entry.check));
-    entry.row.addEventListener("click", (event) => { if (!event.target.closest("button, a, label") && !String(getSelection())) toggle(entry); });
-    rows.set(key, entry);
   }
   const text = JSON.stringify(alarm) + pending.has(key) + (opened === key);
   entry.alarm = alarm;
   if (entry.text !== text) {
     entry.text = text;
     const [, severity, st, device, what, value, limit, , act] = entry.cells;
-    const focused = act.contains(document.activeElement) ? document.activeElement.dataset.action || "details" : null;
     const silent = ["shelved", "suppressed", "out_of_service"].includes(alarm.state);
     entry.row.className = `alarm ${alarm.severity} ${WAITING.has(alarm.state) ? "waiting" : silent ? "silent" : "answered"}${pending.has(key) ? " pending" : ""}`;
     severity.replaceChildren(severityMark(alarm.severity, alarm.state));
@@ -111,10 +99,8 @@ function row(alarm) {
     limit.textContent = measured(alarm.threshold, alarm.unit);
     const first = (ALLOWED[alarm.state] || [])[0];
     const second = first === "acknowledge" ? "shelve" : null;
-    const more = el("button", { type: "button", class: "details", "aria-expanded": String(opened === key), "aria-label": `Details: ${alarm.device_name || alarm.device_id}, ${alarm.rule}`, text: opened === key ? "Less" : "More" });
-    more.addEventListener("click", () => toggle(entry));
-    act.replaceChildren(...(state === PAST ? [] : [first && button(first, alarm, first === "acknowledge" ? "primary" : ""), second && button(second, alarm, "")]).filter(Boolean), more);
-    if (focused) (act.querySelector(focused === "details" ? ".details" : `[data-action="${focused}"]`) || more).focus();
+    const buttons = state === PAST ? [] : [first && button(first, alarm, first === "acknowledge" ? "primary" : ""), second && button(second, alarm, "")].filter(Boolean);
+    placeButtons(entry, act, `${alarm.device_name || alarm.device_id}, ${alarm.rule}`, buttons);
   }
   const since = alarm.occurred_at || alarm.transition_at;
   entry.cells[2].replaceChildren(...stateText(alarm));
@@ -123,11 +109,8 @@ function row(alarm) {
   return entry;
 }
 
-let shown = null;  // the page that is drawn
-
 function draw(page) {
   shown = page;
-  next = page.next_cursor;
   nowUs = page.at || Date.now() * 1000;
   const wanted = [];
   const kept = new Set();
@@ -137,34 +120,15 @@ function draw(page) {
     wanted.push(entry.row);
     if (opened === entry.key) wanted.push(detail(entry));
   }
-  const gone = [...rows.keys()].filter((key) => !kept.has(key));
-  const body = $("rows");
-  const at = [...body.querySelectorAll("tr.alarm")].indexOf(document.activeElement?.closest?.("tr.alarm"));
-  for (const key of gone) { rows.delete(key); if (opened === key) opened = null; }
+  place(wanted, kept);
   // What is no longer shown, or is another occurrence by now, is not what was chosen.
   for (const [key, alarm] of chosen) if (rows.get(key)?.alarm.alarm_id !== alarm.alarm_id) chosen.delete(key);
   drawChosen();
-  // Rows are moved only when the list changed, so that focus and selection stay where they are.
-  if (wanted.length !== body.children.length || wanted.some((r, i) => body.children[i] !== r)) {
-    const focused = document.activeElement;
-    body.replaceChildren(...wanted);
-    if (focused && focused !== document.body && !document.contains(focused)) (body.querySelectorAll("tr.alarm")[Math.min(Math.max(at, 0), page.alarms.length - 1)] || $("list")).focus();
-    else if (focused && focused !== document.activeElement && document.contains(focused)) focused.focus();
-  }
   $("total").textContent = page.total === null || page.total === undefined ? "" : count(page.total);
-  $("empty").hidden = page.alarms.length > 0;
-  $("empty").textContent = query || severities.size ? "No alarm is like that." : state === "waiting" ? "Nothing waits for anybody." : "No alarm is there.";
-  $("previous").disabled = cursors.length < 2;
-  $("next").disabled = !next;
-  $("page").textContent = cursors.length > 1 || next ? `page ${cursors.length}` : "";
-  $("clock").textContent = `${new Date(nowUs / 1000).toISOString().replace("T", " ").slice(0, 19)} UTC`;
+  drawn(page, query || severities.size ? "No alarm is like that." : state === "waiting" ? "Nothing waits for anybody." : "No alarm is there.");
   if (page.counts) drawCounts(page);
-  const live = $("live");
-  const [cls, text] = state === PAST ? ["", "from the database"] : page.source !== "kafka" ? ["warn", "from the database"] : page.complete === false ? ["warn", "may be old"] : ["good", "live"];
-  if (live.textContent !== text) live.textContent = text;
-  live.className = `pill ${cls}`;
-  $("note").hidden = !page.note;
-  $("note").textContent = page.note || "";
+  live(...(state === PAST ? ["", "from the database"] : page.source !== "kafka" ? ["warn", "from the database"] : page.complete === false ? ["warn", "may be old"] : ["good", "live"]));
+  note(page.note || "");
 }
 
 function drawCounts(page) {
@@ -225,11 +189,6 @@ function showRefusals(action, results) {
 
 // ---- details -------------------------------------------------------------------------------------------------------
 
-function toggle(entry) {
-  opened = opened === entry.key ? null : entry.key;
-  if (shown) draw(shown);
-}
-
 function detail(entry) {
   if (!entry.detail) {
     entry.facts = el("dl", { class: "facts" });
@@ -244,12 +203,10 @@ function detail(entry) {
   if (entry.detailText !== text) {
     entry.detailText = text;
     entry.all.replaceChildren(...(state === PAST ? [] : (ALLOWED[alarm.state] || []).map((action, i) => button(action, alarm, i ? "" : "primary"))));
-    const instant = (us) => (us ? `${new Date(us / 1000).toISOString().replace("T", " ").slice(0, 19)} UTC` : null);
-    const facts = [
+    drawFacts(entry.facts, [
       ["Raised", instant(alarm.occurred_at)], ["Noticed", instant(alarm.detected_at)], ["Returned", instant(alarm.cleared_at)], ["Shelved until", instant(alarm.shelved_until)],
       ["Quantity", alarm.component_type], ["Kind", alarm.kind], ["Severity", alarm.severity], ["Occurrence", alarm.alarm_id],
-    ];
-    entry.facts.replaceChildren(...facts.filter(([, v]) => v).flatMap(([k, v]) => [el("dt", { text: k }), el("dd", { text: v })]));
+    ]);
   }
   return entry.detail;
 }
@@ -259,7 +216,7 @@ async function loadHistory(entry) {
   try {
     const page = await get(`/api/alarms/${[a.device_id, a.rule, a.pin_position].map(encodeURIComponent).join("/")}?limit=50`);
     entry.history.replaceChildren(...(page.history && page.history.length ? page.history.map((h) => el("li", { class: h.reason ? "refused" : "" },
-      el("time", { datetime: new Date(h.at / 1000).toISOString(), text: new Date(h.at / 1000).toISOString().replace("T", " ").slice(0, 19) }),
+      el("time", { datetime: new Date(h.at / 1000).toISOString(), text: instant(h.at).slice(0, 19) }),
       el("span", {}, el("b", { text: h.name.replaceAll("_", " ") }), h.value !== null && h.value !== undefined && h.what === "transition" && h.name === "raised" ? ` at ${number(h.value)}` : "",
         h.actor ? ` by ${h.actor}` : "", h.reason ? ` – refused: ${h.reason}` : "", h.comment ? el("q", { text: h.comment }) : null),
       el("span", { class: "quiet", text: `${age(h.at, nowUs)} ago` })))
@@ -276,7 +233,6 @@ let before = null;
 function ask(action, alarm, several = null) {
   asked = { action, alarm, several };
   before = { key: several ? null : keyOf(alarm), action };
-  $("d-title").textContent = several ? `${ACTIONS[action][0]} ${several.length} ${several.length === 1 ? "alarm" : "alarms"}` : ACTIONS[action][1];
   const words = (a) => [severityMark(a.severity, a.state), el("span", { text: `${a.device_name || a.device_id} · ${a.message || a.rule}` })];
   $("d-about").classList.toggle("several", !!several);
   $("d-about").tabIndex = several ? 0 : -1;
@@ -285,28 +241,21 @@ function ask(action, alarm, several = null) {
   $("d-oneshot").checked = false;
   $("d-comment").value = "";
   $("d-optional").hidden = action === "comment";
-  $("d-actor").value = stored.get(localStorage, "operator");
-  $("d-token").value = stored.get(sessionStorage, "operator-token");
-  $("d-do").textContent = ACTIONS[action][0];
-  $("d-do").disabled = false;
-  fault("");
-  $("dialog").showModal();
+  openDialog(several ? `${ACTIONS[action][0]} ${several.length} ${several.length === 1 ? "alarm" : "alarms"}` : ACTIONS[action][1], ACTIONS[action][0]);
   const first = action === "comment" ? $("d-comment") : action === "shelve" ? document.querySelector("#d-choices input:checked") : $("d-actor").value ? $("d-do") : $("d-actor");
   first.focus();
 }
 
 async function send() {
   const { action, alarm, several } = asked;
-  const [actor, comment, token] = [$("d-actor").value.trim(), $("d-comment").value.trim(), $("d-token").value.trim()];
-  if (!actor && !token) { fault("Who are you? The name is kept with the action."); $("d-actor").focus(); return; }
+  const [who, comment] = [operator(), $("d-comment").value.trim()];
+  if (!isKnown(who, "action")) return;
   if (action === "comment" && !comment) { fault("A comment needs a text."); $("d-comment").focus(); return; }
-  stored.set(localStorage, "operator", actor);
-  stored.set(sessionStorage, "operator-token", token);
-  // The id is the sender's, so that a second try is the same action.
-  const id = asked.id ||= crypto.randomUUID?.() || `${Date.now()}-${Math.random().toString(36).slice(2)}`;
+  remember(who);
+  const id = asked.id ||= newId();
   const point = (a) => ({ device_id: a.device_id, rule: a.rule, pin_position: a.pin_position, ...(a.alarm_id ? { alarm_id: a.alarm_id } : {}) });
   const line = several ? { request_id: id, action, alarms: several.map(point), wait_s: BULK_WAIT_S } : { action_id: id, action, ...point(alarm) };
-  if (actor) line.actor = actor;
+  if (who.actor) line.actor = who.actor;
   if (comment) line.comment = comment;
   if (action === "shelve") {
     line.duration_s = Number(document.querySelector("#d-choices input:checked").value);
@@ -345,24 +294,12 @@ async function send() {
 // ---- asking --------------------------------------------------------------------------------------------------------
 
 async function list() {
-  const parameters = new URLSearchParams({ state, limit: String(LIMIT) });
+  const parameters = new URLSearchParams({ state });
   if (state !== PAST) parameters.set("sort", order);
   if (query) parameters.set("q", query);
   if (severities.size) parameters.set("severity", [...severities].join(","));
-  if (cursors.at(-1)) parameters.set("cursor", cursors.at(-1));
-  const text = parameters.toString();
-  lastAsked = text;
-  try {
-    const page = await get(`/api/alarms?${text}`);
-    if (text === lastAsked) draw(page);
-  } catch (e) {
-    $("live").className = "pill bad";
-    $("live").textContent = "no answer";
-    $("note").hidden = false;
-    $("note").textContent = `The list cannot be had: ${e.message}. What is shown may be old.`;
-  }
+  await askPage("/api/alarms", parameters);
 }
-let lastAsked = "";
 
 function restart() {
   cursors.length = 1;
@@ -409,44 +346,23 @@ const askList = poll(LIST_INTERVAL_MS, list);
 poll(HISTORY_INTERVAL_MS, async () => { const entry = rows.get(opened); if (entry && entry.detail) await loadHistory(entry); });
 
 $("sort").addEventListener("change", () => { order = $("sort").value; restart(); });
-$("next").addEventListener("click", () => { if (next) { cursors.push(next); chosen.clear(); list(); } });
-$("previous").addEventListener("click", () => { if (cursors.length > 1) { cursors.pop(); chosen.clear(); list(); } });
-let typing = 0;
-$("search").addEventListener("input", () => {
-  clearTimeout(typing);
-  typing = setTimeout(() => { query = $("search").value.trim(); restart(); }, 200);
-});
-$("search-form").addEventListener("submit", (event) => event.preventDefault());
-$("d-cancel").addEventListener("click", () => $("dialog").close());
-$("d-form").addEventListener("submit", (event) => { event.preventDefault(); send(); });
+onPage(() => { chosen.clear(); list(); });
+onSearch((text) => { query = text; restart(); });
 $("dialog").addEventListener("close", () => {
   const entry = before && rows.get(before.key);
   if (before && before.key === null) ($("bulk").hidden ? $("all") : document.querySelector(`[data-bulk="${before.action}"]`)).focus();
   if (entry) (entry.row.querySelector(`[data-action="${before.action}"]`) || entry.row).focus();
 });
-if (stored.get(sessionStorage, "operator-token")) $("d-login").hidden = false;
 
 const KEYS = { a: ["acknowledge"], s: ["shelve", "unshelve"], c: ["comment"], o: ["out_of_service", "return_to_service"] };
-document.addEventListener("keydown", (event) => {
-  if ($("dialog").open || event.ctrlKey || event.metaKey || event.altKey || /^(TEXTAREA|SELECT)$/.test(document.activeElement?.tagName ?? "") || document.activeElement?.matches("input:not([type=checkbox])")) return;
-  if (event.key === "/") { event.preventDefault(); $("search").focus(); return; }
-  const all = [...document.querySelectorAll("#rows tr.alarm")];
-  const at = all.indexOf(document.activeElement?.closest("tr.alarm"));
-  if (event.key === "ArrowDown" || event.key === "ArrowUp") {
-    const target = all[at < 0 ? 0 : at + (event.key === "ArrowDown" ? 1 : -1)];
-    if (target) { event.preventDefault(); target.focus(); }
-    return;
-  }
-  if (event.key === "Escape" && chosen.size) { chosen.clear(); drawChosen(); return; }
+onKeys((event) => {
+  if (event.key === "Escape" && chosen.size) { chosen.clear(); drawChosen(); return true; }
   // With a selection, the keys mean all of it, wherever the focus is.
-  if (chosen.size && KEYS[event.key]) {
-    const action = KEYS[event.key].find((name) => BULK.includes(name) && fit(name).length);
-    if (action) { event.preventDefault(); ask(action, null, fit(action)); }
-    return;
-  }
-  const entry = at >= 0 && [...rows.values()].find((e) => e.row === all[at]);
-  if (!entry) return;
-  if (event.key === "Enter" && document.activeElement === entry.row) { event.preventDefault(); toggle(entry); return; }
+  if (!chosen.size || !KEYS[event.key]) return false;
+  const action = KEYS[event.key].find((name) => BULK.includes(name) && fit(name).length);
+  if (action) { event.preventDefault(); ask(action, null, fit(action)); }
+  return true;
+}, (event, entry) => {
   if (event.key === " " && document.activeElement === entry.row && state !== PAST) { event.preventDefault(); choose(entry, !chosen.has(entry.key)); return; }
   const allowed = state === PAST ? [] : ALLOWED[entry.alarm.state] || [];
   const action = (KEYS[event.key] || []).find((name) => allowed.includes(name));

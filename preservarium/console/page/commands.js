@@ -2,8 +2,6 @@
 // which is PostgreSQL's and a moment behind; asking waits for Kafka alone.
 "use strict";
 
-const LIST_INTERVAL_MS = 2000;
-const LIMIT = 50;
 // A cancel is decided within a second; a worker that starts takes longer.
 const CANCEL_S = 15;
 
@@ -17,15 +15,8 @@ const TABS = [["All", []], ["Under way", OPEN], ["Successful", ["successful"]], 
 
 let tab = 0;
 let device = new URLSearchParams(location.search).get("device") || "";
-let nowUs = Date.now() * 1000;
-const cursors = [""];
-let next = null;
-const rows = new Map();
-let opened = null;  // id of the command whose details are shown
-let shown = null;  // the page that is drawn
 
 const urlOf = (c) => `/api/devices/${encodeURIComponent(c.device_id)}/commands/${encodeURIComponent(c.command_id)}`;
-const instant = (us) => (us ? `${new Date(us / 1000).toISOString().replace("T", " ").slice(0, 19)} UTC` : null);
 
 // ---- rows ----------------------------------------------------------------------------------------------------------
 
@@ -52,18 +43,13 @@ function row(command) {
   const key = command.command_id;
   let entry = rows.get(key);
   if (!entry) {
-    entry = { row: el("tr", { class: "alarm", tabindex: "0" }), detail: null, key };
-    entry.cells = ["severity", "device", "what", "state", "value num", "age num", "do"].map((c) => el("td", { class: `c-${c}` }));
-    entry.row.append(...entry.cells);
-    entry.row.addEventListener("click", (event) => { if (!event.target.closest("button, a") && !String(getSelection())) toggle(entry); });
-    rows.set(key, entry);
+    entry = newEntry(key, ["severity", "device", "what", "state", "value num", "age num", "do"]);
   }
   entry.command = command;
   const text = JSON.stringify(command) + (opened === key);
   if (entry.text !== text) {
     entry.text = text;
     const [state, where, what, who, tries, , act] = entry.cells;
-    const focused = act.contains(document.activeElement) ? document.activeElement.dataset.action || "details" : null;
     entry.row.className = `alarm ${OPEN.includes(command.state) ? "" : "silent"}`;
     state.replaceChildren(stateMark(command.state));
     where.replaceChildren(el("div", { class: "device-name", text: command.device_id }));
@@ -72,10 +58,7 @@ function row(command) {
       command.reason ? el("div", { class: "why", text: command.reason }) : "");
     who.replaceChildren(el("span", { text: command.requested_by || "" }), command.cause ? el("span", { class: "tag", text: "an alarm" }) : "");
     tries.replaceChildren(String(command.attempt), el("span", { class: "unit", text: command.attempt === 1 ? " try" : " tries" }));
-    const more = el("button", { type: "button", class: "details", "aria-expanded": String(opened === key), "aria-label": `Details: ${command.command || "command"} of ${command.device_id}`, text: opened === key ? "Less" : "More" });
-    more.addEventListener("click", () => toggle(entry));
-    act.replaceChildren(...(OPEN.includes(command.state) ? [cancelButton(command, "")] : []), more);
-    if (focused) (act.querySelector(focused === "details" ? ".details" : `[data-action="${focused}"]`) || more).focus();
+    placeButtons(entry, act, `${command.command || "command"} of ${command.device_id}`, OPEN.includes(command.state) ? [cancelButton(command, "")] : []);
   }
   entry.cells[5].textContent = age(command.requested_at, nowUs);
   entry.cells[5].title = instant(command.requested_at) || "";
@@ -84,7 +67,6 @@ function row(command) {
 
 function draw(page) {
   shown = page;
-  next = page.next_cursor;
   nowUs = Date.now() * 1000;
   const wanted = [];
   const kept = new Set();
@@ -98,38 +80,13 @@ function draw(page) {
       if (before !== command.updated_at) loadHistory(entry);
     }
   }
-  const body = $("rows");
-  const at = [...body.querySelectorAll("tr.alarm")].indexOf(document.activeElement?.closest?.("tr.alarm"));
-  for (const key of [...rows.keys()].filter((k) => !kept.has(k))) { rows.delete(key); if (opened === key) opened = null; }
-  // Rows are moved only when the list changed, so that focus and selection stay where they are.
-  if (wanted.length !== body.children.length || wanted.some((r, i) => body.children[i] !== r)) {
-    const focused = document.activeElement;
-    body.replaceChildren(...wanted);
-    if (focused && focused !== document.body && !document.contains(focused)) (body.querySelectorAll("tr.alarm")[Math.min(Math.max(at, 0), page.commands.length - 1)] || $("list")).focus();
-    else if (focused && focused !== document.activeElement && document.contains(focused)) focused.focus();
-  }
-  $("empty").hidden = page.commands.length > 0;
-  $("empty").textContent = device ? "No command of this device is like that." : tab || $("state").value ? "No command is like that." : "Nobody has asked for a command yet.";
-  $("previous").disabled = cursors.length < 2;
-  $("next").disabled = !next;
-  $("page").textContent = cursors.length > 1 || next ? `page ${cursors.length}` : "";
-  $("clock").textContent = instant(nowUs);
+  place(wanted, kept);
+  drawn(page, device ? "No command of this device is like that." : tab || $("state").value ? "No command is like that." : "Nobody has asked for a command yet.");
   live("good", "from the database");
-  $("note").hidden = true;
-  $("login").hidden = true;
-}
-
-function live(cls, text) {
-  if ($("live").textContent !== text) $("live").textContent = text;
-  $("live").className = `pill ${cls}`;
+  note("");
 }
 
 // ---- details -------------------------------------------------------------------------------------------------------
-
-function toggle(entry) {
-  opened = opened === entry.key ? null : entry.key;
-  if (shown) draw(shown);
-}
 
 function detail(entry) {
   if (!entry.detail) {
@@ -142,12 +99,11 @@ function detail(entry) {
   const text = JSON.stringify(c);
   if (entry.detailText !== text) {
     entry.detailText = text;
-    const facts = [
+    drawFacts(entry.facts, [
       ["Asked", instant(c.requested_at)], ["Expires", instant(c.expires_at)], ["Ended", instant(c.ended_at)], ["Priority", String(c.priority)],
       ["Content", JSON.stringify(c.content)], ["Confirmed by", typeof c.confirm === "string" ? c.confirm : JSON.stringify(c.confirm)],
       ["Alarm transition", c.cause], ["Id", c.command_id], ["Idempotency key", c.idempotency_key],
-    ];
-    entry.facts.replaceChildren(...facts.filter(([, v]) => v).flatMap(([k, v]) => [el("dt", { text: k }), el("dd", { text: v })]));
+    ]);
   }
   return entry.detail;
 }
@@ -170,17 +126,11 @@ let before = null;  // where the focus was
 
 function show(title, button) {
   before = document.activeElement?.dataset?.action ? document.activeElement.closest("tr") : document.activeElement;
-  $("d-title").textContent = title;
-  $("d-do").textContent = button;
-  $("d-do").disabled = false;
-  $("d-actor").value = stored.get(localStorage, "operator");
-  $("d-token").value = stored.get(sessionStorage, "operator-token");
-  fault("");
-  $("dialog").showModal();
+  openDialog(title, button);
 }
 
 function askNew() {
-  asked = { key: crypto.randomUUID?.() || `${Date.now()}-${Math.random().toString(36).slice(2)}` };
+  asked = { key: newId() };
   $("d-new").hidden = false;
   $("d-about").hidden = true;
   for (const id of ["expires", "timeout", "tries", "priority", "confirm", "content"]) $(`d-${id}`).value = "";
@@ -280,14 +230,13 @@ function line() {
 
 async function send() {
   const cancelled = asked.command;
-  const [actor, token, to] = [$("d-actor").value.trim(), $("d-token").value.trim(), $("d-device").value.trim()];
+  const [who, to] = [operator(), $("d-device").value.trim()];
   if (!cancelled && !to) { fault("Which device?"); $("d-device").focus(); return; }
-  if (!actor && !token) { fault("Who are you? The name is kept with the command."); $("d-actor").focus(); return; }
+  if (!isKnown(who, "command")) return;
   let body = {};
   if (!cancelled) { try { body = line(); } catch (e) { fault(e.message); return; } }
-  if (actor) body.actor = actor;
-  stored.set(localStorage, "operator", actor);
-  stored.set(sessionStorage, "operator-token", token);
+  if (who.actor) body.actor = who.actor;
+  remember(who);
   const path = cancelled ? `${urlOf(cancelled)}/cancel` : `/api/devices/${encodeURIComponent(to)}/commands`;
   if (!await act(path, body)) return;
   $("dialog").close();
@@ -312,24 +261,12 @@ async function wasCancelled(command) {
 
 // ---- asking --------------------------------------------------------------------------------------------------------
 
-let lastAsked = "";
 async function list() {
-  const parameters = new URLSearchParams({ limit: String(LIMIT) });
+  const parameters = new URLSearchParams();
   const states = $("state").value ? [$("state").value] : TABS[tab][1];
   if (states.length) parameters.set("state", states.join(","));
   if (device) parameters.set("device", device);
-  if (cursors.at(-1)) parameters.set("cursor", cursors.at(-1));
-  const text = parameters.toString();
-  lastAsked = text;
-  try {
-    const page = await get(`/api/commands?${text}`);
-    if (text === lastAsked) draw(page);
-  } catch (e) {
-    live("bad", "no answer");
-    $("login").hidden = e.status !== 401;
-    $("note").hidden = false;
-    $("note").textContent = e.status === 401 ? "Commands are shown to operators." : `The list cannot be had: ${e.message}. What is shown may be old.`;
-  }
+  await askPage("/api/commands", parameters);
 }
 
 function restart() {
@@ -354,41 +291,19 @@ $("search").value = device;
 const askList = poll(LIST_INTERVAL_MS, list);
 
 $("state").addEventListener("change", () => { drawTabs(); restart(); });
-$("next").addEventListener("click", () => { if (next) { cursors.push(next); list(); } });
-$("previous").addEventListener("click", () => { if (cursors.length > 1) { cursors.pop(); list(); } });
-let typing = 0;
-$("search").addEventListener("input", () => {
-  clearTimeout(typing);
-  typing = setTimeout(() => { device = $("search").value.trim(); restart(); }, 300);
-});
-$("search-form").addEventListener("submit", (event) => event.preventDefault());
+onPage(list);
+onSearch((text) => { device = text; restart(); }, 300);
 $("new").addEventListener("click", askNew);
 $("d-device").addEventListener("change", choose);
 $("d-command").addEventListener("change", command);
 $("d-kind").addEventListener("change", () => kind(choices.commands.find((c) => c.command === $("d-command").value)));
-$("d-cancel").addEventListener("click", () => $("dialog").close());
-$("d-form").addEventListener("submit", (event) => { event.preventDefault(); send(); });
 $("dialog").addEventListener("close", () => { if (before && document.contains(before)) before.focus(); });
-$("login").addEventListener("submit", (event) => {
-  event.preventDefault();
-  stored.set(sessionStorage, "operator-token", $("l-token").value.trim());
-  list();
-});
-if (stored.get(sessionStorage, "operator-token")) $("d-login").hidden = false;
 
-document.addEventListener("keydown", (event) => {
-  if ($("dialog").open || event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement?.tagName ?? "")) return;
-  if (event.key === "/") { event.preventDefault(); $("search").focus(); return; }
-  if (event.key === "n") { event.preventDefault(); askNew(); return; }
-  const all = [...document.querySelectorAll("#rows tr.alarm")];
-  const at = all.indexOf(document.activeElement?.closest("tr.alarm"));
-  if (event.key === "ArrowDown" || event.key === "ArrowUp") {
-    const target = all[at < 0 ? 0 : at + (event.key === "ArrowDown" ? 1 : -1)];
-    if (target) { event.preventDefault(); target.focus(); }
-    return;
-  }
-  const entry = at >= 0 && [...rows.values()].find((e) => e.row === all[at]);
-  if (!entry) return;
-  if (event.key === "Enter" && document.activeElement === entry.row) { event.preventDefault(); toggle(entry); }
+onKeys((event) => {
+  if (event.key !== "n") return false;
+  event.preventDefault();
+  askNew();
+  return true;
+}, (event, entry) => {
   if (event.key === "x" && OPEN.includes(entry.command.state)) { event.preventDefault(); askCancel(entry.command); }
 });

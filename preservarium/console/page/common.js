@@ -1,4 +1,4 @@
-// What the pages share: elements made of text nodes only, numbers and times for people, asking the server, light and dark.
+// What all pages share: elements made of text nodes only, numbers and times for people, asking the server, pages of a list, light and dark.
 // Names, messages and values come from devices and registries, so nothing of them is ever parsed as HTML.
 "use strict";
 
@@ -17,6 +17,14 @@ function el(tag, attributes, ...children) {
   }
   node.append(...children.filter((c) => c !== null && c !== undefined));
   return node;
+}
+
+// An SVG of one path, for those who see it.
+function drawing(viewBox, attributes) {
+  const [svg, path] = ["svg", "path"].map((tag) => document.createElementNS("http://www.w3.org/2000/svg", tag));
+  for (const [name, value] of Object.entries({ viewBox, ...attributes, "aria-hidden": "true" })) svg.setAttribute(name, value);
+  svg.append(path);
+  return [svg, path];
 }
 
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
@@ -47,9 +55,14 @@ function span(s) {
   return `${Math.floor(s / 86400)} d`;
 }
 
+function instant(us) {
+  return us ? `${new Date(us / 1000).toISOString().replace("T", " ").slice(0, 19)} UTC` : null;
+}
+
 async function get(path) {
   const response = await fetch(path, { signal: AbortSignal.timeout(TIMEOUT_MS), headers: authorized({ Accept: "application/json" }) });
   const body = await response.json();
+  $("login").hidden = response.status !== 401;
   if (!response.ok) throw Object.assign(new Error(body.error || `${response.status} from ${path}`), { status: response.status });
   return body;
 }
@@ -123,14 +136,8 @@ const WAITING = new Set(["unacknowledged", "returned_unacknowledged", "latched_u
 
 // The shape: filled while nobody has answered, an outline once somebody has.
 function shape(severity, state) {
-  const SVG = "http://www.w3.org/2000/svg";
-  const svg = document.createElementNS(SVG, "svg");
-  svg.setAttribute("viewBox", "0 0 16 16");
-  svg.setAttribute("class", `shape ${WAITING.has(state) || !state ? "filled" : ""}`);
-  svg.setAttribute("aria-hidden", "true");
-  const path = document.createElementNS(SVG, "path");
+  const [svg, path] = drawing("0 0 16 16", { class: `shape ${WAITING.has(state) || !state ? "filled" : ""}` });
   path.setAttribute("d", SHAPES[severity] || SHAPES.indeterminate);
-  svg.append(path);
   return svg;
 }
 function severityMark(severity, state) {
@@ -143,6 +150,7 @@ function measured(value, unit) {
 
 // ---- polling -------------------------------------------------------------------------------------------------------
 
+const polls = [];
 function poll(interval_ms, what) {
   let running = false;
   const run = async () => {
@@ -153,9 +161,48 @@ function poll(interval_ms, what) {
   };
   setInterval(run, interval_ms);
   document.addEventListener("visibilitychange", run);
+  polls.push(run);
   run();
   return run;
 }
+
+// Where there are operators, what the page shows is for them: it asks for the token, and then for everything again.
+$("login").addEventListener("submit", (event) => {
+  event.preventDefault();
+  stored.set(sessionStorage, "operator-token", $("l-token").value.trim());
+  if ($("d-login")) $("d-login").hidden = false;
+  polls.forEach((run) => run());
+});
+// ---- pages of a list, and finding in it ------------------------------------------------------------------------------
+
+const cursors = [""];  // of the pages before the one shown, and of this one
+let next = null;
+function drawPager(page) {
+  next = page.next_cursor;
+  $("previous").disabled = cursors.length < 2;
+  $("next").disabled = !next;
+  $("page").textContent = cursors.length > 1 || next ? `page ${cursors.length}` : "";
+}
+function onPage(ask) {
+  $("next").addEventListener("click", () => { if (next) { cursors.push(next); ask(); } });
+  $("previous").addEventListener("click", () => { if (cursors.length > 1) { cursors.pop(); ask(); } });
+}
+
+// What is typed counts when nothing was typed for a moment.
+function onSearch(ask, wait_ms = 200) {
+  let typing = 0;
+  $("search").addEventListener("input", () => {
+    clearTimeout(typing);
+    typing = setTimeout(() => { ask($("search").value.trim()); }, wait_ms);
+  });
+  $("search-form").addEventListener("submit", (event) => event.preventDefault());
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey || isTyping() || document.querySelector("dialog[open]")) return;
+    event.preventDefault();
+    $("search").focus();
+  });
+}
+const isTyping = () => document.activeElement?.matches("textarea, select, input:not([type=checkbox])") ?? false;
 
 // ---- light and dark ------------------------------------------------------------------------------------------------
 

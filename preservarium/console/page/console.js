@@ -23,13 +23,7 @@ const STAGES = {
 const boxes = new Map();
 
 function box(name) {
-  const SVG = "http://www.w3.org/2000/svg";
-  const svg = document.createElementNS(SVG, "svg");
-  svg.setAttribute("viewBox", "0 0 60 22");
-  svg.setAttribute("preserveAspectRatio", "none");
-  svg.setAttribute("aria-hidden", "true");
-  const path = document.createElementNS(SVG, "path");
-  svg.append(path);
+  const [svg, path] = drawing("0 0 60 22", { preserveAspectRatio: "none" });
   const parts = {
     root: el("div", { class: "stage" }), mark: el("span", { class: "mark" }), rate: el("span"), unit: el("small"),
     detail: el("div", { class: "detail" }), path, svg,
@@ -142,15 +136,13 @@ function drawStatus(s) {
     el("td", { text: e.code }), el("td", { text: e.stage }),
     el("td", { class: "num", text: count(e.recent) }), el("td", { class: "num", text: count(e.total) })))
     : [el("tr", {}, el("td", { colspan: "4", class: "quiet", text: "none" }))]));
-  $("clock").textContent = new Date(s.at / 1000).toISOString().replace("T", " ").slice(0, 19) + " UTC";
+  $("clock").textContent = instant(s.at);
 }
 
 // ---- devices -------------------------------------------------------------------------------------------------------
 
 const rows = new Map();
 const expanded = new Set();
-const cursors = [""];  // of the pages before the one shown, and of this one
-let next = null;
 let query = "";
 
 function chip(value) {
@@ -198,7 +190,6 @@ function deviceRow(device) {
 }
 
 function drawDevices(page) {
-  next = page.next_cursor;
   const kept = new Set(page.devices.map((d) => d.device_id));
   for (const id of rows.keys()) if (!kept.has(id)) { rows.delete(id); expanded.delete(id); }
   const wanted = page.devices.map(deviceRow);
@@ -209,9 +200,7 @@ function drawDevices(page) {
   if (page.total !== null && page.total !== undefined) $("fig-devices").textContent = count(page.total);
   $("devices-note").hidden = !page.note;
   $("devices-note").textContent = page.note || "";
-  $("previous").disabled = cursors.length < 2;
-  $("next").disabled = !next;
-  $("page").textContent = cursors.length > 1 || next ? `page ${cursors.length}` : "";
+  drawPager(page);
 }
 
 function drawAlarms(page) {
@@ -239,17 +228,14 @@ function silent(states) {
 
 const BREAKERS = { closed: ["good", "closed"], half_open: ["warn", "being tried"], open: ["bad", "open"] };
 
-// Closing a fuse is an operator's: the token is the one that the alarm list has asked for.
+// Closing a fuse is an operator's.
 async function resetFuse(name) {
-  const headers = { "Content-Type": "application/json" };
-  let token = "";
-  try { token = sessionStorage.getItem("operator-token") || ""; } catch { /* storage is switched off */ }
-  if (token) headers.Authorization = `Bearer ${token}`;
+  const headers = authorized({ "Content-Type": "application/json" });
   let text = `${name}: the fuse is closed again.`;
   try {
     const response = await fetch(`/api/fuses/${encodeURIComponent(name)}/reset`, { method: "POST", headers, body: "{}", signal: AbortSignal.timeout(TIMEOUT_MS) });
     const said = await response.json();
-    if (response.status === 401) text = "An operator token is needed: the alarm list asks for it when you act there.";
+    if (response.status === 401) text = "An operator token is needed.";
     else if (!response.ok) text = said.error || `refused (${response.status})`;
   } catch (e) { text = `The worker does not answer: ${e.message}`; }
   $("guards-note").hidden = false;
@@ -321,8 +307,8 @@ async function status() {
   try { drawStatus(await get("/api/status")); }
   catch (e) {
     $("health").className = "pill bad";
-    $("health").textContent = "no answer";
-    $("banner").hidden = false;
+    $("health").textContent = e.status === 401 ? "for operators" : "no answer";
+    $("banner").hidden = e.status === 401;
     $("banner").textContent = `The worker does not answer: ${e.message}. What is shown may be old.`;
   }
 }
@@ -348,17 +334,5 @@ poll(STATUS_INTERVAL_MS, status);
 const askDevices = poll(LIST_INTERVAL_MS, devices);
 poll(LIST_INTERVAL_MS, alarms);
 
-$("next").addEventListener("click", () => { if (next) { cursors.push(next); askDevices(); } });
-$("previous").addEventListener("click", () => { if (cursors.length > 1) { cursors.pop(); askDevices(); } });
-let typing = 0;
-$("search").addEventListener("input", () => {
-  clearTimeout(typing);
-  typing = setTimeout(() => { query = $("search").value.trim(); cursors.length = 1; devices(); }, 200);
-});
-$("search-form").addEventListener("submit", (event) => event.preventDefault());
-document.addEventListener("keydown", (event) => {
-  if (event.key === "/" && !/^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement?.tagName ?? "")) {
-    event.preventDefault();
-    $("search").focus();
-  }
-});
+onPage(askDevices);
+onSearch((text) => { query = text; cursors.length = 1; devices(); });

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from preservarium.domain.decoders.base import Decoded, ParserError, Value, failed, payload_bytes, source_of
-from preservarium.domain.reading import RawMessage
+from preservarium.domain.readings.reading import RawMessage
 
 #: Service data may come with its 16-bit UUID 0xFCD2 (little-endian) before it.
 _UUID: Final = b"\xd2\xfc"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from preservarium.domain.decoders.base import Decoded, ParserError, failed, payload_bytes, source_of
-from preservarium.domain.reading import RawMessage
+from preservarium.domain.readings.reading import RawMessage
 
 #: type -> (bytes, ((name, first byte, width, signed, divisor, unit), …)). Numbers are big-endian.
 TYPES: Final[dict[int, tuple[int, tuple[tuple[str, int, int, bool, float, str | None], ...]]]] = {

@@ -11,8 +11,10 @@ from datetime import datetime, timedelta, timezone
 from typing import Any, Final
 
 from preservarium.domain.decoders.base import Decoded, ParserError, Value, failed, source_of
-from preservarium.domain.instant import instant_us
-from preservarium.domain.reading import RawMessage
+from preservarium.domain.readings import json_text
+from preservarium.domain.readings.instant import instant_us
+from preservarium.domain.readings.number import number_of
+from preservarium.domain.readings.reading import RawMessage
 
 #: C.D.E -> name; the A-B part tells channel and phase apart.
 NAMES: Final = {
@@ -30,10 +32,10 @@ NAMES: Final = {
 }  # fmt: skip
 #: A telegram with four meters and its failure log has some 2 kB.
 TELEGRAM_BYTES_MAX: Final = 16_384
-_LINE: Final = re.compile(r"(\d{1,3})-(\d{1,3}):(\d{1,3}\.\d{1,3}\.\d{1,3})((?:\([^()]*\))+)")
+_LINE: Final = re.compile(r"([0-9]{1,3})-([0-9]{1,3}):([0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3})((?:\([^()]*\))+)")
 _GROUP: Final = re.compile(r"\(([^()]*)\)")
 _NUMBER: Final = re.compile(r"-?[0-9]{1,15}(?:\.[0-9]{1,9})?")
-_TIME: Final = re.compile(r"(\d{2})(\d{2})(\d{2})(\d{2})(\d{2})(\d{2})([SW]?)")
+_TIME: Final = re.compile(r"(\d{2})(\d{2})(\d{2})(\d{2})(\d{2})(\d{2})([SW]?)", re.ASCII)
 #: Identifications, messages to people, logs: no measurements.
 _LEFT_OUT: Final = re.compile(r"0\.2\.8|1\.0\.0|96\.1\.\d+|96\.13\.\d+|99\.97\.0|96\.50\.\d+|0\.0\.\d+")
 _ENCRYPTED: Final = 0xDB
@@ -81,7 +83,7 @@ def _telegram(payload: Any) -> str:
             raise failed(message)
         payload = payload.decode("latin-1")
     if not isinstance(payload, str):
-        message = f"a telegram is text, not {type(payload).__name__}"
+        message = f"a telegram is text, not {json_text.kind_of(payload)}"
         raise failed(message)
     start = payload.find("/")
     if start < 0 or len(payload) > TELEGRAM_BYTES_MAX:
@@ -128,7 +130,7 @@ def _field(medium: str, channel: str, code: str, groups: list[str]) -> Decoded |
         return None
     value: Value = text
     if _NUMBER.fullmatch(text):
-        value = float(text) if "." in text else int(text)
+        value = number_of(text)
     name = NAMES.get(code, f"{medium}-{channel}:{code}")
     pin = channel if medium == "0" and channel != "0" else None
     return Decoded(name, value, unit or None, at, pin)

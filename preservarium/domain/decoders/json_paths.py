@@ -12,12 +12,18 @@ each:                    # optional: a list (or an object's values), each elemen
     pin: "{channel}"
     time: t
     fields: [{path: value, unit_path: unit}]
+decimal: ","             # optional: the decimal mark of numbers in text; absent: a point
+thousands: "."           # optional: what parts their thousands; absent: nothing
 ```
 
 A path is keys with dots between them; `[2]` or `.2` is an element of a list, `[*]` every one; a key with dots in it is
-written `["a.b"]`. What is absent or null gives no field: devices leave out what they did not measure.
+written `["a.b"]`. What is absent or null gives no field: devices leave out what they did not measure. Text stays text, unless something is
+to be calculated with it (`scale`, `offset`, `expr`); whether it is a number says its datatype (domain/readings/mapping.py).
+
+What cannot be read is refused by itself, and the rest is read: a field, an element of `each`, an object of a list of objects.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,15 +35,25 @@ from preservarium.domain import expressions
 from preservarium.domain.decoders.base import (
     DECODED_MAX,
     Decoded,
+    Layout,
     ParserError,
+    PartRefused,
+    Row,
+    RowReader,
     Value,
     failed,
+    is_word,
+    marks_of,
+    sorted_out,
     source_of,
 )
-from preservarium.domain.errors import ReasonCode, Reject
 from preservarium.domain.expressions import ExpressionError
-from preservarium.domain.instant import UNITS_US, instant_us
-from preservarium.domain.reading import RawMessage
+from preservarium.domain.readings import json_text
+from preservarium.domain.readings.instant import UNITS_US, instant_us
+from preservarium.domain.readings.number import Written, number_of
+from preservarium.domain.readings.reading import RawMessage
+from preservarium.domain.readings.units import Linear
+from preservarium.errors import ReasonCode, Reject
 
 #: Fields of one mapping, and levels of a document that is taken as it is.
 FIELDS_MAX: Final = 2_000
@@ -45,15 +61,22 @@ DEPTH_MAX: Final = 16
 #: Text longer than this is a document, not a reading.
 TEXT_CHARACTERS_MAX: Final = 4_096
 NAME_CHARACTERS_MAX: Final = 200
+#: Sets of names remembered of documents that are taken as they are, and names of one: a device has a few kinds of messages.
+LAYOUTS_MAX: Final = 256
+LAYOUT_NAMES_MAX: Final = 256
 
 _STEP: Final = re.compile(r'\.?(?:\[(?:(?P<index>-?\d{1,6})|(?P<all>\*)|"(?P<quoted>[^"]+)")\]|(?P<key>[^.\[\]]+))')
 _TEMPLATE: Final = re.compile(r"\{([^{}]+)\}")
-_SOURCE_KEYS: Final = {"time", "time_unit", "fields", "each", "root", "description", "ignore"}
+_SOURCE_KEYS: Final = {
+    "time", "time_unit", "fields", "each", "root", "description", "ignore", "decimal", "thousands",
+}  # fmt: skip
 _EACH_KEYS: Final = {"path", "name", "pin", "time", "time_unit", "unit", "fields", "description"}
 _FIELD_KEYS: Final = {"path", "name", "unit", "unit_path", "pin", "scale", "offset", "expr", "required", "description"}
 
 #: A step of a path: a key, an index, or None for every element.
 Step = str | int | None
+#: How a text of the payload says a number.
+Read = Callable[[str], float | None]
 
 
 def parse_path(text: Any, where: str) -> tuple[Step, ...]:
@@ -181,27 +204,104 @@ def _scalar(value: Any) -> Value:
 class JsonDecoder:
     """A compiled path mapping. Payloads are JSON values, or bytes that hold one document."""
 
-    __slots__ = ("_each", "_fields", "_ignore", "_root", "_time")
+    __slots__ = (
+        "_computed", "_each", "_fields", "_ignore", "_keys", "_layout", "_layouts", "_read", "_required",
+        "_root", "_time", "row",
+    )  # fmt: skip
 
     def __init__(self, source: Mapping[str, Any]) -> None:
         _known(source, _SOURCE_KEYS, "json")
         self._time = _time(source, "time")
         self._root = parse_path(source["root"], "root") if "root" in source else ()
+        #: None: texts are read where they are mapped, by the common rule
+        self._read = _reading(source)
         each = source.get("each")
         if each is not None and not isinstance(each, list):
             message = "each: a list is expected"
             raise ParserError(message)
-        self._each = tuple(_each(e, f"each[{i}]") for i, e in enumerate(each or []))
+        self._each = tuple(_each(e, f"each[{i}]", self._read or number_of) for i, e in enumerate(each or []))
         given = source.get("fields")
-        self._fields = None if given is None and not self._each else _fields([] if given is None else given, "fields")
+        self._fields = (
+            None
+            if given is None and not self._each
+            else _fields([] if given is None else given, "fields", self._read or number_of)
+        )
         ignore = source.get("ignore", [])
         if not isinstance(ignore, list) or not all(isinstance(i, str) for i in ignore):
             message = "ignore: a list of names"
             raise ParserError(message)
         self._ignore = {*ignore, *([_joined(self._time.steps)] if self._time else [])}
+        #: names of a document -> their layout; None: it has none
+        self._layouts: dict[tuple[str, ...], Layout | None] = {}
+        fields = self._fields or ()
+        self._layout = Layout([(f.name, f.unit or None, f.pin) for f in fields])
+        #: the paths of the fields, where each is one key
+        keys = [f.key for f in fields if f.key is not None]
+        self._keys = keys if len(keys) == len(fields) else None
+        self._required = tuple(i for i, f in enumerate(fields) if f.required)
+        self._computed = tuple((i, f.compute) for i, f in enumerate(fields) if f.compute is not None)
+        #: see `base.RowReader`; None where names or times depend on the message
+        self.row: RowReader | None = None
+        if self._read is None and not self._each:
+            if self._fields is None:
+                self.row = self._row_as_it_is
+            elif not any(f.many or f.unit_steps is not None for f in fields):
+                self.row = self._row_of_fields
 
-    def decode(self, raw: RawMessage) -> list[Decoded]:
-        """The fields of a document.
+    def _object(self, payload: Any) -> tuple[dict[str, Any], int | None] | None:
+        """(the object that the payload is or holds, its instant); None where it is none."""
+        if isinstance(payload, bytes):
+            try:
+                payload = json_text.loads(payload)
+            except orjson.JSONDecodeError:
+                return None
+        if self._root:
+            payload = find(payload, self._root)
+        if type(payload) is not dict:
+            return None
+        return payload, self._time.of(payload) if self._time else None
+
+    def _row_of_fields(self, raw: RawMessage) -> Row | None:
+        found = self._object(raw["payload"])
+        if found is None:
+            return None
+        document, at = found
+        if self._keys is not None:
+            values = [*map(document.get, self._keys)]
+        else:
+            values = [find(document, field.steps) for field in self._fields or ()]
+        for i, compute in self._computed:
+            value = values[i]
+            if type(value) in (float, int, bool) or (type(value) is str and len(value) <= TEXT_CHARACTERS_MAX):
+                values[i] = compute(value)
+            elif value is not None:
+                return None
+        if self._required and any(values[i] is None for i in self._required):
+            return None
+        return self._layout, values, at
+
+    def _row_as_it_is(self, raw: RawMessage) -> Row | None:
+        found = self._object(raw["payload"])
+        if found is None:
+            return None
+        document, at = found
+        names = tuple(document)
+        try:
+            layout = self._layouts[names]
+        except KeyError:
+            layout = self._laid_out(document)
+            if len(self._layouts) < LAYOUTS_MAX:
+                self._layouts[names] = layout
+        return None if layout is None else (layout, [*document.values()], at)
+
+    def _laid_out(self, document: dict[str, Any]) -> Layout | None:
+        # What is nested has the names of its parts, too, and most likely is nested again in the next message.
+        if len(document) > LAYOUT_NAMES_MAX or "" in document or {dict, list} & set(map(type, document.values())):
+            return None
+        return Layout([None if n in self._ignore else (n[:NAME_CHARACTERS_MAX], None, None) for n in document])
+
+    def decode(self, raw: RawMessage) -> list[Decoded | Reject]:
+        """The fields of a document, and what of it cannot be read.
 
         Raises:
             Reject: DECODE_FAILED, or DECODE_LIMIT.
@@ -209,28 +309,52 @@ class JsonDecoder:
         document = raw["payload"]
         if isinstance(document, bytes):
             try:
-                document = orjson.loads(document)
+                document = json_text.loads(document)
             except orjson.JSONDecodeError as e:
                 message = f"the payload is not JSON: {e.msg}"
                 raise failed(message) from None
         if self._root:
             document = find(document, self._root)
         if not isinstance(document, dict | list):
-            message = f"a JSON object or array is expected, not {type(document).__name__}"
+            message = f"a JSON object or array is expected, not {json_text.kind_of(document)}"
             raise failed(message)
-        out: list[Decoded] = []
+        out: list[Decoded | Reject] = []
         # A list of objects is several measurements, each with its own time.
-        for part in document if isinstance(document, list) and self._whole(document) else (document,):
-            at = self._time.of(part) if self._time else None
-            if self._fields is None:
-                _flatten(part, "", None, at, out, 0, self._ignore)
-            else:
-                _read(self._fields, part, at, None, None, None, out)
-            for each in self._each:
-                _read_each(each, part, at, out)
-            if len(out) > DECODED_MAX:
-                raise Reject(ReasonCode.DECODE_LIMIT, f"more than {DECODED_MAX} fields")
+        if isinstance(document, list) and self._whole(document):
+            for i, part in enumerate(document):
+                before = len(out)
+                try:
+                    self._part(part, out)
+                except Reject as e:
+                    if e.code is not ReasonCode.DECODE_FAILED:
+                        raise
+                    out[before:] = [PartRefused(f"element {i}: {e}", self._alone(part))]
+        else:
+            self._part(document, out)
+        if (read := self._read) is not None:
+            for i, field in enumerate(out):
+                if type(field) is Decoded and type(field.value) is str:
+                    out[i] = field._replace(value=Written(field.value, read(field.value), typed=False))
+        sorted_out(out)
         return out
+
+    def _part(self, part: Any, out: list[Decoded | Reject]) -> None:
+        at = self._time.of(part) if self._time else None
+        if self._fields is None:
+            _flatten(part, "", None, at, out, 0, self._ignore)
+        else:
+            _read(self._fields, part, at, None, None, None, out)
+        for each in self._each:
+            _read_each(each, part, at, out)
+        if len(out) > DECODED_MAX:
+            raise Reject(ReasonCode.DECODE_LIMIT, f"more than {DECODED_MAX} fields")
+
+    def _alone(self, part: Any) -> bytes:
+        """A document that holds one object of the list, where `root` finds it: an index finds a key of an object, too."""
+        document: Any = [part]
+        for step in reversed(self._root):
+            document = {str(step): document}
+        return json_text.dumps(document)
 
     def _whole(self, document: list[Any]) -> bool:
         return all(isinstance(part, dict) for part in document) and not any(
@@ -238,19 +362,27 @@ class JsonDecoder:
         )
 
 
-def _read_each(each: _Each, part: Any, at: int | None, out: list[Decoded]) -> None:
+def _read_each(each: _Each, part: Any, at: int | None, out: list[Decoded | Reject]) -> None:
     for element, index in find_all(part, each.steps):
         if element is None:
             continue
-        own = each.time.of(element) if each.time else None
-        name = _fill(each.name, element)
-        if each.name is not None and name is None:
-            message = f"an element has nothing to name it by ({each.name})"
-            raise failed(message)
-        pin = _fill(each.pin, element) if each.pin is not None else index
-        _read(each.fields, element, own if own is not None else at, name, pin, each.unit, out)
+        before = len(out)
+        try:
+            _read_element(each, element, index, at, out)
+        except Reject as e:
+            out[before:] = [failed(f"{_joined(each.steps)}, element {index or 0}: {e}")]
         if len(out) > DECODED_MAX:
             raise Reject(ReasonCode.DECODE_LIMIT, f"more than {DECODED_MAX} fields")
+
+
+def _read_element(each: _Each, element: Any, index: str | None, at: int | None, out: list[Decoded | Reject]) -> None:
+    own = each.time.of(element) if each.time else None
+    name = _fill(each.name, element)
+    if each.name is not None and name is None:
+        message = f"it has nothing to name it by ({each.name})"
+        raise failed(message)
+    pin = _fill(each.pin, element) if each.pin is not None else index
+    _read(each.fields, element, own if own is not None else at, name, pin, each.unit, out)
 
 
 def _read(
@@ -260,7 +392,7 @@ def _read(
     name: str | None,
     pin: str | None,
     unit: str | None,
-    out: list[Decoded],
+    out: list[Decoded | Reject],
 ) -> None:
     is_object = isinstance(part, dict)
     for field in fields:
@@ -280,7 +412,7 @@ def _take(
     name: str | None,
     pin: str | None,
     unit: str | None,
-    out: list[Decoded],
+    out: list[Decoded | Reject],
 ) -> None:
     if value is None:
         if field.required:
@@ -289,10 +421,12 @@ def _take(
         return
     if isinstance(value, dict | list):
         message = f"{_joined(field.steps)} is {'an object' if isinstance(value, dict) else 'a list'}, not a value"
-        raise failed(message)
+        out.append(failed(message))
+        return
     if isinstance(value, str) and len(value) > TEXT_CHARACTERS_MAX:
         message = f"{_joined(field.steps)} is a text of {len(value)} characters"
-        raise failed(message)
+        out.append(failed(message))
+        return
     if field.compute is not None:
         value = field.compute(value)
     spelled = field.unit
@@ -303,7 +437,7 @@ def _take(
 
 
 def _flatten(
-    value: Any, name: str, pin: str | None, at: int | None, out: list[Decoded], depth: int, ignore: set[str]
+    value: Any, name: str, pin: str | None, at: int | None, out: list[Decoded | Reject], depth: int, ignore: set[str]
 ) -> None:
     if depth > DEPTH_MAX:
         message = f"nested deeper than {DEPTH_MAX}"
@@ -336,20 +470,25 @@ def _joined(steps: tuple[Step, ...]) -> str:
 
 def _time(item: Mapping[str, Any], where: str) -> _Time | None:
     unit = item.get("time_unit")
-    if unit is not None and unit not in UNITS_US:
+    if unit is not None and not is_word(unit, UNITS_US):
         message = f"{where}_unit: {unit!r} is not one of {', '.join(UNITS_US)}"
         raise ParserError(message)
     return _Time(parse_path(item["time"], where), unit) if "time" in item else None
 
 
-def _fields(items: Any, where: str) -> tuple[_Field, ...]:
+def _reading(source: Mapping[str, Any]) -> Read | None:
+    decimal, thousands = marks_of(source)
+    return None if (decimal, thousands) == (".", "") else lambda text: number_of(text, decimal, thousands)
+
+
+def _fields(items: Any, where: str, read: Read) -> tuple[_Field, ...]:
     if not isinstance(items, list) or len(items) > FIELDS_MAX:
         message = f"{where}: a list of at most {FIELDS_MAX} fields"
         raise ParserError(message)
-    return tuple(_field(item, f"{where}[{i}]") for i, item in enumerate(items))
+    return tuple(_field(item, f"{where}[{i}]", read) for i, item in enumerate(items))
 
 
-def _field(item: Any, where: str) -> _Field:
+def _field(item: Any, where: str, read: Read) -> _Field:
     if not isinstance(item, dict):
         message = f"{where}: a mapping is expected"
         raise ParserError(message)
@@ -363,44 +502,48 @@ def _field(item: Any, where: str) -> _Field:
     key = steps[0] if len(steps) == 1 and isinstance(steps[0], str) else None
     unit_steps = parse_path(item["unit_path"], f"{where}.unit_path") if "unit_path" in item else None
     return _Field(
-        steps, None in steps, key, name, unit, unit_steps, None if pin is None else str(pin), _compute(item, where),
+        steps, None in steps, key, name, unit, unit_steps, None if pin is None else str(pin), _compute(item, where, read),
         item.get("required") is True,
     )  # fmt: skip
 
 
-def _compute(item: Mapping[str, Any], where: str) -> Callable[[Any], Any] | None:
-    text = item.get("expr", "x" if {"scale", "offset"} & item.keys() else None)
-    if text is None:
+def _compute(item: Mapping[str, Any], where: str, read: Read) -> Callable[[Any], Any] | None:
+    if not {"scale", "offset", "expr"} & item.keys():
         return None
-    for step, symbol in (("scale", "*"), ("offset", "+")):
-        if step in item:
-            if isinstance(item[step], bool) or not isinstance(item[step], int | float):
-                message = f"{where}.{step}: {item[step]!r} is not a number"
-                raise ParserError(message)
-            text = f"({text}) {symbol} ({item[step]!r})"
+    for step in ("scale", "offset"):
+        if step in item and (isinstance(item[step], bool) or not isinstance(item[step], int | float)):
+            message = f"{where}.{step}: {item[step]!r} is not a number"
+            raise ParserError(message)
     try:
-        function = expressions.compile_expression(text, ("x",))
+        linear = Linear.of(item.get("scale", 1), item.get("offset", 0))
+        function = expressions.compile_expression(item["expr"], ("x",)) if "expr" in item else None
     except ExpressionError as e:
         message = f"{where}.expr: {e}"
+        raise ParserError(message) from None
+    except (ValueError, OverflowError):
+        message = f"{where}: scale and offset are finite numbers"
         raise ParserError(message) from None
 
     def compute(value: Any) -> Any:
         if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
+            number = read(value)
+            if number is None:
                 return value
+            value = number
         if isinstance(value, int) and value.bit_length() > expressions.FIELD_BITS_MAX:
-            return float("nan")
+            return math.nan
         try:
-            return function(value)
+            if function is not None:
+                value = function(value)
+            # Exactly and rounded once: a tenth of 3 is 0.3.
+            return value if linear.is_identity else linear.apply(int(value) if isinstance(value, bool) else value)
         except expressions.ARITHMETIC_ERRORS:
-            return float("nan")
+            return math.nan
 
     return compute
 
 
-def _each(item: Any, where: str) -> _Each:
+def _each(item: Any, where: str, read: Read) -> _Each:
     if not isinstance(item, dict):
         message = f"{where}: a mapping is expected"
         raise ParserError(message)
@@ -417,7 +560,9 @@ def _each(item: Any, where: str) -> _Each:
         raise ParserError(message)
     named = "name" in item
     compiled = _fields(
-        [{**f, "name": f.get("name", "")} if named and isinstance(f, dict) else f for f in fields], f"{where}.fields"
+        [{**f, "name": f.get("name", "")} if named and isinstance(f, dict) else f for f in fields],
+        f"{where}.fields",
+        read,
     )
     return _Each(
         parse_path(item.get("path"), f"{where}.path"), item.get("name"), item.get("pin"), item.get("unit"),

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from preservarium.domain.decoders.base import Decoded, ParserError, Value, failed, payload_bytes, source_of
-from preservarium.domain.errors import Reject
-from preservarium.domain.reading import RawMessage
+from preservarium.domain.readings.reading import RawMessage
+from preservarium.errors import Reject
 
 #: Start, length, length, start; C, A, CI; the header of 12 bytes; checksum, stop.
 _SHORTEST: Final = 4 + 3 + 12 + 2
@@ -60,9 +60,9 @@ class MbusDecoder:
             records = [_record(r) for r in {id(r): r for r in telegram.records}.values()]
         except Reject:
             raise
-        except Exception as e:  # the library raises whatever a torn frame brings about
-            message = f"no M-Bus frame: {type(e).__name__}: {e}"
-            raise failed(message[:200]) from None
+        except Exception:  # the library raises whatever a torn frame brings about, in words of its own code
+            message = "no M-Bus frame: a record in it is torn, or of a kind that cannot be read"
+            raise failed(message) from None
         return {
             "manufacturer": header["manufacturer"],
             "id": data[7:11][::-1].hex(),

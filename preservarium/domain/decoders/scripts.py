@@ -14,10 +14,19 @@ from typing import Any, Final
 
 import orjson
 
-from preservarium.domain.decoders.base import DECODED_MAX, Decoded, ParserError, base_time, failed, payload_bytes
-from preservarium.domain.errors import ReasonCode, Reject
-from preservarium.domain.instant import instant_us
-from preservarium.domain.reading import RawMessage
+from preservarium.domain.decoders.base import (
+    DECODED_MAX,
+    Decoded,
+    ParserError,
+    base_time,
+    failed,
+    payload_bytes,
+    sorted_out,
+)
+from preservarium.domain.readings import json_text
+from preservarium.domain.readings.instant import instant_us
+from preservarium.domain.readings.reading import RawMessage
+from preservarium.errors import ReasonCode, Reject
 
 #: Parser kind -> the function that decodes.
 FUNCTIONS: Final = {"javascript": "decodeUplink", "python": "decode"}
@@ -41,7 +50,7 @@ class ScriptParser:
         return FUNCTIONS[self.kind]
 
     def arguments(self, raw: RawMessage) -> str:
-        """The call's arguments as JSON text.
+        """The call's arguments as JSON text; a number that is not finite is marked (json_text.py).
 
         A payload of bytes (or hexadecimal or base64 text) is `bytes`, a list of numbers; any other JSON is `payload`.
 
@@ -67,28 +76,30 @@ class ScriptParser:
         else:
             context = {"port": raw["port"], "received_at": at, "device": raw["device"], "topic": raw["topic"]}
             given["context"] = {**context, "variables": self.variables, "meta": raw["meta"]}
-        return orjson.dumps(given).decode()
+        return json_text.dumps(given, not_finite="mark").decode()
 
-    def fields(self, text: str) -> list[Decoded]:
-        """The fields of a result (JSON text).
+    def fields(self, text: str) -> list[Decoded | Reject]:
+        """The fields of a result (JSON text), and the items of a Python script's list that are none.
 
         Raises:
             Reject: DECODE_FAILED, the script reported errors or returned nothing that holds a value; DECODE_LIMIT.
         """
         try:
-            result = orjson.loads(text)
-        except orjson.JSONDecodeError as e:
+            result = json_text.loads(text.encode())
+        except (orjson.JSONDecodeError, UnicodeEncodeError) as e:
             # JavaScript may make what JSON text cannot carry on: half a surrogate pair, a thousand levels.
-            message = f"the result cannot be read: {e.msg}"
+            message = f"the result cannot be read: {e}"
             raise failed(message) from None
         if self.kind == "javascript":
             result = _data(result)
-        found = list(_python_fields(result)) if isinstance(result, list) else list(_flat("", result, None, 0))
+        found: list[Decoded | Reject] = []
+        found += _python_fields(result) if isinstance(result, list) else _flat("", result, None, 0)
         if len(found) > DECODED_MAX:
             raise Reject(ReasonCode.DECODE_LIMIT, f"{len(found)} fields, more than {DECODED_MAX}")
         if not found:
             message = "the script returned no values"
             raise failed(message)
+        sorted_out(found)
         return found
 
 
@@ -109,7 +120,7 @@ def compile_script(doc: Mapping[str, Any], variables: Mapping[str, Any] | None =
 def _data(result: Any) -> Any:
     """`data` of a TS013 result."""
     if not isinstance(result, dict):
-        message = f"the script returned {type(result).__name__}, not an object"
+        message = f"the script returned {json_text.kind_of(result)}, not an object"
         raise failed(message)
     errors = result.get("errors")
     if errors:
@@ -145,20 +156,27 @@ def _flat(name: str, value: Any, unit: str | None, depth: int) -> Iterator[Decod
 _MEASUREMENT: Final = frozenset({"value", "unit", "displayName", "name", "label", "type"})
 
 
-def _python_fields(rows: list[Any]) -> Iterator[Decoded]:
+def _python_fields(rows: list[Any]) -> Iterator[Decoded | Reject]:
     for i, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get("name"), str):
-            message = f"item {i} of the script's list has no name"
+        try:
+            yield _python_field(row)
+        except Reject as e:
+            yield failed(f"item {i} of the script's list {e}")
+
+
+def _python_field(row: Any) -> Decoded:
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+        message = "has no name"
+        raise failed(message)
+    timestamp = None
+    if row.get("timestamp") is not None:
+        timestamp = instant_us(row["timestamp"])
+        if timestamp is None:
+            message = "has a timestamp that is no instant"
             raise failed(message)
-        timestamp = None
-        if row.get("timestamp") is not None:
-            timestamp = instant_us(row["timestamp"])
-            if timestamp is None:
-                message = f"item {i} of the script's list has a timestamp that is no instant"
-                raise failed(message)
-        value = row.get("value")
-        if isinstance(value, dict | list):
-            message = f"item {i} of the script's list has a {type(value).__name__} for a value"
-            raise failed(message)
-        unit, pin = row.get("unit"), row.get("pin")
-        yield Decoded(row["name"], value, str(unit) if unit else None, timestamp, str(pin) if pin is not None else None)
+    value = row.get("value")
+    if isinstance(value, dict | list):
+        message = f"has {json_text.kind_of(value)} for a value"
+        raise failed(message)
+    unit, pin = row.get("unit"), row.get("pin")
+    return Decoded(row["name"], value, str(unit) if unit else None, timestamp, str(pin) if pin is not None else None)

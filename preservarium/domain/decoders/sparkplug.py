@@ -11,7 +11,8 @@ source:
     2: {name: level, type: Int16}
 ```
 
-Unknown aliases become `alias_N`. Data sets, templates and metrics that are null are left out.
+Unknown aliases become `alias_N`. Data sets, templates and metrics that are null are left out. A metric that cannot be read is refused by
+itself, where the payload around it can be.
 """
 
 import struct
@@ -22,14 +23,17 @@ from preservarium.domain.decoders.base import (
     DECODED_MAX,
     Decoded,
     ParserError,
+    PartRefused,
     Value,
     failed,
+    is_word,
     payload_bytes,
+    sorted_out,
     source_of,
 )
-from preservarium.domain.errors import ReasonCode, Reject
-from preservarium.domain.instant import instant_us
-from preservarium.domain.reading import RawMessage
+from preservarium.domain.readings.instant import instant_us
+from preservarium.domain.readings.reading import RawMessage
+from preservarium.errors import ReasonCode, Reject
 
 _TYPES: Final = {
     "Int8": 1, "Int16": 2, "Int32": 3, "Int64": 4, "UInt8": 5, "UInt16": 6, "UInt32": 7, "UInt64": 8, "Float": 9,
@@ -55,6 +59,15 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value & 0xFFFFFFFFFFFFFFFF, at
         shift += 7
+
+
+def _written(number: int) -> bytes:
+    """A number as `_varint` reads it."""
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*out, number])
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -131,23 +144,34 @@ class SparkplugDecoder:
     def __init__(self, aliases: Mapping[int, tuple[str, int]]) -> None:
         self._aliases = aliases
 
-    def decode(self, raw: RawMessage) -> list[Decoded]:
-        """The metrics of a payload.
+    def decode(self, raw: RawMessage) -> list[Decoded | Reject]:
+        """The metrics of a payload, and those that cannot be read.
 
         Raises:
             Reject: DECODE_FAILED, it is no Sparkplug B payload or holds no values; DECODE_LIMIT.
         """
         data = payload_bytes(raw["payload"])
         at: int | None = None
+        time = b""
         metrics: list[bytes] = []
         for number, value in _fields(data):
             if number == 1:
-                at = _instant(value)
+                at, time = _instant(value), b"\x08" + _written(_number(value))
             elif number == 2:
                 metrics.append(_message(value))
         if len(metrics) > DECODED_MAX:
             raise Reject(ReasonCode.DECODE_LIMIT, f"{len(metrics)} metrics, more than {DECODED_MAX}")
-        out = [field for metric in metrics if (field := self._metric(metric, at)) is not None]
+        out: list[Decoded | Reject] = []
+        for index, metric in enumerate(metrics, 1):
+            try:
+                field = self._metric(metric, at)
+            except Reject as e:
+                alone = time + b"\x12" + _written(len(metric)) + metric
+                out.append(PartRefused(f"metric {index}: {e}", alone))
+                continue
+            if field is not None:
+                out.append(field)
+        sorted_out(out)
         if not out:
             message = "the payload holds no metric with a value"
             raise failed(message)
@@ -243,7 +267,7 @@ def compile_parser(doc: Mapping[str, Any], variables: Mapping[str, Any] | None =
             if (
                 not str(key).isdigit()
                 or not isinstance(named.get("name"), str)
-                or (kind is not None and kind not in _TYPES)
+                or (kind is not None and not is_word(kind, _TYPES))
             ):
                 message = f"alias {key}: a number, and its name, or {{name, type}} with a type of Sparkplug"
                 raise ParserError(message)
