@@ -63,6 +63,7 @@ class Result:
     unacknowledged: int = 0  #: of them, those whose acknowledgement did not come
     gone: int = 0  #: acknowledged by Kafka and not in the raw topic: the broker's loss
     verdicts: dict[str, Verdict] = field(default_factory=dict)
+    counted: int = 0  #: transitions of alarms that a notice had no room for: it says how many, and not which
     mails: int = 0
     mails_again: int = 0  #: copies of a mail that was sent before: told once more after a crash, with the same id
 
@@ -109,6 +110,7 @@ class Check:
             ("poison in iot_errors", self._errors),
         ):
             verdicts[name] = await judge()
+        await self._counted()
         await self._mails()
         return self.result
 
@@ -260,6 +262,13 @@ class Check:
         expected = {transition: None for transition in self.expected.transitions if transition[1] == "hot"}
         return compare(expected, (((r[0], r[1], r[2], r[3]), None) for r in rows))
 
+    async def _counted(self) -> None:
+        found: dict[str, int] = {}
+        async for record in read(self.world, topics.NOTICES):
+            notice = json.loads(record.value)
+            found[notice["delivery_id"]] = sum(notice["more"].values())
+        self.result.counted = sum(found.values())
+
     async def _mails(self) -> None:
         await asyncio.sleep(1)
         ids: Counter[str] = Counter()
@@ -306,6 +315,7 @@ def lines_of(result: Result) -> Iterator[str]:
         )
         for example in verdict.examples[:5]:
             yield f"      {example}"
+    yield f"  {'told by number alone':<28} {result.counted:>11,}"
     yield f"  {'mails':<28} {result.mails:>11,}  sent again {result.mails_again:,}"
 
 

@@ -31,6 +31,9 @@ BURST_READINGS: Final = 8
 BURST_STEP_S: Final = 0.2
 #: Devices of one burst: some for each partition.
 BURST_DEVICES: Final = 20
+#: Recipients, each for a share of the devices: a recipient is told of 300 alarms at once one by one, and of more by their number
+#: (domain/notices.py), and here every transition is looked for. So the group stage has work in every partition, too.
+RECIPIENTS: Final = 24
 #: Devices that burst, all in all: so many that none comes again soon, for what is chattering is told less.
 BURSTING: Final = 800
 
@@ -67,14 +70,15 @@ def registry(devices: int, bursting_devices: int = BURSTING) -> dict[str, Any]:
         ],
         "recipients": [
             {
-                "name": "operators", "channel": "mail", "address": "operators@example.org", "group_by": ["alarm"],
+                "name": f"operators-{n}", "channel": "mail", "address": f"operators-{n}@example.org", "group_by": ["alarm"],
                 "group_wait_s": 0, "group_interval_s": 1, "limit": {"notices": 1_000, "window_s": 60},
             }
+            for n in range(RECIPIENTS)
         ],
         "rules": [
             {
                 "name": "hot", "component_type": "temperature", "kind": "high", "severity": "major",
-                "threshold": THRESHOLD, "deadband": 2, "parameters": {"acknowledge": "auto"}, "recipients": ["operators"],
+                "threshold": THRESHOLD, "deadband": 2, "parameters": {"acknowledge": "auto"},
                 "commands": [{"on": "raised", "command": "cool"}],
             },
             {
@@ -94,7 +98,11 @@ def registry(devices: int, bursting_devices: int = BURSTING) -> dict[str, Any]:
 
 def device(address: str, name: str = "") -> dict[str, Any]:
     """A device in the registry."""
-    return {"device_id": address, "type": "numbered", "enabled": True, "mode": "HTTP", "name": name or address}
+    recipients = [f"operators-{hash_of(address) % RECIPIENTS}"]
+    return {
+        "device_id": address, "type": "numbered", "enabled": True, "mode": "HTTP", "name": name or address,
+        "rules": {"hot": {"recipients": recipients}},
+    }  # fmt: skip
 
 
 class Fleet:
