@@ -977,9 +977,10 @@ def load(**overrides: Any) -> Settings:
         # Of an unknown name nobody knows whether it holds a secret, and a whole section holds some.
         secret = unknown or isinstance(first.get("input"), (Mapping, BaseModel))
         secret |= any(word in name.lower() for word in ("password", "url", "token", "secret", "operators"))
-        # An address with a password in it may have been given to a setting that takes none.
-        secret |= "@" in str(first.get("input"))
-        given = "" if secret else f" (given: {first.get('input')!r})"
+        # An address with a password in it may have been given to a setting that takes none, and a line of a file may run on
+        # into the next one, which sets a secret.
+        secret |= any(mark in str(first.get("input")) for mark in "@=\n")
+        given = "" if secret else f" (given: {first.get('input')!r:.80})"
         more = f"; {len(e.errors()) - 1} more are wrong" if len(e.errors()) > 1 else ""
         message = f"{name}: {what}{given}{more}"
         raise SettingsError(message) from None

@@ -20,6 +20,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import Node, ScalarNode
 from ruamel.yaml.scalarbool import ScalarBoolean
+from ruamel.yaml.scanner import RoundTripScanner, ScannerError
 
 from preservarium.domain.registry.checks import Place, RegistryFileError, path_text
 
@@ -80,6 +81,16 @@ _Constructor.add_constructor("tag:yaml.org,2002:timestamp", _Constructor.constru
 _Constructor.add_constructor("tag:yaml.org,2002:map", _Constructor.construct_yaml_map)
 
 
+class _Scanner(RoundTripScanner):
+    """Refuses brackets within brackets before it looks for a key behind each: that takes the square of their number."""
+
+    def fetch_flow_collection_start(self, *args: Any, **named: Any) -> None:
+        if len(self.flow_context) >= TREE_DEPTH_MAX:
+            message = f"nested deeper than {TREE_DEPTH_MAX}"
+            raise ScannerError(None, None, message, self.reader.get_mark())
+        super().fetch_flow_collection_start(*args, **named)
+
+
 class _Composer(Composer):
     """Bounds what a file becomes before it becomes anything: by its depth, and by what its aliases stand for."""
 
@@ -110,6 +121,8 @@ class _Composer(Composer):
         if self.depth >= TREE_DEPTH_MAX:
             message = f"nested deeper than {TREE_DEPTH_MAX}"
             raise ComposerError(None, None, message, event.start_mark)
+        # An anchor may be given again and means the later one from there: the library warns of it.
+        self.anchors.pop(event.anchor, None)
         before = self._size
         node = super().compose_node(parent, index)
         self._size += 1 + (len(node.value) if isinstance(node, ScalarNode) else 0)
@@ -130,6 +143,7 @@ def parse(yaml: YAML, text: str) -> Any:
     """
     composer: Any = partial(_Composer, aliased_max=ALIASED_MAX + ALIASED_PER_CHARACTER_MAX * len(text))
     yaml.Composer = composer  # it is only called
+    yaml.Scanner = _Scanner
     return yaml.load(text)
 
 

@@ -265,6 +265,17 @@ def test_a_secret_under_a_misspelled_name_is_not_repeated(name: str, monkeypatch
     assert "hush" not in str(e.value)
 
 
+def test_a_line_that_runs_on_tells_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(P + "KAFKA__PARTITIONS", f"8{P}POSTGRES__PASSWORD=hush")
+    with pytest.raises(SettingsError, match="KAFKA__PARTITIONS") as e:
+        load()
+    assert "hush" not in str(e.value)
+    monkeypatch.setenv(P + "KAFKA__PARTITIONS", "8" * 10_000 + "x")
+    with pytest.raises(SettingsError, match="KAFKA__PARTITIONS") as e:
+        load()
+    assert len(str(e.value)) < 400
+
+
 @pytest.mark.parametrize(
     ("section", "given", "words"),
     [

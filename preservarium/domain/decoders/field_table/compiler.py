@@ -289,6 +289,8 @@ class _Compiler(Writer):
         if not all(isinstance(w, int | float | str) for w in allowed):
             message = f"{where}.equals: numbers or text"
             raise ParserError(message)
+        # repr() of what is not finite would be a name that nothing has.
+        allowed = [w if isinstance(w, str | bool) else number_of(w, f"{where}.equals") for w in allowed]
         self.flush()
         constants = ", ".join(repr(w) for w in allowed)
         test = f"{x.source} != {constants}" if len(allowed) == 1 else f"{x.source} not in ({constants},)"

@@ -74,12 +74,20 @@ def number_of(value: Any, where: str) -> int | float:
     Raises:
         ParserError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        message = f"{where}: {value!r} is not a number"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_finite(value):
+        message = f"{where}: {value!r:.60} is not a number"
         raise ParserError(message)
     if isinstance(value, int) and value.bit_length() > 64:
         return float(value)
     return value
+
+
+def is_finite(value: int | float) -> bool:
+    """Whether a double can hold a number; a whole one of a file may have any length."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def case_of(given: Any, kind: str, where: str) -> int | str:
