@@ -262,6 +262,14 @@ class Normalize(_Section):
         600.0, gt=0, description="A compiled configuration is looked up anew after this time."
     )
     unknown_cache_ttl_s: float = Field(10.0, gt=0, description="An unknown device is asked for again after this time.")
+    registry_wait_s: float = Field(
+        20.0,
+        ge=0,
+        le=600,
+        json_schema_extra=RELOAD,
+        description="While the registry's database cannot be asked, messages of devices that are not known here wait so long, and"
+        " others of their partition with them; after that they are refused as `unknown_device`.",
+    )
     decoded_topic: str = Field(
         "decoded_iot_data",
         description="Input topic of the sink service that this replaces (old message format); empty: not read.",

@@ -2,8 +2,9 @@
 
 A device is found by every spelling of its address (domain/readings/address.py); its document says how it is registered.
 
-In the steady state no message causes a query; a database that is down makes unknown what is not in the table, and
-stops nothing.
+In the steady state no message causes a query. A database that cannot be asked holds up who asks for a device that is not in
+the table, for a while (`normalize.registry_wait_s`): a server that is restarted refuses nobody. After that such devices are
+unknown, and what is not there stops nothing.
 """
 
 import asyncio
@@ -73,6 +74,8 @@ class DeviceLookup:
         self._found: TTLCache[str, DeviceDoc] = TTLCache(REMEMBERED_MAX, normalize.config_cache_ttl_s, timer=now_s)
         #: canonical addresses that the database does not know either
         self._unknown: TTLCache[str, None] = TTLCache(REMEMBERED_MAX, normalize.unknown_cache_ttl_s, timer=now_s)
+        #: since when the database cannot be asked, s on the monotonic clock
+        self._away_since_s: float | None = None
         self._flights: dict[str, asyncio.Task[dict[str, DeviceDoc] | None]] = {}
         self._listeners: list[Callable[[str], None]] = []
         self._breaker = Breaker("registry", lambda: settings().breaker, clock=self._clock, server="postgres")
@@ -98,11 +101,14 @@ class DeviceLookup:
             listener(device_id)
 
     async def lookup(self, partition: int, device_id: str) -> DeviceDoc | None:
-        """The device's document, or None where it is not registered (or cannot be found out now). Never raises Retry.
+        """The device's document, or None where it is not registered (or that cannot be found out).
 
         Args:
             partition: of the message, which is where the device's row is if the message was keyed rightly.
             device_id: the address, in any spelling.
+
+        Raises:
+            Retry: as `lookup_many`.
         """
         return (await self.lookup_many(partition, (device_id,))).get(device_id)
 
@@ -116,7 +122,11 @@ class DeviceLookup:
         return value is not None and bool(orjson.loads(value).get(DELETED))
 
     async def lookup_many(self, partition: int, device_ids: Iterable[str]) -> dict[str, DeviceDoc]:
-        """Documents of those devices that are registered. One query for all that are not in the table."""
+        """Documents of those devices that are registered. One query for all that are not in the table.
+
+        Raises:
+            Retry: the database cannot be asked, for less than `normalize.registry_wait_s` so far.
+        """
         found: dict[str, DeviceDoc] = {}
         missing: list[str] = []
         outcomes: Counter[str] = Counter()
@@ -167,10 +177,20 @@ class DeviceLookup:
             answer = await asyncio.shield(task)
             if answer is None:
                 metrics.CACHE.labels(_CACHE, "unavailable").inc()
+                if self._is_patient():
+                    message = "the registry's database cannot be asked for devices that are not known here"
+                    raise Retry(message)
                 continue
             metrics.CACHE.labels(_CACHE, "query").inc()
             if device_id in answer:
                 found[device_id] = answer[device_id]
+
+    def _is_patient(self) -> bool:
+        """Whether the database is away for so short a time that it is waited for."""
+        now_s = self._clock.monotonic_s()
+        if self._away_since_s is None:
+            self._away_since_s = now_s
+        return now_s - self._away_since_s < self._settings().normalize.registry_wait_s
 
     def _landed(self, device_ids: Sequence[str]) -> None:
         for device_id in device_ids:
@@ -183,6 +203,7 @@ class DeviceLookup:
                 composites = await self._fetch(device_ids)
         except Retry:
             return None
+        self._away_since_s = None
         answer: dict[str, DeviceDoc] = {}
         for device_id in device_ids:
             composite = composites.get(device_id)

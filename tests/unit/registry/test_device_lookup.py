@@ -7,6 +7,7 @@ import pytest
 
 from preservarium.clock import Clock, ManualClock
 from preservarium.domain.registry.changes import DELETED, device_keys
+from preservarium.errors import Retry
 from preservarium.registry.device_lookup import DeviceLookup
 from preservarium.settings import load
 from preservarium.stores.registry import Composite
@@ -22,7 +23,7 @@ class Lookup(DeviceLookup):
     def __init__(
         self, table: dict[str, Any], registered: dict[str, Any] | None = None, *, clock: Clock | None = None
     ) -> None:
-        self.table, self.registered, self.asked = table, registered or {}, 0
+        self.table, self.registered, self.asked, self.is_down = table, registered or {}, 0, False
         super().__init__(self._row, load, clock=clock)
 
     def _row(self, partition: int, key: bytes) -> bytes | None:
@@ -31,6 +32,9 @@ class Lookup(DeviceLookup):
 
     async def _fetch(self, device_ids: Any) -> dict[str, Composite]:
         self.asked += 1
+        if self.is_down:
+            message = "no database"
+            raise Retry(message)
         by_key = {key: doc for device_id, doc in self.registered.items() for key in device_keys(device_id)}
         found = {i: by_key[k] for i in device_ids for k in device_keys(i) if k in by_key}
         return {i: Composite(doc, {}, None, [], [], []) for i, doc in found.items()}
@@ -88,6 +92,26 @@ async def test_what_the_database_knows_is_known_until_the_table_has_it():
     lookup.changed(EUI)
     assert lookup.known(PARTITION, EUI) == document(EUI, rev=2)
     assert lookup.asked == 1
+
+
+async def test_a_database_that_is_restarted_is_waited_for_and_one_that_stays_away_is_not():
+    clock = ManualClock(0)
+    lookup = Lookup({"known": document("known")}, {EUI: document(EUI)}, clock=clock)
+    wait_s = load().normalize.registry_wait_s
+    for _ in range(2):  # each time anew
+        lookup.is_down = True
+        for _ in range(4):
+            with pytest.raises(Retry):
+                await lookup.lookup_many(PARTITION, ["known", EUI])
+            assert await lookup.lookup(PARTITION, "known") is not None, "who is known waits for nobody"
+            clock.advance(wait_s / 4)
+        assert await lookup.lookup_many(PARTITION, ["known", EUI]) == {"known": document("known")}
+        clock.advance(wait_s * 3)
+        assert await lookup.lookup(PARTITION, EUI) is None
+        lookup.is_down = False
+        clock.advance(load().breaker.open_max_s * 2)  # the breaker's own wait
+        assert await lookup.lookup(PARTITION, EUI) == document(EUI)
+        lookup.changed(EUI)
 
 
 async def test_what_the_database_does_not_know_is_asked_for_again_soon():
