@@ -21,7 +21,7 @@ import orjson
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from quality import READINGS_A_MESSAGE, S, T, Table, messages
+from quality import READINGS_A_MESSAGE, S, T, Table, messages, observed
 
 from preservarium.clock import ManualClock
 from preservarium.domain.alarms.device import DeviceAlarms
@@ -81,16 +81,7 @@ def pure(readings: int, docs: list[dict[str, Any]]) -> tuple[float, float]:
     """Readings per second, and bytes of state a series."""
     batch = messages(readings, 1)
     rules = compiled(docs)
-    alarms: dict[str, DeviceAlarms] = {}
-    gc.collect()
-    start = perf_counter()
-    for message in batch:
-        device_id = message["device_id"]
-        one = alarms.get(device_id)
-        if one is None:
-            one = alarms[device_id] = DeviceAlarms(device_id)
-        one.observe(message, rules)
-    seconds = perf_counter() - start
+    alarms, seconds = observed(batch, rules)
     sizes = sum(len(orjson.dumps(a.document())) for a in alarms.values())
     return readings / seconds, sizes / len(alarms) / READINGS_A_MESSAGE
 

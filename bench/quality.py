@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from preservarium import topics
 from preservarium.clock import ManualClock
 from preservarium.domain.alarms.device import DeviceAlarms
+from preservarium.domain.alarms.rule import DeviceRules
 from preservarium.domain.alarms.rules import compile_rules
 from preservarium.domain.quality.checks import compile_checks
 from preservarium.domain.quality.validation import Limits, new_state, validate
@@ -132,9 +133,8 @@ def pure_validation(readings: int, tests: dict[str, Any]) -> tuple[float, float]
     return readings / seconds, size
 
 
-def pure_rules(readings: int) -> tuple[float, float]:
-    batch = messages(readings, 1)
-    rules = compile_rules(device_doc("d"), None, RULES.get, lambda name: datatype(name, {}))  # type: ignore[arg-type, return-value]
+def observed(batch: list[dict[str, Any]], rules: DeviceRules) -> tuple[dict[str, DeviceAlarms], float]:
+    """The alarms of each device after a batch, and how long that took, s."""
     alarms: dict[str, DeviceAlarms] = {}
     gc.collect()
     start = perf_counter()
@@ -144,7 +144,13 @@ def pure_rules(readings: int) -> tuple[float, float]:
         if one is None:
             one = alarms[device_id] = DeviceAlarms(device_id)
         one.observe(message, rules)
-    seconds = perf_counter() - start
+    return alarms, perf_counter() - start
+
+
+def pure_rules(readings: int) -> tuple[float, float]:
+    batch = messages(readings, 1)
+    rules = compile_rules(device_doc("d"), None, RULES.get, lambda name: datatype(name, {}))  # type: ignore[arg-type, return-value]
+    alarms, seconds = observed(batch, rules)
     size = max(len(orjson.dumps(a.document())) for a in alarms.values()) / READINGS_A_MESSAGE
     return readings / seconds, size
 

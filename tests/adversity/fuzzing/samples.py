@@ -148,13 +148,7 @@ rules:
   - {name: hot, kind: high, component_type: temperature, severity: major, threshold: 60, deadband: 2, on_delay_s: 10, recipients: [ops]}
   - {name: odd, kind: expression, component_type: temperature, severity: minor, inputs: {a: {component_type: temperature}}, expression: "a > 5 and a < 9", inputs_max_age_s: 60}
 device_types:
-  - name: T1
-    manufacturer: Acme
-    parser: acme
-    mapping:
-      t: {component_type: temperature}
-      battery: null
-    rules: [hot]
+  - {name: T1, manufacturer: Acme, parser: acme, mapping: {t: {component_type: temperature}, battery: null}, rules: [hot]}
 experiments:
   - {name: run-1, started_at: 2024-05-01T14:00:00.25+02:00}
 devices:
