@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time_ns
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -29,7 +29,9 @@ from preservarium.stores import registry
 from preservarium.stores.migrate import connect_postgres, migrate_all
 from preservarium.streaming import kafka_clients, topics_admin
 from preservarium.streaming.publish import partition_of
+from preservarium.streaming.records import RECEIVED_HEADER
 from preservarium.streaming.same_offsets import Writer
+from preservarium.topics import Topic
 
 #: (done, total, what)
 Progress = Callable[[int, int, str], None]
@@ -209,7 +211,7 @@ class _Work:
             ) -> int:
                 span = manifest.topics[topic][partition]
                 end = max(span.end, positions.get(partition, 0))
-                entries = _entries(files.topic_file(self._directory, topic, partition))
+                entries = _kept(_entries(files.topic_file(self._directory, topic, partition)), topics.BY_NAME[topic])
                 self.done.fillers += span.begin
                 return await writer.rewrite(full, partition, span.begin, end, entries)
 
@@ -286,6 +288,31 @@ async def _commit(settings: Settings, group: str, positions: Mapping[Any, Any]) 
         await consumer.commit(dict(positions))
     finally:
         await kafka_clients.stop(consumer)
+
+
+def unexpired(entries: Sequence[Entry], topic: Topic, now_ms: int) -> list[Entry]:
+    """Records as they are to be written: what Kafka's retention would soon take is written as of now.
+
+    A back-up holds what was not worked off. Where it is restored days later, Kafka would delete that by its times, perhaps
+    before a worker has read it. A raw record says in a header when it was received.
+    """
+    if topic.retention_ms is None:
+        return list(entries)
+    oldest_ms = now_ms - topic.retention_ms // 2
+    return [_as_of_now(entry, topic) if 0 <= entry.timestamp_ms < oldest_ms else entry for entry in entries]
+
+
+def _as_of_now(entry: Entry, topic: Topic) -> Entry:
+    headers = entry.headers
+    if topic is topics.RAW and not any(name == RECEIVED_HEADER for name, _ in headers):
+        headers = (*headers, (RECEIVED_HEADER, b"%d" % entry.timestamp_ms))
+    return Entry(entry.offset, -1, entry.key, entry.value, headers)
+
+
+async def _kept(read: AsyncIterator[Sequence[Entry]], topic: Topic) -> AsyncIterator[Sequence[Entry]]:
+    now_ms = time_ns() // 1_000_000
+    async for some in read:
+        yield unexpired(some, topic, now_ms)
 
 
 async def _entries(path: Path) -> AsyncIterator[Sequence[Any]]:

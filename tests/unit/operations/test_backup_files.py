@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from preservarium import topics
 from preservarium.operations.backup import files
 from preservarium.operations.backup.files import BackupError, Entry, EntryWriter, Manifest, Position, Span
 from preservarium.operations.backup.kafka import Reader, starts
+from preservarium.operations.backup.restore import unexpired
 
 ENTRIES = [
     Entry(7, 1_700_000_000_000, b"dev", b'{"a": 1}', (("rev", b"3"), ("none", None))),
@@ -115,3 +117,22 @@ def test_a_topic_is_needed_from_its_slowest_reader_on(
     }
     sinks = {} if sink is None else {"sink": {"validated": {0: sink}}}
     assert starts(topic, READERS, {0: begin}, groups, sinks) == {0: expected}
+
+
+def test_what_retention_would_take_before_it_is_read_is_written_as_of_now() -> None:
+    now_ms = 1_800_000_000_000
+    assert topics.RAW.retention_ms is not None
+    fresh = Entry(1, now_ms - topics.RAW.retention_ms // 4, b"k", b"v", (("attempt", b"2"),))
+    old = Entry(2, now_ms - topics.RAW.retention_ms * 3, b"k", b"v", (("attempt", b"2"),))
+    undated = Entry(3, -1, b"k", b"v")
+    received = ("received", b"%d" % old.timestamp_ms)
+    assert unexpired([fresh, old, undated], topics.RAW, now_ms) == [
+        fresh, Entry(2, -1, b"k", b"v", (("attempt", b"2"), received)), undated,
+    ]  # fmt: skip
+    # Restored a second time, it was received when it was.
+    again = Entry(2, old.timestamp_ms + 5, b"k", b"v", (received,))
+    assert unexpired([again], topics.RAW, now_ms) == [Entry(2, -1, b"k", b"v", (received,))]
+    assert unexpired([old], topics.ALERTS, now_ms) == [old], "kept for a fortnight"
+    ancient = Entry(2, 1, b"k", b"v")
+    assert unexpired([ancient], topics.ALERTS, now_ms) == [Entry(2, -1, b"k", b"v")]
+    assert unexpired([ancient], topics.ALARM_STANDING, now_ms) == [ancient], "kept for ever"
