@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-import orjson
 import structlog
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
 from preservarium.domain.readings.address import canonical_address
+from preservarium.domain.readings.json_text import to_bytes
 from preservarium.errors import ReasonCode, Reject, Retry
 from preservarium.settings import Settings
 from preservarium.streaming.records import (
@@ -146,7 +146,7 @@ def envelope_send(
 
 def report_send(line: Mapping[str, Any]) -> Send:
     """The record of what a network server, or a device that fetches, says of a downlink: keyed as the device's raw messages."""
-    return Send(topics.COMMANDS, canonical_address(line["device_id"]).encode(), orjson.dumps(line))
+    return Send(topics.COMMANDS, canonical_address(line["device_id"]).encode(), to_bytes(line))
 
 
 def refused_send(

@@ -46,6 +46,7 @@ from preservarium.domain.commands.downlinks import server_report
 from preservarium.domain.commands.fields import NAME_CHARS_MAX
 from preservarium.domain.readings import json_text
 from preservarium.domain.readings.address import canonical_address
+from preservarium.domain.readings.json_text import to_bytes
 from preservarium.domain.readings.number import number_of
 from preservarium.errors import Fatal, ReasonCode, Reject, Retry
 from preservarium.serving import bodies, hosts, server
@@ -160,7 +161,7 @@ class Fetch:
         waiting = self._waiting(device, had)
         sends = [self._line(device, {"kind": "report", "downlink_id": each, "report": "acknowledged"}) for each in had]
         if had:
-            sends.append(Send(topics.MAILBOX, canonical_address(device).encode(), orjson.dumps({"has": has})))
+            sends.append(Send(topics.MAILBOX, canonical_address(device).encode(), to_bytes({"has": has})))
         if not waiting:
             sends.append(self._line(device, {"kind": "wake"}))
         if sends:

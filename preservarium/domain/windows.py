@@ -39,6 +39,7 @@ import orjson
 
 from preservarium.domain.circular import direction, unit_vector
 from preservarium.domain.quality.meter import CONSUMPTION_SUFFIX
+from preservarium.domain.readings.json_text import to_bytes
 from preservarium.domain.readings.lineage import generation_state, identity, take
 from preservarium.domain.readings.reading import Quality
 
@@ -292,7 +293,7 @@ def dump_state(state: State) -> bytes:
                 for pane in panes:
                     _shorten(pane, _PARTS_STORED_MAX)
                 series[_CLOSED] = _packed(orjson.dumps([panes, revisions])) if panes or revisions else ""
-    return orjson.dumps(state)
+    return to_bytes(state)
 
 
 def next_end_us(state: State) -> int | None:

@@ -15,6 +15,7 @@ import structlog
 from preservarium import metrics, topics
 from preservarium.clock import Clock
 from preservarium.domain.notices import HANDED_OUT_MAX, STATE_VERSION, Delivery, Inbox, Policy, policy_of
+from preservarium.domain.readings.json_text import to_bytes
 from preservarium.notices.routing import RecipientLookup
 from preservarium.settings import LiveSettings
 from preservarium.streaming.records import parse_trusted, refuse
@@ -182,7 +183,7 @@ class Grouping:
             plans += inbox.take(last)
             number = inbox.plan(policy, now_us, number, behind=tick.behind)
         for plan in sorted(plans, key=lambda plan: plan["number"]):
-            effects.sends.append(Send(topics.NOTICES, plan["recipient"].encode(), orjson.dumps(plan), partition))
+            effects.sends.append(Send(topics.NOTICES, plan["recipient"].encode(), to_bytes(plan), partition))
         if number != first:
             # Before the plans: Kafka keeps a prefix of what a crash cuts off, and no number may be given twice.
             effects.put(self._table.name, NUMBER_KEY, b"%d" % number)
@@ -198,7 +199,7 @@ class Grouping:
     def _put(self, effects: Effects, partition: int, touched: dict[str, tuple[Inbox, Policy]], now_us: int) -> None:
         dues: dict[str, int | None] = {}
         for recipient, (inbox, policy) in touched.items():
-            effects.put(self._table.name, recipient.encode(), orjson.dumps(inbox.document()))
+            effects.put(self._table.name, recipient.encode(), to_bytes(inbox.document()))
             dues[recipient] = inbox.due_us(policy, now_us)
 
         def stored() -> None:

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-import orjson
 import structlog
 from cachetools import LRUCache
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
 from preservarium.domain.notices import HANDED_OUT_MAX
+from preservarium.domain.readings.json_text import to_bytes
 from preservarium.domain.remembered import Remembered
 from preservarium.errors import ReasonCode, Reject, Retry
 from preservarium.notices.channel import Channel, Notice, RefusedForNow, answer
@@ -278,7 +278,7 @@ def _receipt_send(notice: Notice, receipt: Receipt) -> Send:
         "alarms": [line["alarm_id"] for line in delivery["lines"]],
         "transitions": [t for line in delivery["lines"] for t in line["transitions"]],
     }
-    return Send(topics.NOTICE_RECEIPTS, delivery["recipient"].encode(), orjson.dumps(line))
+    return Send(topics.NOTICE_RECEIPTS, delivery["recipient"].encode(), to_bytes(line))
 
 
 def _without_secrets(url: str) -> str:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, Protocol
 
-import orjson
 import structlog
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
 from preservarium.domain.notices import NOTIFIED, Event
+from preservarium.domain.readings.json_text import to_bytes
 from preservarium.domain.readings.lineage import GENERATION_LIVE
 from preservarium.domain.registry.device import DeviceDoc, RecipientDoc, RuleDoc
 from preservarium.errors import ReasonCode
@@ -243,7 +243,7 @@ class Router:
                     }
                     if gone:
                         event["gone"] = True
-                    effects.sends.append(Send(topics.NOTICE_EVENTS, name.encode(), orjson.dumps(event)))
+                    effects.sends.append(Send(topics.NOTICE_EVENTS, name.encode(), to_bytes(event)))
                 for text in found.wrong:
                     refuse(effects, self._error(batch, record, index, line, text))
                 for reason in found.skipped:

@@ -10,7 +10,6 @@ from itertools import islice
 from re import compile as pattern
 from typing import Any, Final, NamedTuple
 
-import orjson
 import structlog
 
 from preservarium import metrics, topics
@@ -30,6 +29,7 @@ from preservarium.domain.alarms.rule import DeviceRules
 from preservarium.domain.alarms.rules import compile_rules
 from preservarium.domain.alarms.state import ALARMS_PER_DEVICE_MAX, STATE_VERSION
 from preservarium.domain.alarms.turn import Outcome
+from preservarium.domain.readings.json_text import to_bytes
 from preservarium.domain.readings.lineage import GENERATION_LIVE, identity
 from preservarium.domain.readings.reading import PIN_POSITION_NONE
 from preservarium.domain.registry.device import DeviceDoc
@@ -438,7 +438,7 @@ class _Work(KeyedWork[Alarming, _Device]):
             action = parse_action(line, key)
             device_id = self._registered(action.device_id)
             if self._comes_by_address(record, device_id):
-                there = orjson.dumps({**line, "device_id": device_id})
+                there = to_bytes({**line, "device_id": device_id})
                 self._effects.sends.append(Send(topics.ALARM_ACTIONS, device_id.encode(), there))
                 return
             action = replace(action.by(self._now_us), device_id=device_id)
@@ -514,7 +514,7 @@ class _Work(KeyedWork[Alarming, _Device]):
             self._standing[device_id, rule, pin] = standing
         for transition in outcome.transitions:
             self._transitions.append(transition)
-            value = orjson.dumps(transition)
+            value = to_bytes(transition)
             headers = headers_of(record) if record is not None else ()
             send = Send(topics.ALERTS, device_id.encode(), value, self.batch.partition, headers)
             self._effects.sends.append(send)
@@ -523,11 +523,11 @@ class _Work(KeyedWork[Alarming, _Device]):
         """As of every stage; how alarms stand now, and answers to operators, are sent besides."""
         sends, partition = self._effects.sends, self.batch.partition
         for point, standing in self._standing.items():
-            value = None if standing is None else orjson.dumps(standing)
-            sends.append(Send(topics.ALARM_STANDING, orjson.dumps(point), value, partition))
+            value = None if standing is None else to_bytes(standing)
+            sends.append(Send(topics.ALARM_STANDING, to_bytes(point), value, partition))
         for answer in self._answers:
             key = answer["device_id"].encode()
-            sends.append(Send(topics.ALARM_ANSWERS, key, orjson.dumps(answer), partition))
+            sends.append(Send(topics.ALARM_ANSWERS, key, to_bytes(answer), partition))
         return super().finish()
 
     def _document(self, device_id: str) -> bytes:
@@ -536,7 +536,7 @@ class _Work(KeyedWork[Alarming, _Device]):
         document = alarms.document()
         self._due[device_id] = document.get("due") if rules is not None else None
         self._stands[device_id] = alarms.stands
-        return orjson.dumps(document)
+        return to_bytes(document)
 
     def _after(self) -> None:
         super()._after()

@@ -14,6 +14,7 @@ import structlog
 from preservarium import metrics, topics
 from preservarium.domain.quality.anomaly import MODEL, Detector, Judgement, judge, new_series
 from preservarium.domain.quality.checks import FAIL, SeriesCheck
+from preservarium.domain.readings.json_text import to_bytes
 from preservarium.domain.readings.lineage import generation_state, identity, take
 from preservarium.registry.compiled import CompiledChecks
 from preservarium.stages.keyed import CheckedStage, KeyedWork, OnDemand
@@ -163,7 +164,7 @@ class _Work(KeyedWork[Detection, State]):
         return super().finish()
 
     def _document(self, device_id: str) -> bytes:
-        return orjson.dumps(self._devices[device_id])
+        return to_bytes(self._devices[device_id])
 
     def _after(self) -> None:
         super()._after()

@@ -20,6 +20,7 @@ from preservarium.domain.commands.device import STATE_VERSION, CommandEventDoc, 
 from preservarium.domain.commands.lines import LINE_BYTES_MAX, Line, parse_line
 from preservarium.domain.commands.profile import Profile, compile_profile
 from preservarium.domain.readings.address import canonical_address
+from preservarium.domain.readings.json_text import to_bytes
 from preservarium.domain.registry.device import DeviceDoc
 from preservarium.errors import ReasonCode, Reject, Retry
 from preservarium.registry.compiled import CompiledDevices, Documents, Known, LookupMany
@@ -208,7 +209,7 @@ class Commanding(KeyedStage[DeviceCommands | None]):
 
 def command_send(line: dict[str, Any]) -> Send:
     """The record of a line of `device_commands`: keyed as the device's raw messages, however its address is spelled here."""
-    return Send(topics.COMMANDS, canonical_address(line["device_id"]).encode(), orjson.dumps(line))
+    return Send(topics.COMMANDS, canonical_address(line["device_id"]).encode(), to_bytes(line))
 
 
 class _Work(KeyedWork[Commanding, DeviceCommands | None]):
@@ -256,7 +257,7 @@ class _Work(KeyedWork[Commanding, DeviceCommands | None]):
         device_id = self._registered(line.device_id)
         try:
             if self._comes_by_address(record, device_id):
-                there = orjson.dumps({**orjson.loads(raw), "device_id": device_id})
+                there = to_bytes({**orjson.loads(raw), "device_id": device_id})
                 self._effects.sends.append(Send(topics.COMMANDS, device_id.encode(), there))
                 return
             self._require_here(record, device_id, ReasonCode.COMMAND_INVALID, "commands")
@@ -308,10 +309,10 @@ class _Work(KeyedWork[Commanding, DeviceCommands | None]):
         key = device_id.encode()
         for event in outcome.events:
             self._events.append(event)
-            self._effects.sends.append(Send(topics.COMMAND_EVENTS, key, orjson.dumps(event), self.batch.partition))
+            self._effects.sends.append(Send(topics.COMMAND_EVENTS, key, to_bytes(event), self.batch.partition))
         for downlink in outcome.downlinks:
             self._downlinks += 1
-            self._effects.sends.append(Send(topics.DOWNLINKS, key, orjson.dumps(downlink), self.batch.partition))
+            self._effects.sends.append(Send(topics.DOWNLINKS, key, to_bytes(downlink), self.batch.partition))
 
     def finish(self) -> Effects:
         """As of every stage; when a device is due next may have changed where nothing else has."""
@@ -323,7 +324,7 @@ class _Work(KeyedWork[Commanding, DeviceCommands | None]):
         device = self._devices[device_id]
         assert device is not None
         document = device.document()
-        return None if document is None else orjson.dumps(document)
+        return None if document is None else to_bytes(document)
 
     def _after(self) -> None:
         super()._after()

@@ -5,6 +5,7 @@ from typing import Any
 
 import orjson
 
+from preservarium.domain.readings.json_text import to_bytes
 from preservarium.domain.tasks import employee_row
 from preservarium.errors import Reject
 from preservarium.streaming.records import error_line, lines_of, loads, refuse
@@ -54,5 +55,5 @@ def fold_employees(batch: Batch, get: Callable[[bytes], bytes | None], *, table:
             if known is None or known["version"] < new["version"]:
                 rows[key] = new
     for key, new in rows.items():
-        effects.put(table, key, orjson.dumps(new))
+        effects.put(table, key, to_bytes(new))
     return effects

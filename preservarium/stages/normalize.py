@@ -20,6 +20,7 @@ from preservarium.domain.decoders.base import Decoded, Decoder, PartRefused
 from preservarium.domain.decoders.kinds import compile_any
 from preservarium.domain.decoders.scripts import ScriptParser
 from preservarium.domain.readings.address import canonical_address
+from preservarium.domain.readings.json_text import to_bytes
 from preservarium.domain.readings.mapping import Mapper
 from preservarium.domain.readings.normalize import (
     CompiledDevice,
@@ -188,7 +189,7 @@ class Normalizer:
                     attempt = attempt_of(record)
                     if attempt > 1:
                         message["attempt"] = attempt
-                    value = orjson.dumps(message)
+                    value = to_bytes(message)
                     if len(value) > record_bytes_max:
                         text = f"{len(value)} bytes of readings; a record may have {record_bytes_max}"
                         raise Reject(ReasonCode.OUTPUT_TOO_LARGE, text)

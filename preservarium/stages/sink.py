@@ -11,12 +11,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
-import orjson
 from msgspec import to_builtins
 from msgspec.structs import replace
 
 from preservarium import metrics
 from preservarium.clock import Clock, SystemClock
+from preservarium.domain.readings.json_text import to_bytes
 from preservarium.domain.readings.legacy import legacy_message
 from preservarium.domain.readings.reading import ErrorLine
 from preservarium.domain.readings.stored import StoredMessage, parse_messages
@@ -254,7 +254,7 @@ class _Stage:
         self, batch: Batch, record: Record, index: int, code: ReasonCode, text: str, raw: Any, message: Any
     ) -> ErrorLine:
         try:
-            original = orjson.dumps(raw)
+            original = to_bytes(raw)
         except TypeError:
             original = record.value or b""
         coordinates = {}

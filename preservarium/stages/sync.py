@@ -18,6 +18,7 @@ import orjson
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock, SystemClock
+from preservarium.domain.readings.json_text import to_bytes
 from preservarium.domain.readings.reading import ErrorLine
 from preservarium.domain.tasks import employee_row, task_rows
 from preservarium.errors import ReasonCode, Reject
@@ -289,9 +290,7 @@ class _Stage:
                     self._append(columns, line, seen)
                 except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as e:
                     text = f"{type(e).__name__}: {e}"
-                    errors.append(
-                        self._refused(batch, record, index, orjson.dumps(line), ReasonCode.STORE_REJECTED, text)
-                    )
+                    errors.append(self._refused(batch, record, index, to_bytes(line), ReasonCode.STORE_REJECTED, text))
         return errors
 
     def _refused(

@@ -10,7 +10,6 @@ partition of `iot_standardized_data`, and that record releases.
 from collections.abc import Sequence
 from typing import Any, ClassVar, Final
 
-import orjson
 import structlog
 
 from preservarium import metrics, topics
@@ -27,6 +26,7 @@ from preservarium.domain.quality.validation import (
     new_state,
     receive,
 )
+from preservarium.domain.readings.json_text import to_bytes
 from preservarium.errors import ReasonCode, Reject
 from preservarium.stages.keyed import CheckedStage, KeyedWork, Waiting
 from preservarium.streaming.publish import RECORD_OVERHEAD_BYTES
@@ -90,7 +90,7 @@ class Validation(CheckedStage[tuple[DeviceChecks, State]]):
             lateness_us = self.checks.get(tick.partition, device_id).lateness_us
             if seen + (default_us if lateness_us is None else lateness_us) > tick.now_us:
                 continue
-            line = orjson.dumps({"device_id": device_id, "silent_below": below})
+            line = to_bytes({"device_id": device_id, "silent_below": below})
             effects.sends.append(Send(topics.STANDARDIZED, device_id.encode(), line, tick.partition))
             told.append(device_id)
             if len(told) == SILENT_A_TICK_MAX:
@@ -162,7 +162,7 @@ class _Work(KeyedWork[Validation, tuple[DeviceChecks, State]]):
         """Tell what of a message cannot go on."""
         judged = self._judged
         for failure in judged.failures:
-            raw = orjson.dumps({**message, "readings": [failure.reading]})
+            raw = to_bytes({**message, "readings": [failure.reading]})
             self._error(record, index, failure.code, failure.text, message, raw)
         if judged.limited:
             text = f"more than {self._limits.series_max} series: the tests that need a series' past skip the others"
@@ -178,7 +178,7 @@ class _Work(KeyedWork[Validation, tuple[DeviceChecks, State]]):
         if len(values[0]) > room:
             fitting = []
             for message in out:
-                line = orjson.dumps(message)
+                line = to_bytes(message)
                 if len(line) <= room:
                     fitting.append(message)
                 else:
@@ -198,7 +198,7 @@ class _Work(KeyedWork[Validation, tuple[DeviceChecks, State]]):
         held = _held_of(state, self._now_us)
         if held is not None or device_id in self._known:
             self._held[device_id] = held
-        return orjson.dumps(state)
+        return to_bytes(state)
 
     def _after(self) -> None:
         super()._after()

@@ -8,6 +8,7 @@ from typing import Any, Final, cast
 import orjson
 
 from preservarium import topics
+from preservarium.domain.readings.json_text import to_bytes
 from preservarium.domain.readings.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, ErrorLine
 from preservarium.errors import ReasonCode
 from preservarium.streaming.records.metadata import attempt_of, generation_of, received_ms
@@ -167,14 +168,14 @@ def error_send(line: ErrorLine, *, record_bytes_max: int = RECORD_BYTES_MAX) -> 
     A line that is larger than `record_bytes_max` bytes loses the end of its original bytes, never its reason.
     """
     device_id = line.get("device_id")
-    value = orjson.dumps(line)
+    value = to_bytes(line)
     if len(value) > record_bytes_max:
         raw = line["raw"].encode() if "raw" in line else binascii.a2b_base64(line.get("raw_b64", ""))
         bare = cast(ErrorLine, {k: v for k, v in line.items() if k not in ("raw", "raw_b64")})
         # base64 needs 4/3; the rest is for the note and the field's name.
         room = max(0, (record_bytes_max - len(orjson.dumps(bare)) - 256) * 3 // 4)
         _attach(bare, raw, room, force_b64=True)
-        value = orjson.dumps(bare)
+        value = to_bytes(bare)
     return Send(topics.ERRORS, device_id.encode() if device_id else None, value)
 
 

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import orjson
 
+from preservarium.domain.readings.json_text import to_bytes
 from preservarium.domain.readings.reading import ErrorLine
 from preservarium.errors import ReasonCode, Reject
 from preservarium.streaming.records.error_lines import error_line
@@ -23,7 +24,7 @@ def pack(lines: Iterable[Mapping[str, Any]]) -> bytes:
     Raises:
         TypeError: a line holds what JSON cannot (a defect of the caller: parsed lines never do).
     """
-    return b"\n".join([orjson.dumps(line) for line in lines])
+    return b"\n".join([to_bytes(line) for line in lines])
 
 
 def split(lines: Iterable[Mapping[str, Any]], record_bytes_max: int) -> Iterator[bytes]:
@@ -36,7 +37,7 @@ def split(lines: Iterable[Mapping[str, Any]], record_bytes_max: int) -> Iterator
     pending: list[bytes] = []
     size = -1  # the first line has no newline before it
     for line in lines:
-        text = orjson.dumps(line)
+        text = to_bytes(line)
         if len(text) > record_bytes_max:
             reject(ReasonCode.OUTPUT_TOO_LARGE, f"a line of {len(text)} bytes; a record may have {record_bytes_max}")
         if pending and size + 1 + len(text) > record_bytes_max:
