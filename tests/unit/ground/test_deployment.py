@@ -143,3 +143,11 @@ def test_the_image_copies_what_is_there() -> None:
     assert [s for s in sources if not (ROOT / s).exists()] == []
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert set(sources) <= allowed
+
+
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-worker.lock"])
+def test_a_lock_says_when_it_was_resolved(name: str) -> None:
+    """What `make audit` reads, and `make lock` writes."""
+    first, *rest = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    assert re.fullmatch(r"# Resolved on \d{4}-\d\d-\d\d\.", first)
+    assert not any(line.startswith("#") for line in rest), "of an earlier time"
