@@ -274,8 +274,8 @@ class GroupFeed:
         for tp, records in fetched.items():
             lane = self.lanes.get(tp.partition)
             if lane is None:
-                with contextlib.suppress(IllegalStateError):
-                    consumer.seek(tp, records[0].offset)  # its assignment is not announced yet: read again then
+                # Its assignment is not announced yet: read again then.
+                kafka_clients.seek(consumer, tp, records[0].offset)
             elif lane.known:
                 # What getmany gives is from the position as it is now: a seek drops what was fetched before it.
                 if lane.expected is None:
@@ -593,19 +593,17 @@ class GroupFeed:
 
     async def _find_start(self, lanes: list[GroupLane]) -> None:
         delay_s = self._live().agents.backoff_s
-        offsets: Mapping[int, int]
-        while True:
-            lanes = [lane for lane in lanes if not lane.revoked]
-            if not lanes:
-                return
+        while lanes := [lane for lane in lanes if not lane.revoked and not lane.known]:
             try:
+                offsets: Mapping[int, int]
                 if self._planned:
                     offsets = await self._read_plans(lanes)
                 else:
                     assert self._on_assigned is not None
                     offsets = await self._on_assigned([lane.partition for lane in lanes])
                 await self._check_ends(offsets)
-                break
+                if all([await self._start(lane, offsets.get(lane.partition)) for lane in lanes]):
+                    return
             except Fatal:
                 raise
             except Exception as e:
@@ -615,27 +613,32 @@ class GroupFeed:
                 )
                 for lane in lanes:
                     lane.progress.reason = str(e)
-                await back.or_after(asyncio.sleep(delay_s))
-                delay_s = min(delay_s * 2, self._live().agents.backoff_max_s)
-        for lane in lanes:
-            if lane.revoked:
-                continue
-            tp = TopicPartition(self.kafka_topic, lane.partition)
-            start = offsets.get(lane.partition)
+            await back.or_after(asyncio.sleep(delay_s))
+            delay_s = min(delay_s * 2, self._live().agents.backoff_max_s)
+
+    async def _start(self, lane: GroupLane, start: int | None) -> bool:
+        """Begin a lane at an offset, or where the group stands; False: the consumer has not the partition now."""
+        consumer = self._consumer
+        if lane.revoked or consumer is None:
+            return False
+        tp = TopicPartition(self.kafka_topic, lane.partition)
+        # Also where the store says nothing: a poll may have passed over records meanwhile.
+        if start is None:
+            start = await consumer.committed(tp)
+        if lane.revoked or consumer is not self._consumer:
+            return False
+        if start is None:
             try:
-                # Also where the store says nothing: a poll may have passed over records meanwhile.
-                if start is None:
-                    start = await self._consumer.committed(tp)
-                if start is None:
-                    await self._consumer.seek_to_beginning(tp)
-                else:
-                    self._consumer.seek(tp, start)
-            except IllegalStateError:
-                continue  # revoked meanwhile
-            lane.progress.reason = ""
-            lane.start_at(start)
-            lane.committed = lane.committed if lane.committed is not None else start
-            lane.known = True
+                await consumer.seek_to_beginning(tp)
+            except (IllegalStateError, AssertionError):  # as `kafka_clients.seek`
+                return False
+        elif not kafka_clients.seek(consumer, tp, start):
+            return False
+        lane.progress.reason = ""
+        lane.start_at(start)
+        lane.committed = lane.committed if lane.committed is not None else start
+        lane.known = True
+        return True
 
     async def _check_ends(self, offsets: Mapping[int, int]) -> None:
         """Refuse to start behind a partition's end: consumers would silently go elsewhere and skip what comes.
@@ -645,7 +648,11 @@ class GroupFeed:
         """
         if not offsets:
             return
-        ends = await self._consumer.end_offsets([TopicPartition(self.kafka_topic, p) for p in offsets])
+        consumer = self._consumer
+        if consumer is None:
+            message = "the consumer is being connected anew"
+            raise Retry(message)
+        ends = await consumer.end_offsets([TopicPartition(self.kafka_topic, p) for p in offsets])
         for tp, end in ends.items():
             if offsets[tp.partition] > end:
                 message = (

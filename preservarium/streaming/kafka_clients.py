@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from aiokafka import TopicPartition
 from aiokafka.client import ConnectionGroup
 from aiokafka.conn import AIOKafkaConnection, CloseReason
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import IllegalStateError, KafkaConnectionError
 
 from preservarium import tls
 from preservarium.errors import reason
@@ -133,6 +133,15 @@ def place_of(consumer: Any, tp: TopicPartition) -> Place | None:
     end = found.highwater if found.lso is None or found.lso < 0 else found.lso
     position = found.position if found.has_valid_position else None
     return Place(position, end, found.highwater, getattr(found, "asked_s", None))
+
+
+def seek(consumer: Any, tp: TopicPartition, offset: int) -> bool:
+    """Fetch from an offset on; False: the partition is not assigned to the consumer (any more)."""
+    try:
+        consumer.seek(tp, offset)
+    except (IllegalStateError, AssertionError):  # the latter while the group is being joined again
+        return False
+    return True
 
 
 def note_when_asked(consumer: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiokafka import TopicPartition
 from aiokafka.client import ConnectionGroup
-from aiokafka.errors import CommitFailedError, IllegalStateError
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaConnectionError
 from consumer_fakes import subscription
 from record_fakes import Rec
 
@@ -266,6 +266,36 @@ async def test_nothing_is_handed_over_before_the_store_says_where_to_start() -> 
     async with group:
         await until(lambda: len(group.asked) > 10)
         assert group.flights == []
+        await until(lambda: group.seen[0] == [*range(20, 30)])
+
+
+@pytest.mark.parametrize("error", [IllegalStateError, AssertionError, KafkaConnectionError])
+async def test_a_start_that_fails_for_one_partition_is_tried_again_for_that_one(error: type[Exception]) -> None:
+    """A group that is being joined again has no assignment for a moment; the others go on, and none begins twice."""
+    group = Group({0: 30, 1: 10, 2: 30}, offsets={0: 20, 2: 25})
+    fails, seek = [1, 1, 1], group.consumer.seek
+
+    def failing(tp: TopicPartition, offset: int) -> None:
+        if tp.partition == 1 and fails:
+            fails.pop()
+            raise error
+        seek(tp, offset)
+
+    group.consumer.seek = failing  # type: ignore[method-assign]
+    async with group:
+        await until(lambda: group.seen == {0: [*range(20, 30)], 1: [*range(10)], 2: [*range(25, 30)]})
+        assert not fails
+        assert group.asked[0] == [0, 1, 2]
+        assert 0 not in group.asked[-1], "what has begun is not begun again"
+
+
+async def test_a_start_waits_for_a_consumer_that_is_made_anew() -> None:
+    group = Group({0: 30}, offsets={0: 20})
+    async with group:
+        group.feed._consumer = None
+        await until(lambda: len(group.asked) > 3)
+        assert group.flights == []
+        group.feed._consumer = group.consumer
         await until(lambda: group.seen[0] == [*range(20, 30)])
 
 
