@@ -26,6 +26,8 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "simulate",
     "decode",
     "dlq",
+    "trace",
+    "replay",
     "commands",
     "sync",
     "backup",

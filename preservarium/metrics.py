@@ -80,6 +80,11 @@ PARTITIONS_UNREAD = _gauge(
     "partitions_unread", "Partitions that somebody added to a topic, and that no stage with state may read.", "topic"
 )
 REBALANCES = _counter("rebalances_total", "Group rebalances seen.", "group")
+OFFSETS_FOREIGN = _counter(
+    "offsets_foreign_total",
+    "Partitions whose offset in Kafka no worker has committed: another tool has set it.",
+    "group",
+)
 WATCHDOG = _counter("watchdog_total", "What the group watchdog did.", "action")
 
 # --- dependencies ---

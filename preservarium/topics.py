@@ -36,10 +36,19 @@ RAW = Topic(
     "raw message, one a line",
     24 * HOUR_MS,
     writers="connectors, `dlq redrive`",
+    readers="`trace`, `lineage verify`, `replay reset`",
 )
-STANDARDIZED = Topic("iot_standardized_data", "device address", "standardized message, one a line", 24 * HOUR_MS)
+STANDARDIZED = Topic(
+    "iot_standardized_data",
+    "device address",
+    "standardized message, one a line",
+    24 * HOUR_MS,
+    writers="`replay reset`",
+)
 VALIDATED = Topic("iot_validated_data", "device address", "validated message, one a line", 7 * DAY_MS)
-ERRORS = Topic("iot_errors", "device address", "error line", 14 * DAY_MS, readers="`dlq`")
+ERRORS = Topic(
+    "iot_errors", "device address", "error line", 14 * DAY_MS, writers="`replay reset`", readers="`dlq`, `trace`"
+)
 #: As long as what it tells about: iot_errors.
 REDRIVEN = Topic(
     "iot_redriven",

@@ -17,6 +17,8 @@ NOT_RUN: Final = {
     "tests/integration/extract/test_cli.py has one",
     ("docs/EXTRACT.md", "preservarium extract status"): "likewise",
     ("docs/EXTRACT.md", "preservarium extract again"): "likewise",
+    ("docs/REPLAY.md", "preservarium trace --device"): "its device and instant are examples; tests/integration/operations/test_lineage.py "
+    "traces one",
     ("docs/OPERATING.md", "preservarium backup"): "needs a directory of its own, and empty servers for the restore; "
     "tests/integration/operations/test_backup.py has both",
 }  # fmt: skip

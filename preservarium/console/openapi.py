@@ -340,17 +340,99 @@ _COMMAND_PATHS: Final[dict[str, Any]] = {
     },
 }  # fmt: skip
 
+_COORDINATES: Final = {
+    "partition": {"type": "integer"},
+    "offset": {"type": "integer", "format": "int64"},
+}
+_TRACED: Final = _object(
+    ("device_id", "connector_mode", "component_type", "pin_position", "timestamp"),
+    device_id=_NAME,
+    connector_mode=_NAME,
+    component_type=_NAME,
+    pin_position=_NAME,
+    timestamp={**_INSTANT, "description": "The device's time, µs since the epoch, UTC"},
+)
+#: Of a reading or of a raw record: what both have, and either.
+_TRACE: Final = _object(
+    ("raw",),
+    raw=_object(
+        ("topic", "partition", "offset"),
+        topic=_TEXT,
+        **_COORDINATES,
+        line={"type": ["integer", "null"]},
+        available={**_FLAG, "description": "Whether Kafka still has it"},
+        gone={**_TEXT, "description": "Why not, for people"},
+        kafka_time=_INSTANT,
+        received_at=_INSTANT,
+        connector=_TEXT,
+        bytes={"type": "integer"},
+        sha256=_TEXT,
+        text={**_TEXT, "description": "The line, where it is text"},
+        b64={**_TEXT, "description": "Its bytes, where it is not"},
+    ),
+    reading=_TRACED,
+    derivation_id=_TEXT,
+    parser=_object(("parser",), parser=_TEXT, kind=_maybe(_TEXT), hash=_maybe(_TEXT), status=_TEXT),
+    decoded={"type": ["object", "null"], "description": "The fields that the parser found"},
+    mapping={
+        "type": ["object", "null"],
+        "description": "Which field became the reading, by whose word, and the conversion as fractions",
+    },
+    validated={"type": "object", "description": "Value, quality, flags, and the bounds of the tests that said so"},
+    rederivation=_object(
+        ("status", "text"),
+        status={"type": "string", "enum": ["identical", "different", "unverifiable"]},
+        why=_maybe(_TEXT),
+        text={**_TEXT, "description": "For people"},
+        registry_as_of={
+            "type": ["integer", "null"],
+            "description": "µs since the epoch: the registry of then gave it; null: that of now",
+        },
+        differences={"type": "array", "items": {"type": "object"}},
+    ),
+    windows={"type": "array", "items": {"type": "object"}},
+    rollups={"type": "array", "items": {"type": "object"}},
+    alarms={"type": "array", "items": {"type": "object"}, "description": "Transitions that the message brought"},
+    notices={"type": "array", "items": {"type": "object"}, "description": "Who was told of them"},
+    stored={"type": "object", "description": "The rows in PostgreSQL and in ClickHouse, with their times"},
+    messages={"type": "array", "items": {"type": "object"}, "description": "Of a raw record: what became of each line"},
+    lines_not_shown={"type": "integer"},
+    errors={"type": "array", "items": {"type": "object"}, "description": "Of a raw record: its lines of iot_errors"},
+    errors_complete={**_FLAG, "description": "Whether every line that may be one was looked at"},
+)
+
+_TRACE_PATHS: Final[dict[str, Any]] = {
+    "/api/trace": {
+        "get": {
+            "operationId": "trace",
+            "summary": "Where a stored reading comes from, or what became of a raw record",
+            "parameters": [
+                _query("device", "Address of the device, in any spelling", _NAME),
+                _query("type", "Component type of the reading", _NAME),
+                _query(
+                    "at", "Its instant: µs since the epoch, or ISO 8601; to the second or millisecond will do", _TEXT
+                ),
+                _query("pin", "Its pin, where several are meant", _NAME),
+                _query("mode", "Its connector mode, where several are meant", _NAME),
+                _query("raw", "Instead of all these: PARTITION:OFFSET[:LINE] of iot_raw_data", _TEXT),
+            ],
+            "responses": _answers("The chain", _ref("Trace"), 400, 401, 404, 503),
+        }
+    },
+}
+
 DOCUMENT: Final[dict[str, Any]] = {
     "openapi": "3.1.0",
     "info": {
-        "title": "Preservarium: alarms and commands for operators",
+        "title": "Preservarium: alarms, commands and lineage for operators",
         "version": __version__,
-        "description": "What is not normal, and what people do about it. Where operators are configured, all of it needs a token of "
+        "description": "What is not normal, what people do about it, and where numbers come from. Where operators are configured, all of it needs a token of "
         "`web.operators` or `web.operator_token`; where none are, everybody may read, and this machine may act.",
     },
     "security": [{"token": []}, {}],
     "paths": {
         **_COMMAND_PATHS,
+        **_TRACE_PATHS,
         "/api/alarms": {
             "get": {
                 "operationId": "listAlarms",
@@ -459,6 +541,7 @@ DOCUMENT: Final[dict[str, Any]] = {
                 given={"type": "object", "description": "What a command has where it says nothing"},
                 commands={"type": "array", "items": _object(("command",), command=_TEXT)},
             ),
+            "Trace": _TRACE,
             "Alarm": _ALARM,
             "Action": {**_ACTION, "additionalProperties": False},
             "Answer": _ANSWER,

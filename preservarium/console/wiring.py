@@ -8,6 +8,7 @@ from preservarium.console.dashboards import DashboardViews
 from preservarium.console.follower import BoardFollower
 from preservarium.console.operators import Operators
 from preservarium.console.tables import TableReader
+from preservarium.console.trace import TraceViews
 from preservarium.console.views import Console
 from preservarium.console.workers import Workers, WorkersFollower
 from preservarium.operations.alarm_board import Board, Desk
@@ -40,6 +41,7 @@ def install(app: Any) -> Console:
     board = Board()
     app.add_dependency(BoardFollower(board, app.live, app.clock))
     DashboardViews(app).mount(app.web.web_app)
+    TraceViews(app).mount(app.web.web_app)
     Operators(app, Desk(board, app.publisher.publish, app.clock), reads).mount(app.web.web_app)
     Commands(app, CommandDesk(app.publisher.publish, app.clock, reads.registered), reads).mount(app.web.web_app)
     return console

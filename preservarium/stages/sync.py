@@ -6,10 +6,14 @@ is committed to Kafka before (preservarium/streaming/feeds.py, planned), so whoe
 Kafka may hold a message twice, because a stage before us crashed between sending and acknowledging. Such a repetition is a
 run of earlier messages, so the last raw coordinates of each raw partition tell it from news. They are committed beside the
 offset: a batch that is done again starts from the same ones, and is the same.
+
+Where somebody else has moved the group's offset back, or it is not known, what comes may be written already, in batches of other
+bounds that no token tells. For the tables themselves that is harmless, they keep one row of each key; but `measurement_days` adds
+up what each insert brings. So of such records only the rows that ClickHouse does not hold are inserted (`ReadingSync.reread`).
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -24,6 +28,7 @@ from preservarium.domain.tasks import employee_row, task_rows
 from preservarium.errors import ReasonCode, Reject
 from preservarium.settings import Settings
 from preservarium.stores.clickhouse import ClickHouseStore
+from preservarium.stores.maintenance import literal
 from preservarium.streaming.records import error_line, lines_of, loads, parse_trusted, refuse
 from preservarium.streaming.stage import RECORDS_AT_ONCE, Batch, Effects, Record
 from preservarium.topics import Topic
@@ -38,6 +43,14 @@ EVENTS_MAX: Final = 10_000
 #: (generation, raw partition) pairs whose last coordinates are kept for a partition: one or a few in practice, since
 #: normalize writes by key. 40 of them are at most 2.5 KiB of the 4 KiB that a broker takes as metadata.
 SEEN_MAX: Final = 40
+
+#: Rows whose instants are nearer than this are looked up together, by one query for the range that they lie in …
+STANDING_GAP_US: Final = 60_000_000
+#: … which is no longer than this, and of no more devices, so that an answer is not much more than was asked for.
+STANDING_SPAN_US: Final = 3_600_000_000
+STANDING_DEVICES_MAX: Final = 2_000
+
+_DAY_US: Final = 86_400_000_000
 
 _TEXT: Final = "LowCardinality(String)"
 _TIME: Final = "DateTime64(6, 'UTC')"
@@ -266,6 +279,7 @@ class _Stage:
                 await asyncio.sleep(0)
         first, end = batch.records[0].offset, batch.records[-1].offset + 1
         token = f"{batch.topic}-{batch.partition}-{first}-{end}"
+        columns, token = await self._left(batch, columns, token, effects)
         rows = len(columns[next(iter(columns))])
         for start in range(0, rows, INSERT_ROWS_MAX):
             whole = rows <= INSERT_ROWS_MAX
@@ -280,6 +294,10 @@ class _Stage:
             refuse(effects, error, record_bytes_max=limit)
         # Once it is acknowledged: a batch that is tried again must find what it found before.
         effects.after.append(partial(self._seen.__setitem__, batch.partition, seen))
+
+    async def _left(self, batch: Batch, columns: Columns, token: str, effects: Effects) -> tuple[Columns, str]:
+        """The rows of a batch that are to be inserted, and under which token."""
+        return columns, token
 
     def _fill(self, columns: Columns, batch: Batch, seen: Seen) -> list[ErrorLine]:
         """Put a batch's rows into the columns; gives an error line for every line that is none."""
@@ -323,6 +341,106 @@ class ReadingSync(_Stage):
 
     def __init__(self, store: ClickHouseStore, settings: Callable[[], Settings], *, clock: Clock | None = None) -> None:
         super().__init__(MEASUREMENTS, store, settings, clock=clock)
+        #: partition -> (offset below which rows may stand already, the server's time when that was found out, µs)
+        self._again: dict[int, tuple[int, int]] = {}
+
+    # --- records that are read a second time
+
+    def recall(self, partition: int, text: str) -> None:
+        """What was seen of a partition up to the group's offset, and how far it is read a second time."""
+        self._again.pop(partition, None)
+        seen = text
+        if text.startswith("{"):
+            try:
+                noted = orjson.loads(text)
+                below, since, kept = int(noted["below"]), int(noted["since"]), noted["seen"]
+            except (ValueError, TypeError, KeyError):
+                seen = ""
+            else:
+                self._again[partition] = below, since
+                seen = orjson.dumps(kept).decode()
+        super().recall(partition, seen)
+
+    def remember(self, partition: int) -> str:
+        """What was seen of a partition, and how far it is read a second time, for `recall`."""
+        seen, again = super().remember(partition), self._again.get(partition)
+        if again is None:
+            return seen
+        return f'{{"below":{again[0]},"since":{again[1]},"seen":{seen}}}'
+
+    async def reread(self, below: Mapping[int, int]) -> None:
+        """Rows of records before the offsets given may stand already: insert those that do not.
+
+        Raises:
+            Retry: ClickHouse cannot be asked.
+        """
+        ((now_us, rows),) = await self._store.ask(
+            f"SELECT toUnixTimestamp64Micro(now64(6)), (SELECT count() FROM (SELECT 1 FROM {self.table.name} LIMIT 1))"
+        )
+        # Into an empty table everything goes.
+        self._again.update({p: (offset, int(now_us)) for p, offset in below.items() if offset > 0 and rows})
+
+    async def _left(self, batch: Batch, columns: Columns, token: str, effects: Effects) -> tuple[Columns, str]:
+        again = self._again.get(batch.partition)
+        if again is None:
+            return columns, token
+        below, since_us = again
+        if batch.records[-1].offset + 1 >= below:
+            effects.after.append(lambda: self._forget(batch.partition))
+        if batch.records[0].offset >= below:
+            return columns, token
+        missing = await self._missing(columns, since_us)
+        left = len(columns["timestamp"]) - len(missing["timestamp"])
+        if left:
+            metrics.STORE_ROWS.labels("clickhouse", "duplicate").inc(left)
+        # Never a token of before: the engine would take what was deleted since for what it has.
+        return missing, f"{token}-{since_us}"
+
+    def _forget(self, partition: int) -> None:
+        """All of it was read a second time."""
+        self._again.pop(partition, None)
+
+    async def _missing(self, columns: Columns, since_us: int) -> Columns:
+        """The rows of which ClickHouse held neither the same nor one that has overwritten it, at the server's time `since_us`.
+
+        What was inserted since is of this second reading: a batch that is done again after a crash finds the same rows
+        missing, and is the same insert, which also completes what was left out of its views' tables.
+
+        Raises:
+            Retry: ClickHouse cannot be reached.
+        """
+        # It drops what is older, and would count it once more until it does.
+        oldest_us = since_us - self._settings().sync.retention_days * _DAY_US
+        names = ("device_id", "component_type", "pin_position", "connector_mode", "timestamp")
+        keys = list(zip(*(columns[name] for name in names), strict=True))
+        kept: list[int] = []
+        for rows in _ranges(columns["timestamp"]):
+            standing = await self._standing([keys[row] for row in rows], since_us)
+            for row in rows:
+                version = row_version(columns["generation"][row], columns["revised"][row], columns["received_at"][row])
+                if keys[row][4] >= oldest_us and standing.get(keys[row], version - 1) < version:
+                    kept.append(row)
+            alive()
+        kept.sort()
+        return {name: [values[row] for row in kept] for name, values in columns.items()}
+
+    async def _standing(self, keys: Sequence[tuple[Any, ...]], since_us: int) -> dict[tuple[Any, ...], int]:
+        """Key -> the highest version of its rows of then, of the devices and the time that the keys are of."""
+        found: dict[tuple[Any, ...], int] = {}
+        devices = sorted({key[0] for key in keys})
+        for start in range(0, len(devices), STANDING_DEVICES_MAX):
+            listed = ", ".join(map(literal, devices[start : start + STANDING_DEVICES_MAX]))
+            rows = await self._store.ask(
+                "SELECT device_id, component_type, pin_position, connector_mode, toUnixTimestamp64Micro(timestamp) AS at, max(version)"
+                f" FROM {self.table.name} WHERE device_id IN ({listed})"
+                " AND timestamp >= fromUnixTimestamp64Micro({from:Int64}, 'UTC')"
+                " AND timestamp <= fromUnixTimestamp64Micro({to:Int64}, 'UTC')"
+                " AND ingested_at < fromUnixTimestamp64Micro({since:Int64}, 'UTC')"
+                " GROUP BY device_id, component_type, pin_position, connector_mode, timestamp",
+                {"from": min(key[4] for key in keys), "to": max(key[4] for key in keys), "since": since_us},
+            )
+            found.update({tuple(row[:5]): int(row[5]) for row in rows})
+        return found
 
     def _append(self, columns: Columns, line: Any, seen: Seen) -> None:
         released = line.get("released")
@@ -376,6 +494,25 @@ class ReadingSync(_Stage):
             columns["circular"].extend([periods.get(row[1], 0.0) for row in rows] if periods else (0.0,) * count)
         seen.pop(source, None)
         seen[source] = at
+
+
+def row_version(generation: int, revised: int, received_at: int) -> int:
+    """The version of a row of `measurements`, as its table computes it: of equal keys the highest stays."""
+    return generation * 10_000_000_000_000_000 + (received_at if revised else -received_at)
+
+
+def _ranges(timestamps: Sequence[int]) -> Iterator[list[int]]:
+    """Indexes of rows in the order of their instants, cut where the next is far, or the range becomes long."""
+    order = sorted(range(len(timestamps)), key=timestamps.__getitem__)
+    part: list[int] = []
+    for row in order:
+        at = timestamps[row]
+        if part and (at - timestamps[part[-1]] > STANDING_GAP_US or at - timestamps[part[0]] > STANDING_SPAN_US):
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part
 
 
 _OF_READING: Final = (

@@ -141,6 +141,18 @@ class ClickHouseStore:
                 raise Retry(message) from e
         return list(result.column_names), list(result.result_rows)
 
+    async def ask(self, text: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
+        """Rows of a query of ours that an insert depends on: whatever keeps the server from answering, no record is at fault.
+
+        Raises:
+            Retry: the server cannot be reached, or refuses.
+        """
+        try:
+            return await self.query(text, parameters)
+        except ClickHouseError as e:
+            message = f"ClickHouse: {_short(e)}"
+            raise Retry(message) from e
+
     async def close(self) -> None:
         """Close every connection."""
         if self._client is not None:

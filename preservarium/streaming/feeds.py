@@ -23,7 +23,7 @@ import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from time import monotonic
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
@@ -57,6 +57,19 @@ class Memory(Protocol):
 
     def remember(self, partition: int) -> str:
         """What is to be known of everything acknowledged so far; at most 3,900 bytes (brokers take 4 KiB)."""
+        ...
+
+
+@runtime_checkable
+class Rereading(Memory, Protocol):
+    """A memory that takes records a second time for what they are, when somebody has moved the group's offset."""
+
+    async def reread(self, below: Mapping[int, int]) -> None:
+        """After `recall`: nobody knows who set these partitions' offsets, so records before the offsets given may be written already.
+
+        Raises:
+            Retry: the store cannot be asked now.
+        """
         ...
 
 
@@ -225,6 +238,7 @@ class GroupFeed:
                 await consumer.start()
             kafka_clients.keep_as_parsed(consumer, lambda topic: topic == self.kafka_topic)
             kafka_clients.note_heartbeats(consumer, self._heard)
+            kafka_clients.mark_commits(consumer)
             consumer.subscribe([self.kafka_topic], listener=_Listener(self))
             self.trouble = ""
             await self._poll(consumer)
@@ -542,12 +556,17 @@ class GroupFeed:
         finally:
             await admin.close()
         starts: dict[int, int] = {}
+        foreign: dict[int, int] = {}
+        unknown: list[int] = []
         for lane in lanes:
             committed = found.get(TopicPartition(self.kafka_topic, lane.partition))
             if committed is None or committed.offset < 0:
+                unknown.append(lane.partition)
                 if self._memory is not None:
                     self._memory.recall(lane.partition, "")
                 continue
+            if not self._is_own(committed.metadata):
+                foreign[lane.partition] = committed.offset
             starts[lane.partition] = lane.committed = committed.offset
             text, _, remembered = committed.metadata.partition(MEMORY)
             if self._memory is not None:
@@ -556,7 +575,71 @@ class GroupFeed:
             if text != committed.metadata and text.isdigit() and int(text) > committed.offset:
                 lane.plan = int(text)
                 lane.planned = committed.offset, lane.plan
+        if foreign or (unknown and isinstance(self._memory, Rereading)):
+            await self._take_over_foreign(foreign, unknown)
         return starts
+
+    # --- offsets that another tool has set
+
+    def _is_own(self, noted: str) -> bool:
+        """Whether a worker has committed an offset, by what is noted beside it."""
+        return noted.startswith(PLAN) or (noted == kafka_clients.OWN if self._memory is None else MEMORY in noted)
+
+    async def _take_over_foreign(self, foreign: Mapping[int, int], unknown: Sequence[int]) -> None:
+        """Of a planned feed: tell the memory how far records may be written already, and whoever looks at the log."""
+        tps = [TopicPartition(self.kafka_topic, p) for p in (*foreign, *unknown)]
+        ends = {tp.partition: end for tp, end in (await self._consumer.end_offsets(tps)).items()}
+        known = isinstance(self._memory, Rereading)
+        if isinstance(self._memory, Rereading):
+            await self._memory.reread(ends)
+        again = {p: offset for p, offset in foreign.items() if ends[p] > offset}
+        if again:
+            action = (
+                "what is written already is left out" if known else "what is behind the offsets is handed over again"
+            )
+            await self._tell_foreign(again, again, action)
+
+    async def _look_for_foreign(self, lanes: Sequence[GroupLane], starts: Mapping[int, int]) -> None:
+        """Of a feed whose store says where it stands: tell of an offset in Kafka that says something else, and why it does not count.
+
+        Best effort: what cannot be asked is not told.
+        """
+        tps = [TopicPartition(self.kafka_topic, lane.partition) for lane in lanes if not lane.revoked]
+        try:
+            async with asyncio.timeout(COMMIT_TIMEOUT_S):
+                committed = await kafka_clients.commits(self._consumer, tps)
+        except (KafkaError, OSError, TimeoutError, AttributeError):  # the consumer may have been stopped
+            return
+        foreign = {
+            tp.partition: at.offset
+            for tp, at in committed.items()
+            if not self._is_own(at.metadata) and starts.get(tp.partition, at.offset) != at.offset
+        }
+        if foreign:
+            action = (
+                "they do not count: the database's sink_offsets say where this stage stands; "
+                f"`preservarium replay reset --stage {self.name}` moves those"
+            )
+            await self._tell_foreign(foreign, starts, action)
+
+    async def _tell_foreign(self, foreign: Mapping[int, int], starts: Mapping[int, int], action: str) -> None:
+        metrics.OFFSETS_FOREIGN.labels(self.group).inc(len(foreign))
+        log.warning(
+            "offsets_set_from_outside",
+            stage=self.name,
+            group=self.group,
+            offsets=dict(sorted(foreign.items())),
+            starts={p: starts[p] for p in sorted(foreign)},
+            action=action,
+            hint="by a command, by Kafka's tools, or by a release before this one",
+        )
+        # So that it is told once.
+        noted = {
+            TopicPartition(self.kafka_topic, p): (starts[p], self._remembered(p) or kafka_clients.OWN) for p in foreign
+        }
+        with contextlib.suppress(KafkaError, IllegalStateError, TimeoutError):
+            async with self._commit_turn, asyncio.timeout(COMMIT_TIMEOUT_S):
+                await self._consumer.commit(noted)
 
     # --- rebalance ----------------------------------------------------------------------------------------------
 
@@ -602,6 +685,8 @@ class GroupFeed:
                     assert self._on_assigned is not None
                     offsets = await self._on_assigned([lane.partition for lane in lanes])
                 await self._check_ends(offsets)
+                if not self._planned:
+                    await self._look_for_foreign(lanes, offsets)
                 if all([await self._start(lane, offsets.get(lane.partition)) for lane in lanes]):
                     return
             except Fatal:

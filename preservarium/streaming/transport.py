@@ -53,6 +53,8 @@ PLACES_S: Final = 0.1
 METADATA_AGE_S: Final = 30.0
 #: What a full disk did not take of a changelog is read again after this time.
 RESTORE_RETRY_S: Final = 1.0
+#: What is known of the group's offsets is asked for within this time.
+FOREIGN_S: Final = 5.0
 #: Longest wait for the last commit before partitions are given away; without it their suffix is merely read again.
 LAST_COMMIT_S: Final = 5.0
 
@@ -89,6 +91,23 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         await super().on_start()
         kafka_clients.keep_as_parsed(self._consumer, lambda topic: bool(self.consumer.app.stages.of(topic)))
         kafka_clients.note_when_asked(self._consumer)
+        kafka_clients.mark_commits(self._consumer)
+
+    async def foreign(self, tps: Sequence[TP]) -> dict[TP, tuple[int, int]]:
+        """Partitions of which the group's offset was set by another tool: (offset, the partition's end); without those at the end."""
+        found: dict[TP, tuple[int, int]] = await self.call_thread(self._foreign, tps)
+        return found
+
+    async def _foreign(self, tps: Sequence[TP]) -> dict[TP, tuple[int, int]]:
+        consumer = self._ensure_consumer()
+        committed = await kafka_clients.commits(consumer, [driver.TopicPartition(tp.topic, tp.partition) for tp in tps])
+        foreign = {tp: at.offset for tp, at in committed.items() if at.metadata != kafka_clients.OWN}
+        if not foreign:
+            return {}
+        ends = await consumer.end_offsets(list(foreign))
+        # So that it is told once.
+        await consumer.commit(foreign)
+        return {ensure_TP(tp): (offset, ends[tp]) for tp, offset in foreign.items() if ends[tp] > offset}
 
     def highwater(self, tp: TP) -> int | None:
         """Where a partition ends, of what may be read, as its last fetch said; None: it did not, or it is not ours."""
@@ -435,11 +454,35 @@ class BatchConsumer(driver.Consumer):
             for stage in self._stages.of(tp.topic):
                 if stage.on_tick is not None:
                     stage.lane(tp.partition).start()
+        await self._look_for_foreign()
         log.info(
             "partitions_assigned",
             generation=self.app.consumer_generation_id,
             partitions=sum(bool(self._stages.of(tp.topic)) for tp in self.assignment()),
         )
+
+    async def _look_for_foreign(self) -> None:
+        """Tell of offsets that another tool has set, and that nothing is derived again by them. Best effort."""
+        tps = [ensure_TP(tp) for tp in self.assignment() if self._stages.of(tp.topic)]
+        if not tps:
+            return
+        try:
+            async with asyncio.timeout(FOREIGN_S):
+                foreign = await self._thread.foreign(tps)
+        except (driver.KafkaError, driver.ConsumerStoppedError, OSError, TimeoutError) as e:
+            log.info("offsets_not_looked_at", error=repr(e))
+            return
+        if foreign:
+            metrics.OFFSETS_FOREIGN.labels(self.app.conf.id).inc(len(foreign))
+            log.warning(
+                "offsets_set_from_outside",
+                group=self.app.conf.id,
+                offsets={f"{tp.topic}-{tp.partition}": offset for tp, (offset, _) in sorted(foreign.items())},
+                records=sum(end - offset for offset, end in foreign.values()),
+                action="nothing is derived again: what a stage has applied it skips; "
+                "`preservarium replay reset --stage normalize` derives anew, under a new generation",
+                hint="by a command, by Kafka's tools, or by a release before this one",
+            )
 
     async def verify_all_partitions_active(self) -> None:
         """Nothing: Faust's detector knows only its own streams and would cry wolf; our watchdog looks at the lanes."""

@@ -233,6 +233,17 @@ async def test_aiokafka_sends_every_fetch_and_every_heartbeat_through_what_we_wr
     await consumer.stop()
 
 
+def test_aiokafka_gives_what_is_noted_beside_a_commit() -> None:
+    assert list(inspect.signature(GroupCoordinator.fetch_committed_offsets).parameters) == ["self", "partitions"]
+    text = source(GroupCoordinator._do_fetch_commit_offsets)
+    assert "for partition, offset, metadata, error_code in topic_partitions" in text
+    assert "OffsetAndMetadata(offset, metadata)" in text
+    # And Faust notes nothing of its own, and commits by the method that we wrap.
+    text = source(driver.AIOKafkaConsumerThread._commit)
+    assert 'OffsetAndMetadata(offset, "")' in text
+    assert "await consumer.commit(aiokafka_offsets)" in text
+
+
 def test_aiokafka_has_these_tasks_and_connections() -> None:
     """kafka_clients.stop cuts off what does not end."""
     text = source(GroupCoordinator.__init__)

@@ -36,6 +36,7 @@ MATRIX: dict[str, Right] = {
     "GET /api/status": READ,
     "GET /api/devices": READ,
     "GET /api/errors": READ,
+    "GET /api/trace": READ,
     "GET /api/alarms": READ,
     "GET /api/alarms/{device_id}/{rule}/{pin_position}": READ,
     "GET /api/alarms/actions": READ,

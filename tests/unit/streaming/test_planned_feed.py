@@ -12,6 +12,7 @@ from aiokafka.errors import CommitFailedError
 from consumer_fakes import subscription
 from record_fakes import Rec
 
+from preservarium import metrics
 from preservarium.clock import SystemClock
 from preservarium.errors import Retry
 from preservarium.settings import Agents, Kafka, LiveSettings, Settings
@@ -108,7 +109,14 @@ class Table:
 
 
 class Worker:
-    def __init__(self, kafka: Coordinator, table: Table, records_max: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self,
+        kafka: Coordinator,
+        table: Table,
+        records_max: int,
+        monkeypatch: pytest.MonkeyPatch,
+        memory: "Memory | None" = None,
+    ) -> None:
         self.table = table
         self.kafka = kafka
         self.errors: list[BaseException] = []  # raised after the insert, one a call
@@ -143,7 +151,7 @@ class Worker:
 
         self.feed = GroupFeed(
             "group", "t", kafka_topic="x.t", group="g", live=live, records_max=lambda: records_max, linger_s=lambda: 0.0,
-            flights=2, on_assigned=None, planned=True,
+            flights=2, on_assigned=None, planned=True, memory=memory,
             runner=Runner("group", handler, publisher=self, put_state=put_state, live=live, clock=SystemClock()),
         )  # fmt: skip
         consumer = self.consumer = Consumer(kafka)
@@ -189,8 +197,8 @@ class Worker:
 
 @pytest.fixture
 def worker(monkeypatch):
-    def make(kafka: Coordinator, table: Table, records_max: int = 25) -> Worker:
-        return Worker(kafka, table, records_max, monkeypatch)
+    def make(kafka: Coordinator, table: Table, records_max: int = 25, memory: Memory | None = None) -> Worker:
+        return Worker(kafka, table, records_max, monkeypatch, memory)
 
     return make
 
@@ -279,6 +287,40 @@ async def test_metadata_of_others_is_no_plan(worker):
     async with worker(kafka, table):
         await until(lambda: all(c == (20, "") for c in kafka.committed.values()))
     assert sorted(table.rows) == [(p, o) for p in range(3) for o in range(5, 20)]
+
+
+class Memory:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int, str | int]] = []
+
+    def recall(self, partition: int, text: str) -> None:
+        self.told.append(("recall", partition, text))
+
+    def remember(self, partition: int) -> str:
+        return "m"
+
+    async def reread(self, below: Mapping[int, int]) -> None:
+        self.told += [("reread", partition, offset) for partition, offset in below.items()]
+
+
+async def test_a_memory_is_told_how_far_records_may_be_written_where_no_worker_has_set_the_offset(worker):
+    kafka, table, memory = Coordinator({0: 20, 1: 21, 2: 22, 3: 23}), Table(), Memory()
+    # By another tool, by a worker, under a worker's plan, and by nobody yet.
+    kafka.committed = {0: (5, ""), 1: (6, "|known"), 2: (7, "planned:9|known")}
+    told = metrics.OFFSETS_FOREIGN.labels("g")._value.get()
+    async with worker(kafka, table, memory=memory):
+        await until(lambda: all(kafka.committed.get(p, ("", ""))[0] == 20 + p for p in range(4)))
+    assert sorted(memory.told) == [
+        ("recall", 0, ""), ("recall", 1, "known"), ("recall", 2, "known"), ("recall", 3, ""), ("reread", 0, 20), ("reread", 3, 23),
+    ]  # fmt: skip
+    assert metrics.OFFSETS_FOREIGN.labels("g")._value.get() - told == 1, "nobody has set the last one"
+    # From now on the offsets are a worker's own.
+    again = Memory()
+    async with worker(kafka, table, memory=again):
+        await until(lambda: len(again.told) >= 4)
+    assert {what for what, *_ in again.told} == {"recall"}
 
 
 async def test_a_defect_that_is_bisected_keeps_every_part_planned(worker):

@@ -8,9 +8,12 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from faust.types import TP
 from record_fakes import Rec
+from structlog.testing import capture_logs
 
+from preservarium import metrics
 from preservarium.clock import SystemClock
 from preservarium.errors import Fatal, Retry
 from preservarium.settings import Agents, LiveSettings, Settings
@@ -524,3 +527,66 @@ async def test_nothing_reaches_a_lane_until_the_consumer_has_gone_back_to_the_co
     # What was asked for before, and comes only now, is of the positions before.
     assert consumer._current(turn) == cancelled
     assert consumer._current(consumer._turn)
+
+
+class Coordinator:
+    """What a group has committed."""
+
+    def __init__(self, committed: dict[Any, tuple[int, str]]) -> None:
+        self.committed = committed
+
+    async def fetch_committed_offsets(self, partitions: Sequence[Any]) -> dict[Any, Any]:
+        return {tp: OffsetAndMetadata(*self.committed.get(tp, (-1, ""))) for tp in partitions}
+
+
+class Committing:
+    """A consumer, as far as commits go."""
+
+    def __init__(self, ends: dict[Any, int], committed: dict[Any, tuple[int, str]]) -> None:
+        self.ends = ends
+        self._coordinator = Coordinator(committed)
+
+    async def end_offsets(self, tps: Sequence[Any]) -> dict[Any, int]:
+        return {tp: self.ends[tp] for tp in tps}
+
+    async def commit(self, offsets: Any = None) -> None:
+        self._coordinator.committed.update(offsets or {})
+
+
+async def test_an_offset_that_no_worker_has_committed_is_told_once() -> None:
+    parts = [TopicPartition("t", p) for p in range(4)]
+    committed = {parts[0]: (5, "worker"), parts[1]: (3, ""), parts[2]: (10, "by hand")}
+    inner = Committing(dict.fromkeys(parts, 10), committed)
+    kafka_clients.mark_commits(inner)
+    thread = BatchConsumerThread.__new__(BatchConsumerThread)
+    thread._ensure_consumer = lambda: inner  # type: ignore[method-assign]
+
+    async def call(what: Any, *arguments: Any) -> Any:
+        return await what(*arguments)
+
+    thread.call_thread = call  # type: ignore[method-assign]
+    consumer = BatchConsumer.__new__(BatchConsumer)
+    stages = SimpleNamespace(of=lambda topic: [topic] if topic == "t" else [])
+    consumer.app = SimpleNamespace(conf=SimpleNamespace(id="told-once"), stages=stages)
+    consumer._thread = thread
+    consumer.assignment = lambda: {*(TP("t", p) for p in range(4)), TP("changelog", 0)}  # type: ignore[method-assign]
+    counted = metrics.OFFSETS_FOREIGN.labels("told-once")._value.get
+    with capture_logs() as logs:
+        await consumer._look_for_foreign()
+        # That of the second one was set back; the third stands at the end, where nothing comes again; the last has none.
+        (line,) = logs
+        assert (line["event"], line["offsets"], line["records"]) == ("offsets_set_from_outside", {"t-1": 3}, 7)
+        assert "preservarium replay reset --stage normalize" in line["action"]
+        assert counted() == 1
+        await consumer._look_for_foreign()
+    assert len(logs) == 1
+    assert committed[parts[1]] == (3, "worker")
+
+
+async def test_commits_are_marked_and_what_is_noted_beside_them_stays() -> None:
+    parts = [TopicPartition("t", p) for p in range(3)]
+    committed: dict[Any, tuple[int, str]] = {}
+    inner = Committing({}, committed)
+    kafka_clients.mark_commits(inner)
+    await inner.commit({parts[0]: 4, parts[1]: (5, ""), parts[2]: OffsetAndMetadata(6, "planned:9")})
+    assert committed == {parts[0]: (4, "worker"), parts[1]: (5, "worker"), parts[2]: (6, "planned:9")}
