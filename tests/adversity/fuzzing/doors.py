@@ -17,6 +17,7 @@ from fuzzing import samples
 from fuzzing.mutate import BYTES_MAX, Mutator, dumped
 from fuzzing.run import Broken, Target, worded
 from preservarium.connectors import wiring as connectors
+from preservarium.connectors.envelopes import FORMATS
 from preservarium.console import wiring as console
 from preservarium.notices import links
 from preservarium.operations.alarm_board import Board
@@ -288,7 +289,7 @@ class Doors:
         ]
 
     def _ingest(self, m: Mutator) -> Request:
-        path = m.one(("/ingest", "/ingest", "/ingest/ttn", "/ingest/chirpstack"))
+        path = m.one(("/ingest", "/ingest", *(f"/ingest/{name}" for name in FORMATS)))
         names = m.one(([], [], ["device"], ["device", "port"], ["device", "mode"])) if path == "/ingest" else []
         trees = samples.EVENTS if path != "/ingest" else [*samples.ENVELOPES, *samples.EVENTS, {"t": 1}]
         content_type = m.one(TYPES)

@@ -86,8 +86,14 @@ ENVELOPES: Final[list[Any]] = [
     {"device": "d1", "payload": [{"n": "t", "v": 1}], "received_at": 1_717_243_200_000_000},
     [{"device": "d1", "payload": {"t": 1}}, {"device": "d2", "payload": 5}, {"device": None, "payload": "x"}],
 ]  # fmt: skip
+#: What platforms publish in JSON (tests/cases/envelopes).
+PUBLISHED: Final[list[Any]] = [
+    case["message"]
+    for case in map(orjson.loads, (CASES / "envelopes/published.jsonl").read_bytes().splitlines())
+    if "message" in case
+]
 EVENTS: Final[list[Any]] = [
-    TTN, CHIRPSTACK_V4, CHIRPSTACK_V3,
+    TTN, CHIRPSTACK_V4, CHIRPSTACK_V3, *PUBLISHED,
     {"end_device_ids": {"device_id": "a"}, "join_accept": {"session_key_id": "x"}}, {"deviceInfo": {"devEui": "0101010101010101"}, "margin": 7, "batteryLevel": 90.5},
     {"deviceInfo": {"devEui": "0101010101010101"}, "queueItemId": "5ad3e8f4-9f2b-4f5e-8d5a-0a0b0c0d0e0f", "acknowledged": True},
     {"deviceInfo": {"devEui": "0101010101010101"}, "queueItemId": "5ad3e8f4-9f2b-4f5e-8d5a-0a0b0c0d0e0f", "downlinkId": 1},

@@ -288,6 +288,8 @@ def mqtt_messages() -> Target:
         for text, topic in (
             ("devices/{device}/up", "devices/d1/up"), ("lora/{mode}/{device}/{port}/#,gw/+", "lora/LoRaWAN/d1/2/x"), ("lora/{mode}/{device}/{port}/#,gw/+", "gw/a"),
             ("application/+/device/{device}/event/up,v3/+/devices/{device}/up", "application/7/device/0101010101010101/event/up"), ("v3/+/devices/{device}/up", "v3/app@ttn/devices/soil-1/up"), ("#", "x"),
+            ("#", "tele/plug/SENSOR"), ("#", "stat/plug/POWER1"), ("shellies/#", "shellies/a/relay/0/power"), ("zigbee2mqtt/#", "zigbee2mqtt/kitchen/lamp"), ("#", "hall/sensor/t/state"),
+            ("#", "homie/5/a/b/c"), ("#", "homeassistant/sensor/a/state"), ("owntracks/+/{device}", "owntracks/ann/phone"), ("ruuvi/#", "ruuvi/a/CBB8334C884F"), ("+/data", "352093081452251/data"),
         )
     ]  # fmt: skip
     trees = [*samples.EVENTS, *samples.ENVELOPES, {"temperature": 21.5}]

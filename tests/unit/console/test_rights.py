@@ -9,6 +9,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from preservarium.connectors import wiring as connectors
+from preservarium.connectors.envelopes import FORMATS
 from preservarium.console import access
 from preservarium.console import wiring as console
 from preservarium.console.replies import OPERATOR
@@ -57,8 +58,7 @@ MATRIX: dict[str, Right] = {
     "GET /ack": LINK,
     "POST /ack": LINK,
     "POST /ingest": SENDER,
-    "POST /ingest/ttn": SENDER,
-    "POST /ingest/chirpstack": SENDER,
+    **{f"POST /ingest/{name}": SENDER for name in FORMATS},
     "GET /ingest/commands": SENDER,
     # Faust's own: they say nothing of who may ask, so they are for operators.
     "GET /router/": OPERATE,
