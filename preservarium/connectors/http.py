@@ -7,6 +7,7 @@
 | the same, `application/x-ndjson` | one payload a line | one raw message of X each |
 | either, `application/json-seq` | as NDJSON, each behind a record separator (RFC 7464) | likewise |
 | the same, `application/octet-stream` | bytes | one raw message of X |
+| `POST /write`, `POST /api/v2/write` | line protocol | one raw message a device: InfluxDB's write API (influx_write.py) |
 | `GET /ingest/commands?device=X[&has=ID][&wait_s=S]` | | none: the downlinks that wait for X |
 | `POST /ingest/NAME` | what that platform publishes (envelopes/): `ttn`, `chirpstack`, … | raw messages, or a report of a downlink |
 
@@ -34,6 +35,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NoReturn
+from urllib.parse import parse_qsl
 
 import orjson
 import structlog
@@ -41,6 +43,7 @@ from aiohttp import hdrs, web
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
+from preservarium.connectors import influx_write
 from preservarium.connectors.base import (
     Limits,
     Publishes,
@@ -51,6 +54,7 @@ from preservarium.connectors.base import (
     report_send,
 )
 from preservarium.connectors.envelopes import FORMATS, NOT_UPLINK, Formats, Uplink, azure_iot, formats_of, required
+from preservarium.connectors.influx_write import PAUSE, Points
 from preservarium.connectors.mailbox import Mailbox
 from preservarium.domain.commands.downlinks import server_report
 from preservarium.domain.commands.fields import NAME_CHARS_MAX
@@ -79,6 +83,8 @@ REFUSED_NAMED_MAX: Final = 1_000
 BODY_TIMEOUT_S: Final = 30.0
 #: Kafka must have acknowledged within this time.
 SEND_TIMEOUT_S: Final = 30.0
+#: A statement of a client of InfluxDB.
+QUERY_BYTES_MAX: Final = 4_096
 #: What a refused sender should wait.
 RETRY_AFTER_S: Final = 5
 
@@ -214,8 +220,22 @@ class Ingest:
 
     def routes(self) -> list[web.RouteDef]:
         """The routes, to be added to any aiohttp application."""
+
+        async def query(request: web.Request) -> web.StreamResponse:
+            return await self._query(request)
+
+        async def ping(request: web.Request) -> web.StreamResponse:
+            return _not_let_in(request, self._live(), influx_write.token_of) or influx_write.pong()
+
         return [
             web.post("/ingest", self._guarded(self._messages)),
+            *(
+                web.post(path, self._guarded(self._points, influx_write.token_of, _influx_answer))
+                for path in ("/write", "/api/v2/write")
+            ),
+            web.post("/query", needs(Right.SENDER, query)),
+            web.get("/query", needs(Right.SENDER, query)),
+            web.get("/ping", needs(Right.SENDER, ping)),
             *(web.post(_path(name), self._guarded(partial(self._platform, name))) for name in FORMATS),
         ]
 
@@ -267,6 +287,9 @@ class Ingest:
                     return _refuse(413, "too_many_messages", f"a request may have {MESSAGES_MAX} messages")
                 if index % SLICE_MESSAGES == SLICE_MESSAGES - 1:
                     await asyncio.sleep(0)
+                if item is PAUSE:
+                    await asyncio.sleep(0)
+                    continue
                 try:
                     if item is None:
                         ignored += 1
@@ -304,6 +327,31 @@ class Ingest:
             return azure_iot.validation_code(loads(body))
         except Reject:
             return None
+
+    async def _query(self, request: web.Request) -> web.StreamResponse:
+        """What clients of InfluxDB ask before they write."""
+        if refusal := _not_let_in(request, self._live(), influx_write.token_of):
+            return refusal
+        asked = request.query.get("q", "")
+        if not asked and request.method == "POST" and request.content_type in hosts.SIMPLE_TYPES:
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT_S):
+                    body = await bodies.read(request, QUERY_BYTES_MAX)
+            except TimeoutError:
+                return _refuse(408, "timeout", f"the body did not come within {BODY_TIMEOUT_S:g} s")
+            except bodies.BodyRefused as e:
+                return _refuse(e.status, e.code, str(e))
+            asked = dict(parse_qsl(body.decode("utf-8", "replace"))).get("q", "")
+        return influx_write.queried(asked)
+
+    def _points(self, request: web.Request, body: bytes) -> Iterator[Any]:
+        """The messages of InfluxDB's write API.
+
+        Raises:
+            Reject: the request as a whole is none.
+        """
+        settings = self._live()
+        return influx_write.messages_of(request.query, body, settings, settings.normalize.payload_bytes_max)
 
     def _platform(self, name: str, request: web.Request, body: bytes) -> Iterator[Any]:
         """The messages of `POST /ingest/NAME`: everything in it is of that platform.
@@ -361,6 +409,8 @@ class Ingest:
             return message_send(query["device"], item, limits, CONNECTOR, mode, now_us, port=port)
         if isinstance(item, Reject):
             raise item
+        if isinstance(item, Points):
+            return message_send(item.device, item.text, limits, CONNECTOR, item.mode or MODE, now_us, meta=item.meta)
         if isinstance(item, _Report):
             return report_send(item.line)
         if isinstance(item, Uplink):
@@ -397,6 +447,10 @@ def _answer(taken: Taken) -> web.StreamResponse:
         said["ignored"] = taken.ignored
     status = 400 if taken.refused_count and not taken.accepted else 202
     return web.Response(body=orjson.dumps(said), status=status, content_type="application/json")
+
+
+def _influx_answer(taken: Taken) -> web.StreamResponse:
+    return influx_write.answer(taken.accepted, taken.refused, taken.refused_count)
 
 
 class _Payload:

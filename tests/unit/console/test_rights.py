@@ -58,6 +58,11 @@ MATRIX: dict[str, Right] = {
     "GET /ack": LINK,
     "POST /ack": LINK,
     "POST /ingest": SENDER,
+    "POST /write": SENDER,
+    "POST /api/v2/write": SENDER,
+    "POST /query": SENDER,
+    "GET /query": SENDER,
+    "GET /ping": SENDER,
     **{f"POST /ingest/{name}": SENDER for name in FORMATS},
     "GET /ingest/commands": SENDER,
     # Faust's own: they say nothing of who may ask, so they are for operators.
