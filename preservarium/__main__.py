@@ -26,6 +26,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "simulate",
     "decode",
     "dlq",
+    "devices",
     "commands",
     "sync",
     "backup",
