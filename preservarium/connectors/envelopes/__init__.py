@@ -83,6 +83,7 @@ class Formats:
     """The formats that are looked for."""
 
     by_key: Mapping[str, tuple[Format, ...]]  #: a key of an object -> formats that it may be of
+    keys: frozenset[str]  #: those keys, where they are found fastest
     by_topic: tuple[Format, ...]
     always: tuple[Format, ...]  #: those of them that are looked at where the topic names the device, too
     forced: Format | None  #: the one that everything is of, where the setting names one
@@ -103,7 +104,7 @@ class Formats:
         """
         if self.forced is not None:
             return self.forced.read(Event(value, levels, device, base, forced=True))
-        if type(value) is dict and not self.by_key.keys().isdisjoint(value):
+        if type(value) is dict and not self.keys.isdisjoint(value):
             event = Event(value, levels, device, base)
             tried: list[Format] = []
             for key in value:
@@ -113,11 +114,13 @@ class Formats:
             for one in sorted(tried, key=_order) if len(tried) > 1 else tried:
                 if (found := one.read(event)) is not None:
                     return found
-        if levels:
-            event = Event(value, levels, device, base)
-            for one in self.by_topic if device is None else self.always:
-                if one.topic is not None and one.topic(levels) and (found := one.read(event)) is not None:
-                    return found
+        for one in self.by_topic if device is None else self.always if levels else ():
+            if (
+                one.topic is not None
+                and one.topic(levels)
+                and (found := one.read(Event(value, levels, device, base))) is not None
+            ):
+                return found
         return None
 
 
@@ -152,7 +155,7 @@ def formats_of(names: str, device_tags: str = DEVICE_TAGS) -> Formats:
             by_key[key] = (*by_key.get(key, ()), one)
     forced = chosen[0] if len(chosen) == 1 else None
     by_topic = tuple(one for one in chosen if one.topic is not None)
-    return Formats(by_key, by_topic, tuple(one for one in by_topic if one.always), forced)
+    return Formats(by_key, frozenset(by_key), by_topic, tuple(one for one in by_topic if one.always), forced)
 
 
 def comes_by(topic: str, named: str, device: str, value: Any) -> bool:
