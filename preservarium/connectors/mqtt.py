@@ -169,7 +169,7 @@ def sends_of(
         _require_own(names, topic, report["device_id"], value)
         return [report_send(report)]
     named, levels = names.get("device"), tuple(topic.split("/"))
-    if named is None and isinstance(value, list) and value:
+    if named is None and isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         return [
             send
             for item in value

@@ -309,8 +309,10 @@ class Table:
             return None
         device = required_device(first(value, self.device), " or ".join(".".join(p) for p in self.device))
         payload: Any = decoded if found in (None, "") else self.encoding(found, ".".join(self.payload[0]))
-        given = next((g for p in self.receptions if isinstance(g := at(value, p), list)), None)
-        of: list[Mapping[str, Any]] = [g for g in given[:GATEWAYS_MAX] if isinstance(g, dict)] if given else []
+        given = first(value, self.receptions)
+        # Of one gateway alone, what was once XML is an object.
+        given = [given] if isinstance(given, dict) else given if isinstance(given, list) else []
+        of: list[Mapping[str, Any]] = [g for g in given[:GATEWAYS_MAX] if isinstance(g, dict)]
         signals = [
             (number(first(g, self.rssi)), number(first(g, self.snr)), first(g, self.gateway)) for g in (of or [value])
         ]
