@@ -76,7 +76,10 @@ def _notification(event: Event, value: Mapping[str, Any]) -> list[Uplink]:
 
 def is_notification(value: Any) -> bool:
     """Whether an object is a notification of a Gen2 device."""
-    return isinstance(value, dict) and value.get("method") in _NOTIFICATIONS and "src" in value and "params" in value
+    if not isinstance(value, dict) or "src" not in value or "params" not in value:
+        return False
+    method = value.get("method")
+    return isinstance(method, str) and method in _NOTIFICATIONS
 
 
 def topic(levels: Sequence[str]) -> bool:

@@ -186,7 +186,7 @@ def test_network_servers_own_topics_name_the_device_as_their_events_do(pattern, 
     "value",
     [
         {"temperature": 21}, {"devEUI": "0202020202020202", "temperature": 21}, {"deviceInfo": {"firmware": "1.2"}, "temperature": 21}, {"end_device_ids": "x", "temperature": 21},
-        {"state": "ON"}, {"id": 1, "data": 5}, {"method": "x", "params": {}}, {"cmd": "rx"}, {"eventType": "boot"}, {"fields": [1]}, {"_type": 1},
+        {"method": {"a": 1}, "src": "x", "params": {}}, {"state": "ON"}, {"id": 1, "data": 5}, {"method": "x", "params": {}}, {"cmd": "rx"}, {"eventType": "boot"}, {"fields": [1]}, {"_type": 1},
     ],
 )  # fmt: skip
 def test_what_a_device_says_itself_is_its_payload(value):
