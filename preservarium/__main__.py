@@ -28,6 +28,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "dlq",
     "trace",
     "replay",
+    "devices",
     "commands",
     "sync",
     "backup",

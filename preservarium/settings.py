@@ -690,6 +690,19 @@ class Mqtt(_Section):
         return self
 
 
+class Connector(_Section):
+    """What the MQTT and the HTTP connector have in common."""
+
+    format: str = Field(
+        "auto",
+        description="Envelopes that are looked for, separated by commas (ttn, chirpstack, zigbee2mqtt, …); one: everything is of it; auto: all.",
+    )
+    device_tags: str = Field(
+        "device,device_id,host",
+        description="Tag that names the device of a point of line protocol, or a template ({site}-{host}); separated by commas, the first that is there counts.",
+    )
+
+
 class Http(_Section):
     """The HTTP connector: POST /ingest."""
 
@@ -845,6 +858,7 @@ class Settings(BaseSettings):
     mail: Mail = Mail()
     commands: Commands = Commands()
     notices: Notices = Notices()
+    connector: Connector = Connector()
     mqtt: Mqtt = Mqtt()
     http: Http = Http()
     web: Web = Web()

@@ -196,7 +196,7 @@ def _tasks_done(tasks: Sequence[_Task], outcomes: Sequence[Outcome], *, readings
                         continue
                     returned = json_text.loads(outcome.text.encode())
                     result = returned if isinstance(returned, dict) else {"data": returned}
-                decoded = script_fields(task.parser, outcome)
+                decoded = script_fields(task.parser, outcome, task.raw["received_at"])
             else:
                 decoded = task.parser.decode(task.raw)
                 # A frame's records say more than its fields.

@@ -11,6 +11,9 @@ from preservarium.cli.instants import iso
 from preservarium.cli.output import console, print_json
 from preservarium.cli.system import load, load_alone
 
+#: As in preservarium/registry/starting.py, which is not imported for the help page; a test holds them equal.
+STARTS = ("plain", "ttn", "chirpstack", "zigbee2mqtt")
+
 if TYPE_CHECKING:
     from preservarium.domain.registry.checks import RegistryFile
     from preservarium.stores.registry import Change, Plan
@@ -121,6 +124,24 @@ def apply(file: Path, dry_run: bool, prune: bool, actor: str | None, wait_s: flo
         click.echo(
             f"Saved. Kafka did not take the records yet ({done.relay_error}); a worker will send them.", err=True
         )
+
+
+@registry.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path), required=False)
+@click.option(
+    "--for", "name", type=click.Choice(STARTS), default=STARTS[0], show_default=True, help="How the first device comes."
+)
+def init(file: Path | None, name: str) -> None:
+    """Write a small registry file with comments to FILE, to begin with; print it where no FILE is named."""
+    from preservarium.registry.starting import start_text, write_start
+
+    if file is None:
+        click.echo(start_text(name), nl=False)
+        return
+    written = write_start(name, file)
+    click.echo(
+        f"{'Written' if written else 'Already there'}: {file}. Change it, then: preservarium registry apply {file}"
+    )
 
 
 @registry.command()

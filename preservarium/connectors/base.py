@@ -14,10 +14,11 @@ import structlog
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
+from preservarium.connectors.envelopes import Formats, formats_of
 from preservarium.domain.readings.address import canonical_address
 from preservarium.domain.readings.json_text import to_bytes
 from preservarium.errors import ReasonCode, Reject, Retry
-from preservarium.settings import Settings
+from preservarium.settings import Settings, SettingsError
 from preservarium.streaming.records import (
     DEVICE_CHARS_MAX,
     TOPIC_CHARS_MAX,
@@ -67,6 +68,19 @@ class Limits:
     def of(cls, settings: Settings) -> "Limits":
         """The limits that these settings say."""
         return cls(settings.normalize.payload_bytes_max, settings.kafka.record_bytes_max)
+
+
+def formats_in(settings: Settings) -> Formats:
+    """The envelopes that the settings look for.
+
+    Raises:
+        SettingsError: a name, or the rule that names devices, is none.
+    """
+    try:
+        return formats_of(settings.connector.format, settings.connector.device_tags)
+    except ValueError as e:
+        message = f"PRESERVARIUM_CONNECTOR__FORMAT, PRESERVARIUM_CONNECTOR__DEVICE_TAGS: {e}"
+        raise SettingsError(message) from None
 
 
 def message_send(

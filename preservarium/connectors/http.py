@@ -1,14 +1,15 @@
-"""HTTP in: `POST /ingest`, and web hooks of LoRaWAN network servers.
+"""HTTP in: `POST /ingest`, and web hooks of network servers and other platforms.
 
 | request | body | what it becomes |
 |---|---|---|
-| `POST /ingest` | an envelope, an array of them, or one a line (NDJSON) | one raw message each |
+| `POST /ingest` | an envelope, ours or a platform's, an array of them, or one a line (NDJSON) | one raw message each |
 | `POST /ingest?device=X[&port=N][&mode=M]` | JSON | one raw message of X with the whole body as payload |
 | the same, `application/x-ndjson` | one payload a line | one raw message of X each |
 | either, `application/json-seq` | as NDJSON, each behind a record separator (RFC 7464) | likewise |
 | the same, `application/octet-stream` | bytes | one raw message of X |
+| `POST /write`, `POST /api/v2/write` | line protocol | one raw message a device: InfluxDB's write API (influx_write.py) |
 | `GET /ingest/commands?device=X[&has=ID][&wait_s=S]` | | none: the downlinks that wait for X |
-| `POST /ingest/ttn`, `POST /ingest/chirpstack` | the network server's event | one raw message, or a report of a downlink |
+| `POST /ingest/NAME` | what that platform publishes (envelopes/): `ttn`, `chirpstack`, … | raw messages, or a report of a downlink |
 
 An envelope is an object with `device` and one of `payload`, `payload_b64`; optional `port`, `mode`, `topic`, `meta`,
 `experiment_id`. `received_at` is stamped here; one that the sender gives is kept as `meta.time`.
@@ -31,7 +32,10 @@ import asyncio
 import hmac
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NoReturn
+from urllib.parse import parse_qsl
 
 import orjson
 import structlog
@@ -39,8 +43,18 @@ from aiohttp import hdrs, web
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
-from preservarium.connectors.base import Limits, Publishes, RawProducer, envelope_send, message_send, report_send
-from preservarium.connectors.envelopes import NOT_UPLINK, Uplink, chirpstack, is_network_event, ttn, uplink_of
+from preservarium.connectors import influx_write
+from preservarium.connectors.base import (
+    Limits,
+    Publishes,
+    RawProducer,
+    envelope_send,
+    formats_in,
+    message_send,
+    report_send,
+)
+from preservarium.connectors.envelopes import FORMATS, NOT_UPLINK, Formats, Uplink, azure_iot, formats_of, required
+from preservarium.connectors.influx_write import PAUSE, Points
 from preservarium.connectors.mailbox import Mailbox
 from preservarium.domain.commands.downlinks import server_report
 from preservarium.domain.commands.fields import NAME_CHARS_MAX
@@ -70,6 +84,8 @@ REFUSED_NAMED_MAX: Final = 1_000
 BODY_TIMEOUT_S: Final = 30.0
 #: Kafka must have acknowledged within this time.
 SEND_TIMEOUT_S: Final = 30.0
+#: A statement of a client of InfluxDB.
+QUERY_BYTES_MAX: Final = 4_096
 #: What a refused sender should wait.
 RETRY_AFTER_S: Final = 5
 
@@ -79,6 +95,9 @@ ASKING_MAX: Final = 1_000
 WAIT_S_DEFAULT: Final = "5"
 #: Proxies cut off a request after 30 or 60 s.
 WAIT_S_MAX: Final = 25.0
+
+#: Takes a body apart: messages of any of the classes below, or Reject for one that is none.
+Parse = Callable[[web.Request, bytes], Iterator[Any]]
 
 #: Before each text of a sequence (RFC 7464).
 RECORD_SEPARATOR: Final = b"\x1e"
@@ -96,11 +115,13 @@ def routes(
     return made
 
 
-def _not_let_in(request: web.Request, settings: Settings) -> web.Response | None:
-    """Why a sender is not let in: the one check of everything below /ingest."""
+def _not_let_in(
+    request: web.Request, settings: Settings, shown: Callable[[web.Request], bytes] = bearer
+) -> web.Response | None:
+    """Why a sender is not let in: the one check of every way in."""
     token = settings.http.token.get_secret_value()
     if token:
-        if hmac.compare_digest(bearer(request), token.encode()):
+        if hmac.compare_digest(shown(request), token.encode()):
             return None
         return _refuse(401, "unauthorized", "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
     # Nothing proves that the sender may. A browser would send for any page what programs send, from inside our network.
@@ -196,19 +217,40 @@ class Ingest:
         self._live = live
         self._clock = clock
         self._places = Places()
+        self._formats = formats_in(live())
 
     def routes(self) -> list[web.RouteDef]:
         """The routes, to be added to any aiohttp application."""
+
+        async def query(request: web.Request) -> web.StreamResponse:
+            return await self._query(request)
+
+        async def ping(request: web.Request) -> web.StreamResponse:
+            return _not_let_in(request, self._live(), influx_write.token_of) or influx_write.pong()
+
         return [
             web.post("/ingest", self._guarded(self._messages)),
-            web.post("/ingest/ttn", self._guarded(lambda r, b: _network_server(ttn, b))),
-            web.post("/ingest/chirpstack", self._guarded(lambda r, b: _network_server(chirpstack, b))),
+            *(
+                web.post(path, self._guarded(self._points, influx_write.token_of, _influx_answer))
+                for path in ("/write", "/api/v2/write")
+            ),
+            web.post("/query", needs(Right.SENDER, query)),
+            web.get("/query", needs(Right.SENDER, query)),
+            web.get("/ping", needs(Right.SENDER, ping)),
+            *(web.post(_path(name), self._guarded(partial(self._platform, name))) for name in FORMATS),
         ]
 
-    def _guarded(self, parse: Callable[[web.Request, bytes], Iterator[Any]]) -> Handler:
+    def _guarded(
+        self,
+        parse: Parse,
+        shown: Callable[[web.Request], bytes] = bearer,
+        answer: "Callable[[Taken], web.StreamResponse] | None" = None,
+    ) -> Handler:
+        answer = answer or _answer
+
         async def handler(request: web.Request) -> web.StreamResponse:
             settings = self._live()
-            if refusal := _not_let_in(request, settings):
+            if refusal := _not_let_in(request, settings, shown):
                 return refusal
             client, wait = client_of(request.remote), {"Retry-After": str(RETRY_AFTER_S)}
             if self._places.total >= settings.http.inflight_max:
@@ -217,12 +259,12 @@ class Ingest:
                 text = f"{self._places.of(client)} requests of {client} are under way: PRESERVARIUM_HTTP__CLIENT_INFLIGHT_MAX"
                 return _refuse(429, "too_many_requests", text, wait)
             with self._places.taken(client):
-                return await self._take(request, parse, settings.http.body_bytes_max)
+                return await self._take(request, parse, settings.http.body_bytes_max, answer)
 
         return needs(Right.SENDER, handler)
 
     async def _take(
-        self, request: web.Request, parse: Callable[[web.Request, bytes], Iterator[Any]], body_bytes_max: int
+        self, request: web.Request, parse: Parse, body_bytes_max: int, answer: "Callable[[Taken], web.StreamResponse]"
     ) -> web.StreamResponse:
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -235,6 +277,8 @@ class Ingest:
             accepted = {"Accept-Encoding": ", ".join(bodies.ENCODINGS)} if e.status == 415 else None
             return _refuse(e.status, e.code, str(e), accepted)
 
+        if (code := self._validation(request, body)) is not None:
+            return web.Response(body=orjson.dumps({"validationResponse": code}), content_type="application/json")
         sends: list[Send] = []
         refused: list[dict[str, Any]] = []
         refused_count = ignored = 0
@@ -244,6 +288,9 @@ class Ingest:
                     return _refuse(413, "too_many_messages", f"a request may have {MESSAGES_MAX} messages")
                 if index % SLICE_MESSAGES == SLICE_MESSAGES - 1:
                     await asyncio.sleep(0)
+                if item is PAUSE:
+                    await asyncio.sleep(0)
+                    continue
                 try:
                     if item is None:
                         ignored += 1
@@ -271,14 +318,52 @@ class Ingest:
             return _unavailable()
         except Reject as e:
             return _refuse(413, e.code, str(e))
-        answer: dict[str, Any] = {"accepted": len(sends), "refused": refused, "refused_count": refused_count}
-        if ignored:
-            answer["ignored"] = ignored
-        return web.Response(
-            body=orjson.dumps(answer),
-            status=400 if refused_count and not sends else 202,
-            content_type="application/json",
-        )
+        return answer(Taken(len(sends), refused, refused_count, ignored))
+
+    def _validation(self, request: web.Request, body: bytes) -> str | None:
+        """The code that Azure's Event Grid wants to hear back before it sends anything; None for all else."""
+        if request.path != _path(azure_iot.FORMAT.name) or azure_iot.VALIDATION.encode() not in body:
+            return None
+        try:
+            return azure_iot.validation_code(loads(body))
+        except Reject:
+            return None
+
+    async def _query(self, request: web.Request) -> web.StreamResponse:
+        """What clients of InfluxDB ask before they write."""
+        if refusal := _not_let_in(request, self._live(), influx_write.token_of):
+            return refusal
+        asked = request.query.get("q", "")
+        if not asked and request.method == "POST" and request.content_type in hosts.SIMPLE_TYPES:
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT_S):
+                    body = await bodies.read(request, QUERY_BYTES_MAX)
+            except TimeoutError:
+                return _refuse(408, "timeout", f"the body did not come within {BODY_TIMEOUT_S:g} s")
+            except bodies.BodyRefused as e:
+                return _refuse(e.status, e.code, str(e))
+            asked = dict(parse_qsl(body.decode("utf-8", "replace"))).get("q", "")
+        return influx_write.queried(asked)
+
+    def _points(self, request: web.Request, body: bytes) -> Iterator[Any]:
+        """The messages of InfluxDB's write API.
+
+        Raises:
+            Reject: the request as a whole is none.
+        """
+        settings = self._live()
+        return influx_write.messages_of(request.query, body, settings, settings.normalize.payload_bytes_max)
+
+    def _platform(self, name: str, request: web.Request, body: bytes) -> Iterator[Any]:
+        """The messages of `POST /ingest/NAME`: everything in it is of that platform.
+
+        Raises:
+            Reject: the body as a whole is nothing.
+        """
+        formats = formats_of(name, self._live().connector.device_tags)
+        whole = loads(body)
+        for item in whole if isinstance(whole, list) else [whole]:
+            yield from _heard(item, formats, ours=False)
 
     def _messages(self, request: web.Request, body: bytes) -> Iterator[Any]:
         """The messages of `POST /ingest`: envelopes, uplinks, or _Payload for a device that the query names.
@@ -308,9 +393,11 @@ class Ingest:
                 if b"\n" not in body.strip():
                     raise
             else:
-                yield from map(_heard, whole if isinstance(whole, list) else [whole])
+                for item in whole if isinstance(whole, list) else [whole]:
+                    yield from _heard(item, self._formats)
                 return
-        yield from (_heard(_parse(line)) for line in (split or _lines)(body))
+        for line in (split or _lines)(body):
+            yield from _heard(_parse(line), self._formats)
 
     def _send(self, item: Any, request: web.Request) -> Send:
         limits = Limits.of(self._live())
@@ -323,21 +410,48 @@ class Ingest:
             return message_send(query["device"], item, limits, CONNECTOR, mode, now_us, port=port)
         if isinstance(item, Reject):
             raise item
+        if isinstance(item, Points):
+            return message_send(item.device, item.text, limits, CONNECTOR, item.mode or MODE, now_us, meta=item.meta)
         if isinstance(item, _Report):
             return report_send(item.line)
-        uplink = item if isinstance(item, Uplink) else None if is_envelope(item) else uplink_of(item)
-        if uplink is not None:
-            port, meta = uplink.port, uplink.meta
-            return message_send(
-                uplink.device, uplink.payload, limits, CONNECTOR, uplink.mode, now_us, port=port, meta=meta
-            )
+        if isinstance(item, Uplink):
+            mode, port, meta = item.mode or MODE, item.port, item.meta
+            return message_send(item.device, item.payload, limits, CONNECTOR, mode, now_us, port=port, meta=meta)
         if not is_envelope(item):
             what = json_text.kind_of(item)
             _reject(
                 ReasonCode.ENVELOPE_INVALID,
-                f"{what} without `device` and one of `payload`, `payload_b64`; or name the device in the query",
+                f"{what} without `device` and one of `payload`, `payload_b64`, and in no envelope that is known here; "
+                "or name the device in the query",
             )
         return envelope_send(item, limits, CONNECTOR, MODE, now_us)
+
+
+def _path(name: str) -> str:
+    """Where what a platform publishes is posted."""
+    return f"/ingest/{name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What became of a request whose messages Kafka has."""
+
+    accepted: int
+    refused: list[dict[str, Any]]  #: the first `REFUSED_NAMED_MAX`: {index, code, message}
+    refused_count: int
+    ignored: int  #: events that carry nothing of a device
+
+
+def _answer(taken: Taken) -> web.StreamResponse:
+    said: dict[str, Any] = {"accepted": taken.accepted, "refused": taken.refused, "refused_count": taken.refused_count}
+    if taken.ignored:
+        said["ignored"] = taken.ignored
+    status = 400 if taken.refused_count and not taken.accepted else 202
+    return web.Response(body=orjson.dumps(said), status=status, content_type="application/json")
+
+
+def _influx_answer(taken: Taken) -> web.StreamResponse:
+    return influx_write.answer(taken.accepted, taken.refused, taken.refused_count)
 
 
 class _Payload:
@@ -358,31 +472,27 @@ class _Report:
         self.line = line
 
 
-def _network_server(recognise: Callable[[Any], Uplink | None], body: bytes) -> Iterator[Any]:
-    whole = loads(body)
-    for event in whole if isinstance(whole, list) else [whole]:
-        try:
-            report = server_report(event)
-            if report is not None:
-                yield _Report(report)
-            else:
-                yield recognise(event) if isinstance(event, dict) else _not_an_object()
-        except Reject as e:
-            yield e
-
-
-def _heard(item: Any) -> Any:
-    """An uplink for a network server's event, None for one without a payload; anything else as it is."""
-    if is_envelope(item) or not is_network_event(item):
-        return item
+def _heard(item: Any, formats: Formats, *, ours: bool = True) -> Iterator[Any]:
+    """What is in a platform's envelope: uplinks, a report of a downlink, None for an event without a payload; anything else as it is."""
+    if ours and is_envelope(item):
+        yield item
+        return
     try:
-        return uplink_of(item)
+        if (report := server_report(item)) is not None:
+            yield _Report(report)
+            return
+        found = formats.read(item) if isinstance(item, dict) else None
+        if formats.forced is not None and not isinstance(item, Reject):
+            found = required(found, formats.forced.name)
     except Reject as e:
-        return e
-
-
-def _not_an_object() -> Reject:
-    return Reject(ReasonCode.ENVELOPE_INVALID, "an event is an object")
+        yield e
+        return
+    if found is None:
+        yield item
+    elif not found:
+        yield None
+    else:
+        yield from found
 
 
 def _lines(body: bytes) -> Iterator[bytes]:

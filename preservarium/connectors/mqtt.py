@@ -33,12 +33,13 @@ from preservarium.connectors.base import (
     Publishes,
     RawProducer,
     envelope_send,
+    formats_in,
     message_send,
     pause,
     refused_send,
     report_send,
 )
-from preservarium.connectors.envelopes import NOT_UPLINK, comes_by, is_network_event, uplink_of
+from preservarium.connectors.envelopes import AUTO, NOT_UPLINK, Formats, Uplink, comes_by, formats_of, required
 from preservarium.domain.commands.downlinks import server_report
 from preservarium.errors import ReasonCode, Reject, Retry
 from preservarium.settings import LiveSettings, Mqtt, Settings, SettingsError
@@ -66,6 +67,7 @@ class Pattern:
     text: str
     filter: str  #: what is subscribed to, `$share/group/` included
     expression: re.Pattern[str]  #: matches a topic; named groups are the placeholders
+    base: int  #: levels before what `#` stands for; 0 where it has none
 
     def match(self, topic: str) -> dict[str, str] | None:
         """What the placeholders stand for in `topic`; None where it does not match."""
@@ -117,7 +119,8 @@ def _pattern(text: str) -> Pattern:
     if topic[-1] == "#" and len(topic) > 1:
         # "sport/#" also matches the parent level "sport" (MQTT 3.1.1, 4.7.1.2).
         body = "/".join(expression[:-1]) + "(?:/.*)?"
-    return Pattern(text, "/".join([*prefix, *topic]), re.compile(body, re.DOTALL))
+    base = len(topic) - 1 if topic[-1] == "#" else 0
+    return Pattern(text, "/".join([*prefix, *topic]), re.compile(body, re.DOTALL), base)
 
 
 def _wrong(text: str, why: str) -> NoReturn:
@@ -126,19 +129,37 @@ def _wrong(text: str, why: str) -> NoReturn:
 
 
 def sends_of(
-    patterns: Iterable[Pattern], topic: str, data: bytes, limits: Limits, mode: str, now: Callable[[], int]
+    patterns: Iterable[Pattern],
+    topic: str,
+    data: bytes,
+    limits: Limits,
+    mode: str,
+    now: Callable[[], int],
+    formats: Formats | None = None,
 ) -> list[Send]:
     """The records of one MQTT message, each with an instant of receipt of its own (`now`, µs); none of a network's own event.
 
-    A network server's uplink names its device itself; what it says of a downlink of ours becomes a report in
-    `device_commands`; both must be of the device that the topic names, where its pattern has `{device}`. Otherwise the topic names the
-    device; where its pattern has no `{device}`, the message must be our envelope, or an array of them.
+    A message in a platform's envelope names its device itself, or its topic does as that platform has it; what a network server says of a downlink of ours
+    becomes a report in `device_commands`; both must be of the device that the topic names, where its pattern has `{device}`. Otherwise the topic
+    names the device; where its pattern has no `{device}`, the message must be our envelope, or an array of them.
+
+    Args:
+        patterns: of the subscriptions; the first that matches counts.
+        topic: of the message.
+        data: what was published.
+        limits: sizes.
+        mode: connector mode where neither the pattern nor the envelope names one.
+        now: the clock.
+        formats: envelopes that are looked for; None: all.
 
     Raises:
         Reject: it cannot be a raw message; the connector acknowledges it all the same and says so in `iot_errors`.
     """
-    names = next((found for pattern in patterns if (found := pattern.match(topic)) is not None), None)
-    if names is None:
+    formats = formats or formats_of(AUTO)
+    pattern, names = next(
+        ((pattern, found) for pattern in patterns if (found := pattern.match(topic)) is not None), (None, None)
+    )
+    if pattern is None or names is None:
         raise Reject(
             ReasonCode.ENVELOPE_NO_DEVICE, f"no pattern of mqtt.subscriptions matches the topic {topic!r:.200}"
         )
@@ -147,37 +168,53 @@ def sends_of(
     if report is not None:
         _require_own(names, topic, report["device_id"], value)
         return [report_send(report)]
-    uplink = uplink_of(value)
-    if uplink is not None:
-        _require_own(names, topic, uplink.device, value)
-        named_mode = names.get("mode") or uplink.mode
+    named, levels = names.get("device"), tuple(topic.split("/"))
+    if named is None and isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         return [
-            message_send(
-                uplink.device,
-                uplink.payload,
-                limits,
-                CONNECTOR,
-                named_mode,
-                now(),
-                topic=topic,
-                port=uplink.port,
-                meta=uplink.meta,
-            )
+            send
+            for item in value
+            for send in _sends_of_one(pattern, names, topic, levels, item, limits, mode, now, formats)
         ]
-    if is_network_event(value):
-        return []
-    mode = names.get("mode") or mode
-    if "device" in names:
+    return _sends_of_one(pattern, names, topic, levels, value, limits, mode, now, formats)
+
+
+def _sends_of_one(
+    pattern: Pattern,
+    names: Mapping[str, str],
+    topic: str,
+    levels: tuple[str, ...],
+    value: Any,
+    limits: Limits,
+    mode: str,
+    now: Callable[[], int],
+    formats: Formats,
+) -> list[Send]:
+    named, mode_of_topic = names.get("device"), names.get("mode")
+    ours = named is None and is_envelope(value)
+    found = None if ours else formats.read(value, levels, named, pattern.base)
+    if formats.forced is not None and not ours:
+        found = required(found, formats.forced.name)
+    if found is not None:
+        for uplink in found:
+            _require_own(names, topic, uplink.device, value)
+        return [_uplink_send(uplink, limits, mode_of_topic or uplink.mode or mode, topic, now()) for uplink in found]
+    mode = mode_of_topic or mode
+    if named is not None:
         port = _port(names.get("port"))
-        return [message_send(names["device"], value, limits, CONNECTOR, mode, now(), topic=topic, port=port)]
-    items = value if isinstance(value, list) else [value]
-    if not items or not all(is_envelope(item) for item in items):
-        what = "the pattern names no device, and the message is neither an uplink nor our envelope"
+        return [message_send(named, value, limits, CONNECTOR, mode, now(), topic=topic, port=port)]
+    if not ours:
+        what = "the pattern names no device, and the message is neither in a platform's envelope nor in ours"
         raise Reject(ReasonCode.ENVELOPE_NO_DEVICE, what)
-    return [envelope_send(item, limits, CONNECTOR, mode, now(), topic=topic) for item in items]
+    return [envelope_send(value, limits, CONNECTOR, mode, now(), topic=topic)]
 
 
-def _require_own(names: Mapping[str, str], topic: str, device: str, event: Mapping[str, Any]) -> None:
+def _uplink_send(uplink: Uplink, limits: Limits, mode: str, topic: str, now_us: int) -> Send:
+    return message_send(
+        uplink.device, uplink.payload, limits, CONNECTOR, mode, now_us, topic=topic, port=uplink.port, meta=uplink.meta
+    )
+
+
+def _require_own(names: Mapping[str, str], topic: str, device: str, event: Any) -> None:
     """Refuse a network server's event about another device than its topic names.
 
     Raises:
@@ -314,6 +351,7 @@ class MqttConnector:
         self._clock = clock
         self._backoff = backoff or Backoff()
         self._patterns = patterns_of(live().mqtt.subscriptions)
+        self._formats = formats_in(live())
         #: QoS 0 messages of a batch that Kafka did not take: the broker will not send them again
         self._kept: list[aiomqtt.Message] = []
         self._stop = asyncio.Event()
@@ -432,7 +470,9 @@ class MqttConnector:
                 metrics.CONNECTOR_REFUSED.labels(CONNECTOR, "retained").inc()
                 continue
             try:
-                made = sends_of(self._patterns, topic, data, limits, settings.mqtt.mode, self._clock.now_us)
+                made = sends_of(
+                    self._patterns, topic, data, limits, settings.mqtt.mode, self._clock.now_us, self._formats
+                )
                 sends += made
                 if not made:
                     metrics.CONNECTOR_REFUSED.labels(CONNECTOR, NOT_UPLINK).inc()

@@ -6,6 +6,7 @@ from mode import Service
 
 from preservarium.clock import StampClock
 from preservarium.connectors import http, mqtt
+from preservarium.connectors.base import formats_in
 from preservarium.connectors.mailbox import Mailbox, MailboxFollower
 
 
@@ -30,7 +31,9 @@ def install(app: Any) -> list[str]:
         app.web.web_app.router.add_routes(http.routes(app.publisher, app.live, clock, mailbox))
         installed.append(http.CONNECTOR)
     if settings.mqtt.enabled:
-        mqtt.patterns_of(settings.mqtt.subscriptions)  # a wrong one must stop the worker now, not in an hour
+        # What is wrong must stop the worker now, not in an hour.
+        mqtt.patterns_of(settings.mqtt.subscriptions)
+        formats_in(settings)
 
         class MqttService(Service):  # type: ignore[misc]  # mode has no types
             """The MQTT connector for as long as the worker runs."""

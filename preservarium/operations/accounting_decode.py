@@ -101,7 +101,7 @@ class RegistryDecode:
         outcomes = await self._sandbox.run([call for *_, call in calls])
         for (i, configuration, parser, _), outcome in zip(calls, outcomes, strict=True):
             with suppress(Reject):
-                fields = script_fields(parser, outcome)
+                fields = script_fields(parser, outcome, raws[i]["received_at"])
                 made[i] = standardize(raws[i], configuration, fields, self._readings_max).message
         return made
 
@@ -116,7 +116,7 @@ def _compiler(documents: Mapping[str, Sequence[Mapping[str, Any]]]) -> Callable[
     types: dict[str, Any] = {t["name"]: t for t in documents["type"]}
     devices: dict[str, Any] = {canonical_address(d["device_id"]): d for d in documents["device"]}
     # Parsers are compiled once for all devices that have no variables of their own: compiling is the costly part.
-    shared: dict[str, Any] = {}
+    shared: dict[tuple[str, str | None], Any] = {}
 
     @lru_cache(maxsize=100_000)
     def compiled(device_id: str) -> CompiledDevice | None:
@@ -125,13 +125,15 @@ def _compiler(documents: Mapping[str, Sequence[Mapping[str, Any]]]) -> Callable[
         parser = parsers.get(device_type["parser"]) if device_type else None
         if device is None or device_type is None or parser is None:
             return None
-        decoder = None if device.get("variables") else shared.get(parser["name"])
+        own_words = device.get("variables") or device.get("time_zone")
+        common = parser["name"], device_type.get("time_zone")
+        decoder = None if own_words else shared.get(common)
         try:
             found = compile_device(device, device_type, parser, datatypes.get, decoder)
         except Reject:
             return None
-        if not device.get("variables"):
-            shared[parser["name"]] = found.decoder
+        if not own_words:
+            shared[common] = found.decoder
         return found
 
     return compiled

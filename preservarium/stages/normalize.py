@@ -30,6 +30,7 @@ from preservarium.domain.readings.normalize import (
     normalize,
     require_enabled,
     standardize,
+    variables_of,
 )
 from preservarium.domain.readings.reading import ErrorLine, RawMessage
 from preservarium.domain.registry.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc, ParserDoc
@@ -265,7 +266,7 @@ class Normalizer:
             return ran | {id(raw): e for raw, _ in called}
         for i, ((raw, parser), outcome) in enumerate(zip(called, outcomes, strict=True)):
             try:
-                ran[id(raw)] = script_fields(parser, outcome)
+                ran[id(raw)] = script_fields(parser, outcome, raw["received_at"])
             except Reject as e:
                 ran[id(raw)] = e
             if i % MESSAGES_AT_ONCE == MESSAGES_AT_ONCE - 1:
@@ -335,8 +336,8 @@ class Normalizer:
     def _compile(self, device: DeviceDoc) -> CompiledDevice | Reject:
         try:
             kind = self._type(device["type"])
-            variables = device.get("variables")
-            decoder = self._decoder(kind.parser, variables) if variables else kind.decoder
+            own_words = device.get("variables") or device.get("time_zone")
+            decoder = self._decoder(kind.parser, variables_of(device, kind.document)) if own_words else kind.decoder
             if isinstance(decoder, Reject):
                 return decoder
             # A device that says nothing of its own has the mapping of its type.
@@ -367,7 +368,9 @@ class Normalizer:
                 message = f"device type {name} has no active parser {document['parser']}"
                 raise Reject(ReasonCode.NO_PARSER, message)
             mapper = Mapper(cast(DeviceDoc, {}), document, self._catalogue.datatype)
-            kind = self._types[name] = _Type(document, parser, self._decoder(parser, {}), mapper)
+            kind = self._types[name] = _Type(
+                document, parser, self._decoder(parser, variables_of({}, document)), mapper
+            )
         return kind
 
     def _decoder(self, parser: ParserDoc, variables: dict[str, Any]) -> Decoder | ScriptParser | Reject:
@@ -442,8 +445,13 @@ def script_call(parser: ScriptParser, raw: RawMessage) -> Call:
     return Call(script, parser.function, parser.arguments(raw))
 
 
-def script_fields(parser: ScriptParser, outcome: Outcome) -> list[Decoded | Reject]:
+def script_fields(parser: ScriptParser, outcome: Outcome, received_at: int = 0) -> list[Decoded | Reject]:
     """The fields of a call's outcome.
+
+    Args:
+        parser: the script.
+        outcome: what became of its call.
+        received_at: when the message was received, µs.
 
     Raises:
         Reject: the script faulted, with its name, version and line; or see `ScriptParser.fields`.
@@ -452,7 +460,7 @@ def script_fields(parser: ScriptParser, outcome: Outcome) -> list[Decoded | Reje
     if fault is not None:
         where = f"{parser.name}, line {fault.line}" if fault.line is not None else parser.name
         raise Reject(fault.code, f"{where}: {fault.message}")
-    return parser.fields(cast(str, outcome.text))
+    return parser.fields(cast(str, outcome.text), received_at)
 
 
 def _normalized(

@@ -10,6 +10,7 @@ from preservarium.domain.readings import json_text
 from preservarium.domain.readings.instant import instant_us
 from preservarium.domain.readings.number import THOUSANDS
 from preservarium.domain.readings.reading import RawMessage
+from preservarium.domain.readings.wall_clock import WallClock, wall_clock
 from preservarium.errors import ReasonCode, Reject
 
 #: Fields that one message may decode into, whatever the settings say: a bound for decoders that expand (repeats, TLV).
@@ -212,6 +213,31 @@ def encoding_of(name: Any) -> str:
         pass
     message = f"{name!r:.40} is no encoding; utf-8, cp1252, latin-1, utf-16 are some"
     raise ValueError(message)
+
+
+def clock_of(source: Mapping[str, Any], time_zone: Any) -> WallClock | None:
+    """The clock of instants without an offset: the device's or its type's, else the `time_zone` of the source; None: UTC.
+
+    Args:
+        source: of the parser.
+        time_zone: of the device or its type, which may be anything.
+
+    Raises:
+        ParserError: there is no such zone.
+    """
+    name = time_zone if time_zone is not None else source.get("time_zone")
+    if name is None:
+        return None
+    try:
+        return wall_clock(name) if isinstance(name, str) else WallClock(name)
+    except ValueError as e:
+        message = f"time_zone: {e}"
+        raise ParserError(message) from None
+
+
+def zone_in(variables: Mapping[str, Any] | None) -> Any:
+    """The `time_zone` among a device's variables, where its own and its type's stand (readings/normalize.py)."""
+    return variables.get("time_zone") if variables else None
 
 
 def is_word(value: Any, words: Container[str]) -> bool:

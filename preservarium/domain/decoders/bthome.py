@@ -1,6 +1,8 @@
 """BTHome version 2, unencrypted: device information byte, then object id and value, again and again (bthome.io/format).
 
-A second object of one kind gets the next pin: two temperatures are pins "1" and "2"; a single one has no pin.
+A second object of one kind gets the next pin: two temperatures are pins "1" and "2"; a single one has no pin. Objects have no length of their own: where one
+is not known, what stands before it is read, and it and the rest are refused. A MAC address before the objects (bit 1 of the device information) is no
+measurement.
 """
 
 from collections.abc import Mapping
@@ -8,10 +10,13 @@ from typing import Any, Final
 
 from preservarium.domain.decoders.base import Decoded, ParserError, Value, failed, payload_bytes, source_of
 from preservarium.domain.readings.reading import RawMessage
+from preservarium.errors import Reject
 
 #: Service data may come with its 16-bit UUID 0xFCD2 (little-endian) before it.
 _UUID: Final = b"\xd2\xfc"
 _ENCRYPTED: Final = 0x01
+_HAS_MAC: Final = 0x02
+_MAC_BYTES: Final = 6
 _VERSION: Final = 2
 
 #: object id -> (name, bytes, signed, factor, unit). Numbers are little-endian.
@@ -62,6 +67,7 @@ NUMBERS: Final[dict[int, tuple[str, int, bool, float, str | None]]] = {
     0x55: ("volume_storage", 4, False, 1000, "L"),
     0x56: ("conductivity", 2, False, 1, "µS/cm"),
     0x57: ("temperature", 1, True, 1, "°C"),
+    0x58: ("temperature", 1, True, 100 / 35, "°C"),
     0x59: ("count", 1, True, 1, None),
     0x5A: ("count", 2, True, 1, None),
     0x5B: ("count", 4, True, 1, None),
@@ -70,6 +76,8 @@ NUMBERS: Final[dict[int, tuple[str, int, bool, float, str | None]]] = {
     0x5E: ("direction", 2, False, 100, "°"),
     0x5F: ("precipitation", 2, False, 10, "mm"),
     0x60: ("channel", 1, False, 1, None),
+    0x62: ("speed", 4, True, 1_000_000, "m/s"),
+    0x64: ("light_level", 1, False, 1, None),
     0xF0: ("device_type_id", 2, False, 1, None),
     0xF1: ("firmware_version", 4, False, 1, None),
     0xF2: ("firmware_version", 3, False, 1, None),
@@ -89,17 +97,20 @@ _DIMMER: Final = 0x3C
 
 
 def _factor(number: int, divisor: float) -> Value:
-    return number if divisor == 1 else number / divisor
+    if divisor == 1:
+        return number
+    # Steps of 0.35 °C: of the quotient only the digits of the step are meant.
+    return number / divisor if float(divisor).is_integer() else round(number / divisor, 2)
 
 
 class BThomeDecoder:
     """Payloads are service data as bytes, or their hexadecimal or base64 text."""
 
-    def decode(self, raw: RawMessage) -> list[Decoded]:
-        """The objects of an advertisement.
+    def decode(self, raw: RawMessage) -> list[Decoded | Reject]:
+        """The objects of an advertisement, and why the rest cannot be read.
 
         Raises:
-            Reject: DECODE_FAILED: encrypted, of another version, cut off, or with an object that is not known.
+            Reject: DECODE_FAILED: encrypted, of another version, or nothing of it can be read.
         """
         data = payload_bytes(raw["payload"])
         data = data[2:] if data.startswith(_UUID) else data
@@ -113,12 +124,18 @@ class BThomeDecoder:
             message = "the advertisement is encrypted"
             raise failed(message)
         found: list[tuple[str, Value, str | None]] = []
-        position = 1
-        while position < len(data):
-            position = self._object(data, position, found)
+        position = 1 + (_MAC_BYTES if data[0] & _HAS_MAC else 0)
+        refused: list[Reject] = []
+        try:
+            while position < len(data):
+                position = self._object(data, position, found)
+        except Reject as e:
+            if not found:
+                raise
+            refused.append(e)
         names = [name for name, _, _ in found]
         seen: dict[str, int] = {}
-        out: list[Decoded] = []
+        out: list[Decoded | Reject] = [*refused]
         for name, value, unit in found:
             seen[name] = seen.get(name, 0) + 1
             out.append(Decoded(name, value, unit, None, str(seen[name]) if names.count(name) > 1 else None))

@@ -8,6 +8,7 @@ encoding: cp1252         # absent: UTF-8, or UTF-16 where a byte order mark says
 header: true             # the first row names the columns; otherwise `columns` does, in order
 time: ts                 # the column with the instant; absent: the message's
 time_unit: s
+time_zone: Europe/Berlin # of instants without an offset; absent: UTC (a device's or a type's own counts first)
 columns:                 # absent with a header: every column, named by it
   - {name: ts}
   - {name: temp, unit: °C}
@@ -30,6 +31,7 @@ from preservarium.domain.decoders.base import (
     Decoded,
     ParserError,
     PartRefused,
+    clock_of,
     encoding_of,
     failed,
     is_word,
@@ -37,6 +39,7 @@ from preservarium.domain.decoders.base import (
     sorted_out,
     source_of,
     text_of,
+    zone_in,
 )
 from preservarium.domain.readings.instant import UNITS_US, instant_us
 from preservarium.domain.readings.number import Written, number_of
@@ -46,7 +49,7 @@ from preservarium.errors import ReasonCode, Reject
 COLUMNS_MAX: Final = 1_000
 NAME_CHARACTERS_MAX: Final = 200
 _KEYS: Final = {
-    "delimiter", "decimal", "thousands", "encoding", "header", "time", "time_unit", "columns", "description",
+    "delimiter", "decimal", "thousands", "encoding", "header", "time", "time_unit", "time_zone", "columns", "description",
 }  # fmt: skip
 #: A truth value, where its datatype is a number.
 _BOOLEANS: Final = {"true": 1, "TRUE": 1, "True": 1, "false": 0, "FALSE": 0, "False": 0}
@@ -80,9 +83,20 @@ class _Lines:
 class CsvDecoder:
     """Payloads are text or its bytes. Empty cells give no field."""
 
-    __slots__ = ("_columns", "_decimal", "_delimiter", "_encoding", "_header", "_thousands", "_time", "_time_unit")
+    __slots__ = (
+        "_clock",
+        "_columns",
+        "_decimal",
+        "_delimiter",
+        "_encoding",
+        "_header",
+        "_thousands",
+        "_time",
+        "_time_unit",
+    )
 
-    def __init__(self, source: Mapping[str, Any]) -> None:
+    def __init__(self, source: Mapping[str, Any], time_zone: Any = None) -> None:
+        self._clock = clock_of(source, time_zone)
         if unknown := source.keys() - _KEYS:
             message = f"csv: {sorted(unknown)[0]} is not known"
             raise ParserError(message)
@@ -139,6 +153,7 @@ class CsvDecoder:
             if columns is None:
                 columns = [(c.strip()[:NAME_CHARACTERS_MAX], None, None) if c.strip() else None for c in names]
         index = int(self._header)
+        last: int | None = None
         while True:
             first = lines.at
             try:
@@ -146,7 +161,7 @@ class CsvDecoder:
                 if row is None:
                     break
                 if any(cell.strip() for cell in row):
-                    self._row(row, columns or [], out)
+                    last = self._row(row, columns or [], out, raw["received_at"], last)
             except (csv.Error, _Broken) as e:
                 what = ""
                 if isinstance(e, csv.Error):
@@ -169,14 +184,21 @@ class CsvDecoder:
         row: list[str],
         columns: list[tuple[str, str | None, str | None] | None],
         out: list[Decoded | Reject],
-    ) -> None:
+        received_at: int,
+        last: int | None,
+    ) -> int | None:
+        """Read a row; its instant, or that of the one before it."""
         if len(row) > len(columns):
             message = f"{len(row)} cells; there are {len(columns)} columns"
             raise _Broken(message)
         at: int | None = None
         for cell, column in zip(row, columns, strict=False):
             if column is not None and column[0] == self._time:
-                at = instant_us(self._plain(cell.strip()), self._time_unit)
+                text = self._plain(cell.strip())
+                if self._clock is None:
+                    at = instant_us(text, self._time_unit)
+                else:
+                    at = self._clock.instant(text, self._time_unit, received_at, last)
                 if at is None:
                     message = f"{cell!r:.40} is no instant"
                     raise _Broken(message)
@@ -185,6 +207,7 @@ class CsvDecoder:
             if column is None or not text or column[0] == self._time:
                 continue
             out.append(Decoded(column[0], self._value(text), column[1], at, column[2]))
+        return last if at is None else at
 
     def _value(self, text: str) -> Written:
         number = number_of(text, self._decimal, self._thousands)
@@ -213,9 +236,9 @@ def _column(given: Any, index: int) -> tuple[str, str | None, str | None] | None
 
 
 def compile_parser(doc: Mapping[str, Any], variables: Mapping[str, Any] | None = None) -> CsvDecoder:
-    """The decoder of a `csv` parser. Variables are not used.
+    """The decoder of a `csv` parser. Of the variables `time_zone` is used.
 
     Raises:
         ParserError: the source is wrong.
     """
-    return CsvDecoder(source_of(doc))
+    return CsvDecoder(source_of(doc), zone_in(variables))

@@ -39,6 +39,7 @@ _TIME: Final = re.compile(r"(\d{2})(\d{2})(\d{2})(\d{2})(\d{2})(\d{2})([SW]?)", 
 #: Identifications, messages to people, logs: no measurements.
 _LEFT_OUT: Final = re.compile(r"0\.2\.8|1\.0\.0|96\.1\.\d+|96\.13\.\d+|99\.97\.0|96\.50\.\d+|0\.0\.\d+")
 _ENCRYPTED: Final = 0xDB
+_SERIAL: Final = re.compile(r"[0-9]{8}")
 
 
 class DsmrDecoder:
@@ -98,11 +99,13 @@ def _check(text: str) -> None:
         message = "the telegram is torn: it has no end (!)"
         raise failed(message)
     given = text[end + 1 :].strip()
-    if not given:
-        return  # before DSMR 4 there is no checksum
+    if not given or _SERIAL.fullmatch(given):
+        return  # before DSMR 4 there is no checksum; an EasyMeter says its number there
+    # Some meters leave out zeros at the front.
+    expected = given.upper().rjust(4, "0")
     # Bridges that pass a telegram on as text often change its line ends, which the checksum covers.
     for body in (text[: end + 1], text[: end + 1].replace("\r", "").replace("\n", "\r\n")):
-        if f"{crc16(body.encode('latin-1', 'replace')):04X}" == given.upper():
+        if f"{crc16(body.encode('latin-1', 'replace')):04X}" == expected:
             return
     message = f"the telegram's checksum is wrong: it says {given[:8]}"
     raise failed(message)

@@ -19,8 +19,8 @@ whole numbers of more than 64 bits, and `NaN` or `Inf`, which refuse their field
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, NamedTuple
 
 from preservarium.domain.decoders.base import (
     DECODED_MAX,
@@ -39,6 +39,8 @@ from preservarium.domain.readings.reading import RawMessage
 from preservarium.errors import ReasonCode, Reject
 
 _PRECISIONS: Final = {"ns", "us", "ms", "s"}
+#: Where the precision that a request names stands in `meta`.
+PRECISION: Final = "precision"
 NAME_CHARACTERS_MAX: Final = 200
 #: 64 bits and a sign.
 _TIME_CHARACTERS_MAX: Final = 20
@@ -87,6 +89,53 @@ def _value(text: str, position: int) -> Value:
     raise _Broken(message, position)
 
 
+class Point(NamedTuple):
+    """A point as it stands in a text, for whoever has to say what it is of."""
+
+    measurement: str
+    tags: dict[str, str]
+    text: str  #: of the point, without the line end behind it
+
+
+def points(text: str) -> Iterator[Point | PartRefused]:
+    """The points of a text, in their order, and the lines that are none; values are not read.
+
+    Args:
+        text: line protocol.
+    """
+    position, number, counted = 0, 1, 0
+    while (position := _match(_NOTHING, text, position).end()) < len(text):
+        start = position
+        try:
+            measurement = _match(_MEASUREMENT, text, position)
+            position = measurement.end()
+            tags: dict[str, str] = {}
+            while text.startswith(",", position):
+                tag = _match(_TAG, text, position)
+                position = tag.end()
+                tags[_plain(tag[1], _ESCAPED_IN_KEY)] = _plain(tag[2], _ESCAPED_IN_KEY)
+            position = _match(_BLANKS, text, position).end()
+            while True:
+                field = _match(_FIELD, text, position)
+                position = field.end()
+                if not text.startswith(",", position):
+                    break
+                position += 1
+            end = _END.match(text, position)
+            if end is None:
+                if field[2] is not None and "\n" in field[2] and not text.startswith(" ", position):
+                    raise _not_closed(text, field.start())
+                message = f"{_shown(text, start)} is not measurement, fields and time"
+                raise _Broken(message, position)
+            position = end.end()
+            yield Point(_plain(measurement[0], _ESCAPED_IN_MEASUREMENT), tags, text[start:position].rstrip("\r\n"))
+        except _Broken as e:
+            number, counted = number + text.count("\n", counted, start), start
+            ends = text.find("\n", e.position)
+            position = len(text) if ends < 0 else ends
+            yield PartRefused(f"line {number}: {e}", text[start:position].encode())
+
+
 class InfluxDecoder:
     """Payloads are text or UTF-8 bytes of one line or many; a point has a line, or more where a string has line ends in it."""
 
@@ -114,12 +163,15 @@ class InfluxDecoder:
             Reject: DECODE_FAILED, or DECODE_LIMIT.
         """
         text = text_of(raw["payload"], "line protocol")
+        # What the sender said of all its points counts before what the parser says of all its devices.
+        said = raw["meta"].get(PRECISION) if raw["meta"] else None
+        precision: str = said if isinstance(said, str) and said in _PRECISIONS else self._precision
         out: list[Decoded | Reject] = []
         position = counted = 0
         number = 1
         while (position := _match(_NOTHING, text, position).end()) < len(text):
             try:
-                position = self._point(text, position, out)
+                position = self._point(text, position, precision, out)
             except _Broken as e:
                 number, counted = number + text.count("\n", counted, position), position
                 end = text.find("\n", e.position)
@@ -132,7 +184,7 @@ class InfluxDecoder:
         sorted_out(out)
         return out
 
-    def _point(self, text: str, position: int, out: list[Decoded | Reject]) -> int:
+    def _point(self, text: str, position: int, precision: str, out: list[Decoded | Reject]) -> int:
         """Read the point at a position; where it ends."""
         start = position
         measurement = _match(_MEASUREMENT, text, position)
@@ -164,7 +216,7 @@ class InfluxDecoder:
             raise _Broken(message, position)
         at: int | None = None
         if end[1] is not None:
-            at = instant_us(int(end[1]), self._precision) if len(end[1]) <= _TIME_CHARACTERS_MAX else None
+            at = instant_us(int(end[1]), precision) if len(end[1]) <= _TIME_CHARACTERS_MAX else None
             if at is None:
                 message = f"{end[1]!r:.40} is no time"
                 raise _Broken(message, end.start(1))

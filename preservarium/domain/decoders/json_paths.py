@@ -3,6 +3,7 @@
 ```yaml
 time: sent.at            # optional; the instant of the message
 time_unit: ms            # s, ms, us, ns; absent: ISO 8601 text, or told by the size
+time_zone: Europe/Berlin # of instants in text without an offset; absent: UTC (a device's or a type's own counts first)
 fields:                  # absent: every number, text and boolean of the document, named by its path
   - {path: temperature, unit: °C}
   - {path: "air.0.pm25", name: pm2_5, unit: µg/m³, pin: "1"}
@@ -20,7 +21,8 @@ A path is keys with dots between them; `[2]` or `.2` is an element of a list, `[
 written `["a.b"]`. What is absent or null gives no field: devices leave out what they did not measure. Text stays text, unless something is
 to be calculated with it (`scale`, `offset`, `expr`); whether it is a number says its datatype (domain/readings/mapping.py).
 
-What cannot be read is refused by itself, and the rest is read: a field, an element of `each`, an object of a list of objects.
+A list where a value belongs is several of one kind: each element is a pin, by its place. What cannot be read is refused by itself, and the rest is
+read: a field, an element of a list or of `each`, an object of a list of objects.
 """
 
 import math
@@ -41,11 +43,13 @@ from preservarium.domain.decoders.base import (
     Row,
     RowReader,
     Value,
+    clock_of,
     failed,
     is_word,
     marks_of,
     sorted_out,
     source_of,
+    zone_in,
 )
 from preservarium.domain.expressions import ExpressionError
 from preservarium.domain.readings import json_text
@@ -53,6 +57,7 @@ from preservarium.domain.readings.instant import UNITS_US, instant_us
 from preservarium.domain.readings.number import Written, number_of
 from preservarium.domain.readings.reading import RawMessage
 from preservarium.domain.readings.units import Linear
+from preservarium.domain.readings.wall_clock import WallClock
 from preservarium.errors import ReasonCode, Reject
 
 #: Fields of one mapping, and levels of a document that is taken as it is.
@@ -68,7 +73,7 @@ LAYOUT_NAMES_MAX: Final = 256
 _STEP: Final = re.compile(r'\.?(?:\[(?:(?P<index>-?\d{1,6})|(?P<all>\*)|"(?P<quoted>[^"]+)")\]|(?P<key>[^.\[\]]+))')
 _TEMPLATE: Final = re.compile(r"\{([^{}]+)\}")
 _SOURCE_KEYS: Final = {
-    "time", "time_unit", "fields", "each", "root", "description", "ignore", "decimal", "thousands",
+    "time", "time_unit", "time_zone", "fields", "each", "root", "description", "ignore", "decimal", "thousands",
 }  # fmt: skip
 _EACH_KEYS: Final = {"path", "name", "pin", "time", "time_unit", "unit", "fields", "description"}
 _FIELD_KEYS: Final = {"path", "name", "unit", "unit_path", "pin", "scale", "offset", "expr", "required", "description"}
@@ -167,12 +172,16 @@ class _Each:
 class _Time:
     steps: tuple[Step, ...]
     unit: str | None
+    clock: WallClock | None
 
-    def of(self, value: Any) -> int | None:
+    def of(self, value: Any, received_at: int, before: int | None = None) -> int | None:
         given = find(value, self.steps)
         if given is None:
             return None
-        at = instant_us(given, self.unit)
+        if self.clock is None:
+            at = instant_us(given, self.unit)
+        else:
+            at = self.clock.instant(given, self.unit, received_at, before)
         if at is None:
             message = f"{given!r:.100} is no instant"
             raise failed(message)
@@ -209,9 +218,10 @@ class JsonDecoder:
         "_root", "_time", "row",
     )  # fmt: skip
 
-    def __init__(self, source: Mapping[str, Any]) -> None:
+    def __init__(self, source: Mapping[str, Any], time_zone: Any = None) -> None:
         _known(source, _SOURCE_KEYS, "json")
-        self._time = _time(source, "time")
+        clock = clock_of(source, time_zone)
+        self._time = _time(source, "time", clock)
         self._root = parse_path(source["root"], "root") if "root" in source else ()
         #: None: texts are read where they are mapped, by the common rule
         self._read = _reading(source)
@@ -219,7 +229,7 @@ class JsonDecoder:
         if each is not None and not isinstance(each, list):
             message = "each: a list is expected"
             raise ParserError(message)
-        self._each = tuple(_each(e, f"each[{i}]", self._read or number_of) for i, e in enumerate(each or []))
+        self._each = tuple(_each(e, f"each[{i}]", self._read or number_of, clock) for i, e in enumerate(each or []))
         given = source.get("fields")
         self._fields = (
             None
@@ -248,8 +258,13 @@ class JsonDecoder:
             elif not any(f.many or f.unit_steps is not None for f in fields):
                 self.row = self._row_of_fields
 
-    def _object(self, payload: Any) -> tuple[dict[str, Any], int | None] | None:
+    def _given(self, raw: RawMessage) -> Any:
+        """What is read of a message."""
+        return raw["payload"]
+
+    def _object(self, raw: RawMessage) -> tuple[dict[str, Any], int | None] | None:
         """(the object that the payload is or holds, its instant); None where it is none."""
+        payload = self._given(raw)
         if isinstance(payload, bytes):
             try:
                 payload = json_text.loads(payload)
@@ -259,10 +274,10 @@ class JsonDecoder:
             payload = find(payload, self._root)
         if type(payload) is not dict:
             return None
-        return payload, self._time.of(payload) if self._time else None
+        return payload, self._time.of(payload, raw["received_at"]) if self._time else None
 
     def _row_of_fields(self, raw: RawMessage) -> Row | None:
-        found = self._object(raw["payload"])
+        found = self._object(raw)
         if found is None:
             return None
         document, at = found
@@ -281,7 +296,7 @@ class JsonDecoder:
         return self._layout, values, at
 
     def _row_as_it_is(self, raw: RawMessage) -> Row | None:
-        found = self._object(raw["payload"])
+        found = self._object(raw)
         if found is None:
             return None
         document, at = found
@@ -306,7 +321,7 @@ class JsonDecoder:
         Raises:
             Reject: DECODE_FAILED, or DECODE_LIMIT.
         """
-        document = raw["payload"]
+        document = self._given(raw)
         if isinstance(document, bytes):
             try:
                 document = json_text.loads(document)
@@ -319,18 +334,20 @@ class JsonDecoder:
             message = f"a JSON object or array is expected, not {json_text.kind_of(document)}"
             raise failed(message)
         out: list[Decoded | Reject] = []
+        received_at = raw["received_at"]
         # A list of objects is several measurements, each with its own time.
         if isinstance(document, list) and self._whole(document):
+            last: int | None = None
             for i, part in enumerate(document):
                 before = len(out)
                 try:
-                    self._part(part, out)
+                    last = self._part(part, out, received_at, last)
                 except Reject as e:
                     if e.code is not ReasonCode.DECODE_FAILED:
                         raise
                     out[before:] = [PartRefused(f"element {i}: {e}", self._alone(part))]
         else:
-            self._part(document, out)
+            self._part(document, out, received_at, None)
         if (read := self._read) is not None:
             for i, field in enumerate(out):
                 if type(field) is Decoded and type(field.value) is str:
@@ -338,16 +355,18 @@ class JsonDecoder:
         sorted_out(out)
         return out
 
-    def _part(self, part: Any, out: list[Decoded | Reject]) -> None:
-        at = self._time.of(part) if self._time else None
+    def _part(self, part: Any, out: list[Decoded | Reject], received_at: int, last: int | None) -> int | None:
+        """Read an object; its instant, or that of the one before it."""
+        at = self._time.of(part, received_at, last) if self._time else None
         if self._fields is None:
             _flatten(part, "", None, at, out, 0, self._ignore)
         else:
             _read(self._fields, part, at, None, None, None, out)
         for each in self._each:
-            _read_each(each, part, at, out)
+            _read_each(each, part, at, received_at, out)
         if len(out) > DECODED_MAX:
             raise Reject(ReasonCode.DECODE_LIMIT, f"more than {DECODED_MAX} fields")
+        return last if at is None else at
 
     def _alone(self, part: Any) -> bytes:
         """A document that holds one object of the list, where `root` finds it: an index finds a key of an object, too."""
@@ -362,13 +381,16 @@ class JsonDecoder:
         )
 
 
-def _read_each(each: _Each, part: Any, at: int | None, out: list[Decoded | Reject]) -> None:
+def _read_each(each: _Each, part: Any, at: int | None, received_at: int, out: list[Decoded | Reject]) -> None:
+    last: int | None = None
     for element, index in find_all(part, each.steps):
         if element is None:
             continue
         before = len(out)
         try:
-            _read_element(each, element, index, at, out)
+            own = each.time.of(element, received_at, last) if each.time else None
+            last = last if own is None else own
+            _read_element(each, element, index, at if own is None else own, out)
         except Reject as e:
             out[before:] = [failed(f"{_joined(each.steps)}, element {index or 0}: {e}")]
         if len(out) > DECODED_MAX:
@@ -376,13 +398,12 @@ def _read_each(each: _Each, part: Any, at: int | None, out: list[Decoded | Rejec
 
 
 def _read_element(each: _Each, element: Any, index: str | None, at: int | None, out: list[Decoded | Reject]) -> None:
-    own = each.time.of(element) if each.time else None
     name = _fill(each.name, element)
     if each.name is not None and name is None:
         message = f"it has nothing to name it by ({each.name})"
         raise failed(message)
     pin = _fill(each.pin, element) if each.pin is not None else index
-    _read(each.fields, element, own if own is not None else at, name, pin, each.unit, out)
+    _read(each.fields, element, at, name, pin, each.unit, out)
 
 
 def _read(
@@ -418,6 +439,31 @@ def _take(
         if field.required:
             message = f"{_joined(field.steps)} is missing"
             raise failed(message)
+        return
+    if isinstance(value, list):
+        # Several of one kind, as Tasmota writes the channels of a meter: the place is the pin.
+        if field.pin is None:
+            for i, element in enumerate(value):
+                if element is not None:
+                    index = str(i) if pin is None else f"{pin}.{i}"
+                    _take_one(field, element, part, at, name, index, unit, out)
+            return
+        if len(value) == 1:
+            (value,) = value
+    _take_one(field, value, part, at, name, pin, unit, out)
+
+
+def _take_one(
+    field: _Field,
+    value: Any,
+    part: Any,
+    at: int | None,
+    name: str | None,
+    pin: str | None,
+    unit: str | None,
+    out: list[Decoded | Reject],
+) -> None:
+    if value is None:
         return
     if isinstance(value, dict | list):
         message = f"{_joined(field.steps)} is {'an object' if isinstance(value, dict) else 'a list'}, not a value"
@@ -468,12 +514,12 @@ def _joined(steps: tuple[Step, ...]) -> str:
     return ".".join("*" if s is None else str(s) for s in steps)
 
 
-def _time(item: Mapping[str, Any], where: str) -> _Time | None:
+def _time(item: Mapping[str, Any], where: str, clock: WallClock | None) -> _Time | None:
     unit = item.get("time_unit")
     if unit is not None and not is_word(unit, UNITS_US):
         message = f"{where}_unit: {unit!r} is not one of {', '.join(UNITS_US)}"
         raise ParserError(message)
-    return _Time(parse_path(item["time"], where), unit) if "time" in item else None
+    return _Time(parse_path(item["time"], where), unit, clock) if "time" in item else None
 
 
 def _reading(source: Mapping[str, Any]) -> Read | None:
@@ -543,7 +589,7 @@ def _compute(item: Mapping[str, Any], where: str, read: Read) -> Callable[[Any],
     return compute
 
 
-def _each(item: Any, where: str, read: Read) -> _Each:
+def _each(item: Any, where: str, read: Read, clock: WallClock | None) -> _Each:
     if not isinstance(item, dict):
         message = f"{where}: a mapping is expected"
         raise ParserError(message)
@@ -566,7 +612,7 @@ def _each(item: Any, where: str, read: Read) -> _Each:
     )
     return _Each(
         parse_path(item.get("path"), f"{where}.path"), item.get("name"), item.get("pin"), item.get("unit"),
-        _time(item, f"{where}.time"), compiled,
+        _time(item, f"{where}.time", clock), compiled,
     )  # fmt: skip
 
 
@@ -577,9 +623,9 @@ def _known(item: Mapping[str, Any], keys: set[str], where: str) -> None:
 
 
 def compile_parser(doc: Mapping[str, Any], variables: Mapping[str, Any] | None = None) -> JsonDecoder:
-    """The decoder of a `json` parser. Variables are not used.
+    """The decoder of a `json` parser. Of the variables `time_zone` is used.
 
     Raises:
         ParserError: the mapping is wrong.
     """
-    return JsonDecoder(source_of(doc))
+    return JsonDecoder(source_of(doc), zone_in(variables))

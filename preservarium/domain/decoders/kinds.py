@@ -16,6 +16,7 @@ from preservarium.domain.decoders import (
     influx,
     json_paths,
     mbus,
+    network,
     senml,
     sparkplug,
 )
@@ -31,6 +32,7 @@ __all__ = ["KINDS", "Decoded", "Decoder", "ParserError", "ScriptParser", "compil
 KINDS: Final[dict[str, Callable[[Mapping[str, Any], Mapping[str, Any] | None], Decoder]]] = {
     "table": field_table.compile_parser,
     "json": json_paths.compile_parser,
+    "network": network.compile_parser,
     "senml": senml.compile_parser,
     "senml_cbor": senml.compile_parser,
     "cayenne_lpp": cayenne_lpp.compile_parser,

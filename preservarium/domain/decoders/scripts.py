@@ -19,13 +19,16 @@ from preservarium.domain.decoders.base import (
     Decoded,
     ParserError,
     base_time,
+    clock_of,
     failed,
     payload_bytes,
     sorted_out,
+    zone_in,
 )
 from preservarium.domain.readings import json_text
 from preservarium.domain.readings.instant import instant_us
 from preservarium.domain.readings.reading import RawMessage
+from preservarium.domain.readings.wall_clock import WallClock
 from preservarium.errors import ReasonCode, Reject
 
 #: Parser kind -> the function that decodes.
@@ -43,6 +46,7 @@ class ScriptParser:
     source: str
     script_id: str  #: SHA-256 of kind and source: equal sources share one context
     variables: Mapping[str, Any]
+    clock: WallClock | None = None  #: of instants without an offset that a Python script returns; None: UTC
 
     @property
     def function(self) -> str:
@@ -78,8 +82,12 @@ class ScriptParser:
             given["context"] = {**context, "variables": self.variables, "meta": raw["meta"]}
         return json_text.dumps(given, not_finite="mark").decode()
 
-    def fields(self, text: str) -> list[Decoded | Reject]:
+    def fields(self, text: str, received_at: int = 0) -> list[Decoded | Reject]:
         """The fields of a result (JSON text), and the items of a Python script's list that are none.
+
+        Args:
+            text: of the result.
+            received_at: when the message was received, µs; needed where instants are of a wall clock.
 
         Raises:
             Reject: DECODE_FAILED, the script reported errors or returned nothing that holds a value; DECODE_LIMIT.
@@ -93,7 +101,9 @@ class ScriptParser:
         if self.kind == "javascript":
             result = _data(result)
         found: list[Decoded | Reject] = []
-        found += _python_fields(result) if isinstance(result, list) else _flat("", result, None, 0)
+        found += (
+            _python_fields(result, self.clock, received_at) if isinstance(result, list) else flat("", result, None, 0)
+        )
         if len(found) > DECODED_MAX:
             raise Reject(ReasonCode.DECODE_LIMIT, f"{len(found)} fields, more than {DECODED_MAX}")
         if not found:
@@ -107,14 +117,15 @@ def compile_script(doc: Mapping[str, Any], variables: Mapping[str, Any] | None =
     """A script parser from its document.
 
     Raises:
-        ParserError: the source is not text.
+        ParserError: the source is not text, or there is no such time zone.
     """
     source = doc.get("source")
     if not isinstance(source, str) or not source.strip():
         message = f"the source of a {doc['kind']} parser is its text"
         raise ParserError(message)
     digest = hashlib.sha256(f"{doc['kind']}\0{source}".encode()).hexdigest()
-    return ScriptParser(doc["kind"], f"{doc['name']}@{doc['version']}", source, digest, dict(variables or {}))
+    clock = clock_of({}, zone_in(variables))
+    return ScriptParser(doc["kind"], f"{doc['name']}@{doc['version']}", source, digest, dict(variables or {}), clock)
 
 
 def _data(result: Any) -> Any:
@@ -134,8 +145,8 @@ def _data(result: Any) -> Any:
     return data
 
 
-def _flat(name: str, value: Any, unit: str | None, depth: int) -> Iterator[Decoded]:
-    """Nested objects and lists as fields named `outer.inner`, `list.0`."""
+def flat(name: str, value: Any, unit: str | None, depth: int) -> Iterator[Decoded]:
+    """What a codec returns, as fields: nested objects and lists are named `outer.inner`, `list.0`."""
     if isinstance(value, str | int | float | bool):
         yield Decoded(name or "value", value, unit, None, None)
     elif depth >= DEPTH_MAX or value is None:
@@ -144,33 +155,37 @@ def _flat(name: str, value: Any, unit: str | None, depth: int) -> Iterator[Decod
         # {value, unit}: how several makers write a measurement (displayName besides).
         if "value" in value and not isinstance(value["value"], dict | list) and set(value) <= _MEASUREMENT:
             given = value.get("unit")
-            yield from _flat(name, value["value"], given if isinstance(given, str) and given else None, depth + 1)
+            yield from flat(name, value["value"], given if isinstance(given, str) and given else None, depth + 1)
             return
         for key, inner in value.items():
-            yield from _flat(f"{name}.{key}" if name else str(key), inner, None, depth + 1)
+            yield from flat(f"{name}.{key}" if name else str(key), inner, None, depth + 1)
     elif isinstance(value, list):
         for i, inner in enumerate(value):
-            yield from _flat(f"{name}.{i}" if name else str(i), inner, None, depth + 1)
+            yield from flat(f"{name}.{i}" if name else str(i), inner, None, depth + 1)
 
 
 _MEASUREMENT: Final = frozenset({"value", "unit", "displayName", "name", "label", "type"})
 
 
-def _python_fields(rows: list[Any]) -> Iterator[Decoded | Reject]:
+def _python_fields(rows: list[Any], clock: WallClock | None, received_at: int) -> Iterator[Decoded | Reject]:
+    last: int | None = None
     for i, row in enumerate(rows):
         try:
-            yield _python_field(row)
+            field = _python_field(row, clock, received_at, last)
+            last = last if field.timestamp is None else field.timestamp
+            yield field
         except Reject as e:
             yield failed(f"item {i} of the script's list {e}")
 
 
-def _python_field(row: Any) -> Decoded:
+def _python_field(row: Any, clock: WallClock | None, received_at: int, last: int | None) -> Decoded:
     if not isinstance(row, dict) or not isinstance(row.get("name"), str):
         message = "has no name"
         raise failed(message)
     timestamp = None
     if row.get("timestamp") is not None:
-        timestamp = instant_us(row["timestamp"])
+        given = row["timestamp"]
+        timestamp = instant_us(given) if clock is None else clock.instant(given, None, received_at, last)
         if timestamp is None:
             message = "has a timestamp that is no instant"
             raise failed(message)

@@ -217,7 +217,8 @@ def _resolved(record: dict[str, Any], base: dict[str, Any], now_s: float) -> _Re
     """
     _check(record, base=False)
     own = record.get("n", "")
-    name = base.get("bn", "") + own
+    # LwM2M's names are paths and begin with a slash (OMA LwM2M Core, 7.4.4), which RFC 8428 does not allow.
+    name = (base.get("bn", "") + own).removeprefix("/")
     if not _NAME.fullmatch(name) or len(name) > NAME_CHARACTERS_MAX:
         message = f"{name!r:.80} is no SenML name"
         raise failed(message)
@@ -240,7 +241,7 @@ def _resolved(record: dict[str, Any], base: dict[str, Any], now_s: float) -> _Re
     if not record.keys() <= _WORKED_IN:
         # Extensions with a base label of their own would end in nothing here: they are kept as they are.
         resolved.update({k: v for k, v in record.items() if k not in resolved and k not in _WORKED_IN})
-    return _Resolved(resolved, own, at_us)
+    return _Resolved(resolved, own.removeprefix("/"), at_us)
 
 
 class SenmlDecoder:

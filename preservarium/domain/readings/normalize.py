@@ -4,7 +4,7 @@ The time of a message is the device's own where it gives one, else the network's
 and then `clock` says so. Readings carry a time of their own only where it differs from the message's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +20,7 @@ from preservarium.domain.decoders.kinds import compile_any
 from preservarium.domain.decoders.scripts import ScriptParser
 from preservarium.domain.readings.mapping import DatatypeLookup, Mapper
 from preservarium.domain.readings.reading import UNKNOWN, Message, RawMessage
+from preservarium.domain.readings.wall_clock import TIME_AMBIGUOUS, Twice
 from preservarium.domain.registry.device import DeviceDoc, DeviceTypeDoc, ParserDoc
 from preservarium.errors import ReasonCode, Reject
 
@@ -68,7 +69,7 @@ def compile_device(
         Reject: NO_PARSER, the parser cannot be compiled.
     """
     if decoder is None:
-        decoder = compile_any(parser, device.get("variables"))
+        decoder = compile_any(parser, variables_of(device, device_type))
     return CompiledDevice(
         device["device_id"],
         device["rev"],
@@ -80,6 +81,13 @@ def compile_device(
         mapper if mapper is not None else Mapper(device, device_type, datatype),
         getattr(decoder, "row", None),
     )
+
+
+def variables_of(device: Mapping[str, Any], device_type: Mapping[str, Any]) -> dict[str, Any]:
+    """What a parser is compiled for: the device's variables, and among them as `time_zone` its own or its type's."""
+    zone = device.get("time_zone") or device_type.get("time_zone")
+    variables = device.get("variables") or {}
+    return {**variables, "time_zone": zone} if zone else variables
 
 
 def normalize(raw: RawMessage, compiled: CompiledDevice, now_us: int, readings_max: int = 10_000) -> Normalized:
@@ -103,6 +111,9 @@ def normalize(raw: RawMessage, compiled: CompiledDevice, now_us: int, readings_m
             own = at is not None
             if at is None:
                 at, own = message_time(raw)
+            elif type(at) is Twice:
+                for reading in readings:
+                    _flag(reading)
             return Normalized(_message(raw, compiled, at, own, readings), ())
     if isinstance(compiled.decoder, ScriptParser):
         raise Reject(ReasonCode.NO_PARSER, f"{compiled.parser} is a script, and scripts run in the sandbox only")
@@ -165,6 +176,8 @@ def standardize(
                 refused.append(Reject(ReasonCode.MAPPING_FAILED, message))
             continue
         taken[key] = reading
+        if type(timestamp) is Twice:
+            _flag(reading)
         if timestamp is not None and timestamp != at:
             reading["timestamp"] = timestamp
         readings.append(reading)
@@ -173,6 +186,11 @@ def standardize(
             raise nothing_left(refused)
         raise Reject(ReasonCode.MAPPING_FAILED, f"none of {len(fields)} decoded fields becomes a reading")
     return Normalized(_message(raw, compiled, at, own, readings), tuple(refused))
+
+
+def _flag(reading: dict[str, Any]) -> None:
+    """Tell that the wall clock has shown the reading's time twice."""
+    reading["flags"] = [*reading.get("flags", ()), TIME_AMBIGUOUS]
 
 
 def _message(raw: RawMessage, compiled: CompiledDevice, at: int, own: bool, readings: list[dict[str, Any]]) -> Message:

@@ -71,6 +71,7 @@ class DeviceTypeDoc(TypedDict):
     rules: NotRequired[list[str]]  #: names of the alarm rules that watch devices of this type
     datatypes: NotRequired[dict[str, dict[str, Any]]]  #: component_type -> fields that differ from the datatype
     lateness_s: NotRequired[float]  #: its messages are held back so long, and put into event-time order
+    time_zone: NotRequired[str]  #: of its instants without an offset; overrides the parser's
     same_instant: NotRequired[
         Literal["first", "last", "both"]
     ]  #: which counts of two values at one instant of its clock
@@ -184,6 +185,7 @@ class DeviceDoc(TypedDict):
     variables: NotRequired[dict[str, Any]]  #: handed to scripts
     birth: NotRequired[int]  #: µs; readings before it are of another device
     lateness_s: NotRequired[float]  #: overrides the type's
+    time_zone: NotRequired[str]  #: overrides the type's and the parser's
     experiment_id: NotRequired[str | None]
     meta: NotRequired[dict[str, Any]]
     downlink: NotRequired[dict[str, Any]]  #: overrides the type's

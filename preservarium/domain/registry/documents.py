@@ -28,6 +28,7 @@ from preservarium.domain.commands.profile import check_downlink
 from preservarium.domain.decoders.scripts import FUNCTIONS
 from preservarium.domain.readings.instant import iso_us
 from preservarium.domain.readings.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US
+from preservarium.domain.readings.wall_clock import wall_clock
 
 Document = dict[str, Any]
 
@@ -138,6 +139,15 @@ class Span(_Model):
 Lateness = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
 
 
+def _zone(value: str) -> str:
+    wall_clock(value)
+    return value
+
+
+#: As the IANA database has it.
+TimeZone = Annotated[str, AfterValidator(_zone)]
+
+
 class Manufacturer(_Model):
     """Who makes devices."""
 
@@ -242,6 +252,7 @@ class DeviceType(_Model):
     mode: Line | None = None
     mapping: dict[str, FieldMapping | None] | None = None
     lateness_s: Lateness | None = None
+    time_zone: TimeZone | None = None
     same_instant: Literal["first", "last", "both"] | None = None
     rules: list[Name] | None = None
     datatypes: Overrides | None = None
@@ -412,6 +423,7 @@ class Device(_Model):
     variables: dict[str, Any] | None = None
     birth: Instant | None = None
     lateness_s: Lateness | None = None
+    time_zone: TimeZone | None = None
     experiment_id: Name | None = None
     meta: dict[str, Any] | None = None
     downlink: Downlink | None = None

@@ -17,6 +17,7 @@ from fuzzing import samples
 from fuzzing.mutate import BYTES_MAX, Mutator, dumped
 from fuzzing.run import Broken, Target, worded
 from preservarium.connectors import wiring as connectors
+from preservarium.connectors.envelopes import FORMATS
 from preservarium.console import wiring as console
 from preservarium.notices import links
 from preservarium.operations.alarm_board import Board
@@ -40,7 +41,7 @@ ALARM: Final = {
 #: Fields of queries, with values that some route takes.
 QUERIES: Final = {
     "device": ["d1", "70B3D57ED0000001"], "port": ["2", "255"], "mode": ["LoRaWAN"], "limit": ["5", "200"], "cursor": ["WzEsIjYxIl0", "WyJkMSJd", "WyJ1cmdlbmN5IiwxXQ"], "q": ["temp"], "state": ["standing", "waiting", "cleared", "all", "sent,done"],
-    "severity": ["major", "minor,critical"], "rule": ["hot"], "sort": ["urgency", "time"], "has": ["x"], "token": ["WzFd.x.y"], "from": ["2024-06-01T00:00:00Z"], "to": ["2024-06-02"], "component_type": ["t"], "bucket": ["1h"],
+    "severity": ["major", "minor,critical"], "rule": ["hot"], "sort": ["urgency", "time"], "has": ["x"], "precision": ["ns", "s", ""], "db": ["machines"], "token": ["WzFd.x.y"], "from": ["2024-06-01T00:00:00Z"], "to": ["2024-06-02"], "component_type": ["t"], "bucket": ["1h"],
 }  # fmt: skip
 #: An answer is waited for as long as these say: no input may make the run wait.
 WAITS: Final = ("0", "x", "-1", "nan", "26", "1e999", "")
@@ -288,11 +289,18 @@ class Doors:
         ]
 
     def _ingest(self, m: Mutator) -> Request:
-        path = m.one(("/ingest", "/ingest", "/ingest/ttn", "/ingest/chirpstack"))
+        path = "/ingest" if m.often(0.7) else f"/ingest/{m.one(list(FORMATS))}"
         names = m.one(([], [], ["device"], ["device", "port"], ["device", "mode"])) if path == "/ingest" else []
         trees = samples.EVENTS if path != "/ingest" else [*samples.ENVELOPES, *samples.EVENTS, {"t": 1}]
         content_type = m.one(TYPES)
-        if content_type in TYPES[1:3]:
+        if m.often(0.1):
+            lines = [sample.payload for sample in samples.payloads()["influx"]]
+            path, names, body = (
+                m.one(("/write", "/api/v2/write")),
+                ["precision"],
+                m.data([*lines, b"cpu,host=a v=1 1717243200000000000\n"]),
+            )
+        elif content_type in TYPES[1:3]:
             joined = b"\n".join(m.json(trees) for _ in range(1 + int(m.rng.random() * 3)))
             body = b"\x1e" + joined.replace(b"\n", b"\n\x1e") + b"\n" if content_type == TYPES[2] else joined
         else:

@@ -66,6 +66,23 @@ def payloads() -> dict[str, list[Sample]]:
     found["mbus"] = [Sample({}, mbus(RECORDS)), Sample({}, mbus(bytes.fromhex("066d1e2d0adf2c00027b2e01")))]
     found["sparkplug_b"] = [Sample({}, payload(*METRICS)), Sample({"aliases": {"1": "a", "2": {"name": "b", "type": "Int16"}}}, payload(METRICS[0], METRICS[1]))]  # fmt: skip
     found["dsmr"] = [Sample({}, telegram().encode())]
+    found["json"] += [
+        Sample({"time": "at", "time_zone": "Europe/Berlin"}, orjson.dumps([{"at": f"2026-10-25 0{h}:30:00", "t": [1, 2.5, None]} for h in (1, 2, 2, 3)])),
+        Sample({"fields": [{"path": "ENERGY.Power"}, {"path": "V", "scale": 0.1}]}, b'{"ENERGY":{"Power":[52,5]},"V":[2350]}'),
+    ]  # fmt: skip
+    found["csv"].append(
+        Sample({"time": "at", "time_zone": "America/St_Johns"}, b"at,t\n2026-11-01 01:30:00,1\n2026-11-01 01:10:00,2\n")
+    )
+    decoded = [
+        (c["message"]["object"], {})
+        for c in _jsonl(CASES / "envelopes/published.jsonl")
+        if "object" in c.get("message", ())
+    ]
+    decoded += [
+        ({"t": {"value": 21.5, "unit": "V"}, "list": [1, {"a": "x"}]}, {}),
+        ({"a": {"b": [3]}}, {"fields": [{"path": "a.b", "name": "c"}]}),
+    ]
+    found["network"] = [Sample(source, orjson.dumps(one)) for one, source in decoded if one is not None]
     return found
 
 
@@ -86,8 +103,14 @@ ENVELOPES: Final[list[Any]] = [
     {"device": "d1", "payload": [{"n": "t", "v": 1}], "received_at": 1_717_243_200_000_000},
     [{"device": "d1", "payload": {"t": 1}}, {"device": "d2", "payload": 5}, {"device": None, "payload": "x"}],
 ]  # fmt: skip
+#: What platforms publish in JSON (tests/cases/envelopes).
+PUBLISHED: Final[list[Any]] = [
+    case["message"]
+    for case in map(orjson.loads, (CASES / "envelopes/published.jsonl").read_bytes().splitlines())
+    if "message" in case
+]
 EVENTS: Final[list[Any]] = [
-    TTN, CHIRPSTACK_V4, CHIRPSTACK_V3,
+    TTN, CHIRPSTACK_V4, CHIRPSTACK_V3, *PUBLISHED,
     {"end_device_ids": {"device_id": "a"}, "join_accept": {"session_key_id": "x"}}, {"deviceInfo": {"devEui": "0101010101010101"}, "margin": 7, "batteryLevel": 90.5},
     {"deviceInfo": {"devEui": "0101010101010101"}, "queueItemId": "5ad3e8f4-9f2b-4f5e-8d5a-0a0b0c0d0e0f", "acknowledged": True},
     {"deviceInfo": {"devEui": "0101010101010101"}, "queueItemId": "5ad3e8f4-9f2b-4f5e-8d5a-0a0b0c0d0e0f", "downlinkId": 1},

@@ -132,7 +132,7 @@ def _mended(kind: str, data: bytes, m: Mutator) -> Any:
 
 
 def _payload(kind: str, given: Sequence[bytes], m: Mutator) -> Any:
-    if kind in {"json", "senml"}:
+    if kind in {"json", "senml", "network"}:
         trees = [tree for tree in map(_loaded, given) if tree is not None]
         if trees and m.often(0.6):
             text = m.json(trees)
@@ -169,6 +169,9 @@ def decoder(kind: str, share: int) -> Target:
         device, given, ports = m.one(found)
         meta = {"time": m.one((None, 1_717_243_200, "2024-06-01T12:00:00Z", "x", 2**70))} if m.often(0.1) else {}
         port = m.one(ports) if m.often(0.9) else m.one((None, 0, 1, 2, 255))
+        if kind == "network" and m.often(0.7):
+            # Beside the bytes that the device sent, as the envelopes put it.
+            meta["decoded"] = m.tree([tree for tree in map(_loaded, given) if tree is not None])
         return device, {**examples.raw_message(_payload(kind, given, m), device="d1", port=port), "meta": meta}
 
     return Target(f"decoder {kind}", share, make, lambda given: becomes(given[1], given[0]))
@@ -181,7 +184,9 @@ def parser(kind: str, share: int) -> Target:
     data = [sample.payload for sample in given]
 
     def make(m: Mutator) -> Any:
-        variables = m.tree([{"gain": 2, "aliases": {"1": "a"}}]) if m.often(0.2) else None
+        variables = (
+            m.tree([{"gain": 2, "aliases": {"1": "a"}}, {"time_zone": "Europe/Berlin"}]) if m.often(0.2) else None
+        )
         return m.tree(sources), variables, m.one(data), m.one((None, 1, 2))
 
     def run(given: Any) -> str | None:
@@ -190,7 +195,10 @@ def parser(kind: str, share: int) -> Target:
             made = compile_parser(document(kind, source), variables)
         except Reject as e:
             return why(e, (ReasonCode.NO_PARSER,))
-        becomes(examples.raw_message(payload, device="d1", port=port), compiled(kind, {}, made))
+        becomes(
+            examples.raw_message(_loaded(payload) if kind == "network" else payload, device="d1", port=port),
+            compiled(kind, {}, made),
+        )
         return None
 
     return Target(f"parser {kind}", share, make, run)
@@ -288,6 +296,8 @@ def mqtt_messages() -> Target:
         for text, topic in (
             ("devices/{device}/up", "devices/d1/up"), ("lora/{mode}/{device}/{port}/#,gw/+", "lora/LoRaWAN/d1/2/x"), ("lora/{mode}/{device}/{port}/#,gw/+", "gw/a"),
             ("application/+/device/{device}/event/up,v3/+/devices/{device}/up", "application/7/device/0101010101010101/event/up"), ("v3/+/devices/{device}/up", "v3/app@ttn/devices/soil-1/up"), ("#", "x"),
+            ("#", "tele/plug/SENSOR"), ("#", "stat/plug/POWER1"), ("shellies/#", "shellies/a/relay/0/power"), ("zigbee2mqtt/#", "zigbee2mqtt/kitchen/lamp"), ("#", "hall/sensor/t/state"),
+            ("#", "homie/5/a/b/c"), ("#", "homeassistant/sensor/a/state"), ("owntracks/+/{device}", "owntracks/ann/phone"), ("ruuvi/#", "ruuvi/a/CBB8334C884F"), ("+/data", "352093081452251/data"),
         )
     ]  # fmt: skip
     trees = [*samples.EVENTS, *samples.ENVELOPES, {"temperature": 21.5}]
@@ -687,7 +697,7 @@ def _plain(path: Path) -> Any:
 #: Kind of parser -> inputs of the run at length: payloads, sources.
 SHARES: Final[Mapping[str, tuple[int, int]]] = {
     "table": (90_000, 40_000), "json": (60_000, 30_000), "senml": (45_000, 2_000), "senml_cbor": (35_000, 2_000), "cayenne_lpp": (35_000, 1_000), "csv": (50_000, 15_000), "bthome": (35_000, 1_000),
-    "influx": (50_000, 6_000), "mbus": (20_000, 1_000), "sparkplug_b": (45_000, 6_000), "dsmr": (20_000, 1_000),
+    "influx": (50_000, 6_000), "network": (40_000, 10_000), "mbus": (20_000, 1_000), "sparkplug_b": (45_000, 6_000), "dsmr": (20_000, 1_000),
 }  # fmt: skip
 assert SHARES.keys() == KINDS.keys()
 

@@ -2,18 +2,24 @@
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from network_messages import CHIRPSTACK_V3, CHIRPSTACK_V4, PAYLOAD, TTN
 
 from preservarium.connectors.base import Limits
-from preservarium.connectors.envelopes import chirpstack, is_network_event, ttn, uplink_of
+from preservarium.connectors.envelopes import FORMATS as EVERY
+from preservarium.connectors.envelopes import formats_of
+from preservarium.connectors.envelopes.chirpstack import from_protobuf
+from preservarium.connectors.envelopes.chirpstack import uplink as chirpstack
+from preservarium.connectors.envelopes.things_stack import uplink as ttn
 from preservarium.connectors.mqtt import patterns_of, sends_of
 from preservarium.domain.readings.instant import required_instant_us as instant_us
 from preservarium.errors import ReasonCode, Reject
+from preservarium.streaming.records import raw_line
 
 NOW_US = 1_700_000_000_000_000
 LIMITS = Limits(payload_bytes_max=10_000, record_bytes_max=100_000)
+FORMATS = formats_of("auto")
 
 
 def test_the_things_stack():
@@ -75,7 +81,7 @@ def test_chirpstack_3_in_both_spellings(eui, device):
     ],
 )
 def test_what_is_no_uplink(value):
-    assert uplink_of(value) is None
+    assert not FORMATS.read(value)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +98,7 @@ def test_what_is_no_uplink(value):
 )
 def test_a_broken_uplink_is_refused(value, code):
     with pytest.raises(Reject) as caught:
-        uplink_of(value)
+        FORMATS.read(value)
     assert caught.value.code is code
 
 
@@ -137,8 +143,7 @@ EVENTS = {
 
 @pytest.mark.parametrize("event", EVENTS.values(), ids=EVENTS)
 def test_an_event_without_a_payload_is_no_message_and_no_fault(event):
-    assert uplink_of(event) is None
-    assert is_network_event(event)
+    assert FORMATS.read(event) == []
     for pattern in ("application/+/device/{device}/event/+", "v3/+/devices/{device}/#", "#"):
         topic = {"a": "application/1/device/x/event/up", "v": "v3/a/devices/x/up", "#": "any/topic"}[pattern[0]]
         assert sends_of(patterns_of(pattern), topic, orjson.dumps(event), LIMITS, "", lambda: NOW_US) == []
@@ -181,12 +186,11 @@ def test_network_servers_own_topics_name_the_device_as_their_events_do(pattern, 
     "value",
     [
         {"temperature": 21}, {"devEUI": "0202020202020202", "temperature": 21}, {"deviceInfo": {"firmware": "1.2"}, "temperature": 21}, {"end_device_ids": "x", "temperature": 21},
-        # Decoded by the network server alone: a parser of JSON may want it.
-        {**without(CHIRPSTACK_V4, "data"), "object": {"temperature": 21}}, {**TTN, "uplink_message": {"decoded_payload": {"temperature": 21}}},
+        {"method": {"a": 1}, "src": "x", "params": {}}, {"state": "ON"}, {"id": 1, "data": 5}, {"method": "x", "params": {}}, {"cmd": "rx"}, {"eventType": "boot"}, {"fields": [1]}, {"_type": 1},
     ],
 )  # fmt: skip
 def test_what_a_device_says_itself_is_its_payload(value):
-    assert not is_network_event(value)
+    assert FORMATS.read(value) is None
     (send,) = sends_of(patterns_of("devices/{device}"), "devices/d1", orjson.dumps(value), LIMITS, "", lambda: NOW_US)
     assert send.key == b"d1"
 
@@ -204,52 +208,74 @@ def test_a_device_has_one_key_however_it_is_spelled(spelled):
     assert {orjson.loads(s.value)["device"] for s in (by_event, by_topic, by_envelope)} == {spelled}
 
 
+#: Keys that envelopes are recognised by, and those that are looked for in them.
+KEYS = sorted({
+    *FORMATS.by_key, "uplink_message", "dev_eui", "rx_metadata", "settings", "data_rate", "lora", "frequency", "received_at", "frm_payload",
+    "decoded_payload", "devEui", "data", "fPort", "rxInfo", "txInfo", "time", "rssi", "snr", "gateway_ids", "dr", "object", "objectJSON",
+    "DevEUI", "FPort", "payload_hex", "Lrrs", "Lrr", "payload", "port", "hotspots", "reported_at", "EUI", "gws", "device", "PayloadData",
+    "LoRaWAN", "Gateways", "DevEui", "body", "systemProperties", "subject", "Body", "telemetry", "deviceId", "deviceProfile", "fCntUp",
+    "gwInfo", "encodingType", "src", "params", "ts", "switch:0", "StatusSNS", "tst", "topic", "tags", "sensordatavalues", "value_type",
+    "value", "esp8266id", "type", "observedAt", "coordinates", "reported", "latlng", "name", "timestamp",
+})  # fmt: skip
 fragments = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12)),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.dictionaries(
-            st.sampled_from(
-                [
-                    "end_device_ids",
-                    "uplink_message",
-                    "dev_eui",
-                    "rx_metadata",
-                    "settings",
-                    "data_rate",
-                    "lora",
-                    "frequency",
-                    "received_at",
-                    "frm_payload",
-                    "deviceInfo",
-                    "devEui",
-                    "devEUI",
-                    "data",
-                    "fPort",
-                    "rxInfo",
-                    "txInfo",
-                    "time",
-                    "rssi",
-                    "snr",
-                    "gateway_ids",
-                    "dr",
-                ]
-            ),
-            inner,
-            max_size=4,
-        ),
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12),
+        st.sampled_from(["rx", "NotifyStatus", "location", "Point", "Microsoft.Devices.DeviceTelemetry", "DEVICE_DATA", "AQ==", "00", "1A2B3C"]),
     ),
-    max_leaves=12,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(KEYS), inner, max_size=5)),
+    max_leaves=16,
+)  # fmt: skip
+topics = st.lists(
+    st.sampled_from([
+        "tele", "stat", "SENSOR", "LWT", "POWER1", "shellies", "relay", "0", "99", "status", "switch:0", "zigbee2mqtt", "bridge", "availability",
+        "sensor", "state", "homie", "5", "$state", "homeassistant", "owntracks", "application", "device", "event", "up", "352093081452251", "", "x",
+    ]), max_size=7,
+).map(tuple)  # fmt: skip
+
+
+def readable(found):
+    for uplink in found or ():
+        assert uplink.device
+        assert isinstance(uplink.device, str)
+        line = raw_line(
+            uplink.device.replace("\0", "?"),
+            uplink.payload,
+            received_at=NOW_US,
+            connector="x",
+            mode=uplink.mode,
+            port=None,
+            meta=uplink.meta,
+        )
+        assert line
+
+
+@settings(max_examples=300)
+@given(
+    st.one_of(fragments, st.binary(max_size=40)),
+    topics,
+    st.one_of(st.none(), st.just("d1")),
+    st.sampled_from(["auto", *EVERY]),
 )
-
-
-@given(fragments)
-def test_any_json_is_an_uplink_or_none_or_refused(value):
+def test_anything_is_messages_or_none_or_refused_in_every_format(value, levels, device, name):
+    refused = None
     try:
-        uplink = uplink_of(value)
-    except Reject:
-        return
-    assert uplink is None or isinstance(uplink.payload, bytes)
+        readable(formats_of(name).read(value, levels, device, min(len(levels), 1)))
+    except Reject as e:
+        refused = e.code
+    # A device's name may be of control characters, a payload nested too deep.
+    assert refused in {
+        None, ReasonCode.ENVELOPE_INVALID, ReasonCode.ENVELOPE_NO_DEVICE, ReasonCode.ENVELOPE_NOT_UTF8, ReasonCode.ENVELOPE_TOO_DEEP,
+    }  # fmt: skip
+
+
+@given(st.binary(max_size=80))
+def test_any_bytes_are_protobuf_or_refused(data):
+    code = None
+    try:
+        assert "devEui" in from_protobuf(data, "24e124136c191969")["deviceInfo"]
+    except Reject as e:
+        code = e.code
+    assert code in {None, ReasonCode.ENVELOPE_INVALID}
 
 
 @pytest.mark.parametrize(

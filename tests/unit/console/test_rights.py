@@ -9,6 +9,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from preservarium.connectors import wiring as connectors
+from preservarium.connectors.envelopes import FORMATS
 from preservarium.console import access
 from preservarium.console import wiring as console
 from preservarium.console.replies import OPERATOR
@@ -58,8 +59,12 @@ MATRIX: dict[str, Right] = {
     "GET /ack": LINK,
     "POST /ack": LINK,
     "POST /ingest": SENDER,
-    "POST /ingest/ttn": SENDER,
-    "POST /ingest/chirpstack": SENDER,
+    "POST /write": SENDER,
+    "POST /api/v2/write": SENDER,
+    "POST /query": SENDER,
+    "GET /query": SENDER,
+    "GET /ping": SENDER,
+    **{f"POST /ingest/{name}": SENDER for name in FORMATS},
     "GET /ingest/commands": SENDER,
     # Faust's own: they say nothing of who may ask, so they are for operators.
     "GET /router/": OPERATE,

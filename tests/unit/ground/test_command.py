@@ -109,7 +109,7 @@ def test_bytes_that_are_no_text_are_refused_in_one_line(arguments: list[str | by
 #: What asks a server, each in its shortest form.
 ASKING = [
     ["topics"], ["topics", "read", "iot_errors"], ["migrate"], ["migrate", "status"], ["registry", "export"],
-    ["registry", "verify"], ["dlq", "list"], ["dlq", "show", "0:1"], ["dlq", "redrive"], ["alarms", "list"], ["alarms", "show", "a", "b"],
+    ["registry", "verify"], ["dlq", "list"], ["dlq", "show", "0:1"], ["dlq", "redrive"], ["devices", "unknown"], ["alarms", "list"], ["alarms", "show", "a", "b"],
     ["alarms", "acknowledge", "a", "b"], ["alarms", "kpis", "--from", "7d"], ["commands", "list"], ["commands", "show", "x"],
     ["commands", "send", "a", "b"], ["commands", "cancel", "a", "b"], ["sync", "status"], ["sync", "verify"], ["sync", "query", "latest", "device=x"],
     ["db", "postgres", "--json", "-c", "select 1"], ["db", "clickhouse", "-c", "select 1"], ["notices", "test", "--recipient", "x"],

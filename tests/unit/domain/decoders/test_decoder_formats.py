@@ -288,6 +288,45 @@ def test_bthome():
     assert "empty" in reject("bthome", "")
 
 
+@pytest.mark.parametrize(
+    ("hexadecimal", "found"),
+    [
+        ("40624099dfff", ("speed", -2.123456, "m/s", None)), ("40 62c0662000", ("speed", 2.123456, "m/s", None)), ("4058ea", ("temperature", -7.7, "°C", None)), ("405803", ("temperature", 1.05, "°C", None)),
+        ("40587f", ("temperature", 44.45, "°C", None)), ("406402", ("light_level", 2, None, None)), ("42b2188d38c1a404138a01", ("pressure", 1008.83, "hPa", None)),
+        ("d2fc42b2188d38c1a4 02c409", ("temperature", 25.0, "°C", None)),
+    ],
+)  # fmt: skip
+def test_bthome_objects_and_the_address_before_them(hexadecimal, found):
+    assert short("bthome", hexadecimal) == [found]
+
+
+@pytest.mark.parametrize("rest", ["fe5d0903b718", "02c4", "5305 41", "ff"])
+def test_of_a_bthome_payload_what_stands_before_an_unknown_object_is_read(rest):
+    found = decode("bthome", "40015d" + rest)
+    assert [f.value for f in found if not isinstance(f, Reject)] == [93]
+    (refused,) = [f for f in found if isinstance(f, Reject)]
+    assert "is not known" in str(refused) or "too short" in str(refused)
+
+
+def test_bthome_of_an_address_alone_or_torn_has_no_field():
+    for payload in ("42b2188d38c1a4", "42b218"):
+        assert not decode("bthome", payload)
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        [{"bn": "/3303/0/", "bt": 1795200000, "n": "5700", "v": 21.4, "u": "Cel"}], [{"bn": "/", "n": "5700", "v": 21.4, "u": "Cel"}],
+        [{"n": "/5700", "v": 21.4, "u": "Cel"}], [{"bn": "3303/0/", "n": "5700", "v": 21.4, "u": "Cel"}],
+    ],
+)  # fmt: skip
+def test_lwm2m_names_of_senml_begin_with_a_slash(pack):
+    assert [(f[0], f[1]) for f in short("senml", pack)] == [("5700", 21.4)]
+    full = short("senml", pack, {"names": "full"})[0][0]
+    assert full == (pack[0].get("bn", "") + pack[0]["n"]).strip("/")
+    assert "no SenML name" in reject("senml", [{"n": "//x", "v": 1}])
+
+
 # --- CSV, line protocol ----------------------------------------------------------------------------------------------
 
 

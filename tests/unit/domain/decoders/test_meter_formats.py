@@ -12,6 +12,7 @@ from meter_messages import LINES, METRICS, RECORDS, field, mbus, payload, telegr
 from preservarium.cli.decode import commands
 from preservarium.domain.decoders import examples
 from preservarium.domain.decoders.base import Decoded
+from preservarium.domain.decoders.dsmr import crc16
 from preservarium.domain.decoders.kinds import compile_parser
 from preservarium.errors import ReasonCode, Reject
 
@@ -148,6 +149,24 @@ def test_an_old_telegram_has_no_checksum_and_its_gas_on_two_lines():
     assert [(f.name, f.value, f.unit, f.pin) for f in decode("dsmr", text)] == [
         ("energy_import_tariff1", 185.0, "kWh", None), ("meter", 1.001, "m3", "1"),
     ]  # fmt: skip
+
+
+def test_checksums_without_their_zeros_in_front_and_numbers_in_their_place():
+    body = LINES.replace("\n", "\r\n")
+    # A line that makes the checksum begin with zeros.
+    padded = next(
+        text
+        for n in range(5_000)
+        if (text := body[:-1] + f"1-0:200.7.1({n:05d})\r\n!") and crc16(text.encode()) < 0x1000
+    )
+    short = f"{crc16(padded.encode()):X}"
+    assert len(short) < 4
+    for written in (short, short.lower(), short.rjust(4, "0")):
+        assert decode("dsmr", padded + written + "\r\n") == decode("dsmr", padded + "\r\n")
+    assert "checksum" in refused("dsmr", padded + f"{(int(short, 16) + 1):X}\r\n")
+    # An EasyMeter says its number there.
+    assert decode("dsmr", body + "25818685\r\n") == decode("dsmr", body + "\r\n")
+    assert "checksum" in refused("dsmr", body + "2581868\r\n")
 
 
 def test_telegrams_that_carry_nothing_say_why():
