@@ -145,7 +145,8 @@ BEGIN
   END IF;
   WITH gone AS (
     DELETE FROM rollup_dirty WHERE series IS NULL AND level = of_level AND visible = shown RETURNING from_at, to_at)
-  SELECT range_agg(tstzrange(from_at, to_at)) INTO dirty FROM gone;
+  SELECT range_agg(tstzrange(date_bin(width, from_at, '2000-01-01 00:00+00'),
+                             date_bin(width, to_at - INTERVAL '1 microsecond', '2000-01-01 00:00+00') + width)) INTO dirty FROM gone;
   piece := dirty * tstzmultirange(tstzrange('-infinity', ended));
   piece := piece * tstzmultirange(tstzrange(date_bin(width_max, upper(piece) - INTERVAL '1 microsecond', '2000-01-01 00:00+00'), upper(piece)));
   INSERT INTO rollup_dirty (from_at, to_at, level, visible) SELECT lower(u), upper(u), of_level, shown FROM unnest(dirty - piece) AS u;

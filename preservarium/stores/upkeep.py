@@ -29,8 +29,9 @@ PAIRS_MAX: Final = 5_000
 MINUTES_MAX: Final = 60
 #: The server ends a piece then.
 PIECE_S: Final = 60.0
-#: No piece begins later in one turn: what is left goes on at the next.
-TURN_S: Final = 25.0
+#: No piece of the late lane, or of the roll-ups, begins later in one turn: what is left goes on at the next. Each has its own time, so that
+#: a back-fill of months does not keep the roll-ups waiting.
+SHARE_S: Final = 20.0
 #: A policy that upkeep runs: compressing a chunk of a large fleet takes minutes. The server ends it then.
 JOB_S: Final = 900.0
 #: Chunks are dropped under an exclusive lock: give up soon rather than queue every writer behind it.
@@ -88,7 +89,6 @@ class Upkeep:
             Retry: the database cannot be reached.
         """
         self._refuse_while_open()
-        until_s = self._clock.monotonic_s() + TURN_S
         s = self._settings().sink
         await self._reach(self._pool.ready())
         if self._pool.engine == "plain":
@@ -96,14 +96,15 @@ class Upkeep:
             if ours is False:
                 return
         if self._stages_late():
-            await self._job("late rows", lambda: self._merge(s.chunk_days, s.retention_days, until_s))
-        await self._job("rollups", lambda: self._refresh(until_s))
+            await self._job("late rows", lambda: self._merge(s.chunk_days, s.retention_days))
+        await self._job("rollups", self._refresh)
 
     async def _partitions(self, chunk_days: int, retention_days: int) -> bool | None:
         ours: bool = await self._piece("SELECT storage_maintain($1, $2)", chunk_days, retention_days)
         return ours
 
-    async def _merge(self, chunk_days: int, retention_days: int, until_s: float) -> bool | None:
+    async def _merge(self, chunk_days: int, retention_days: int) -> bool | None:
+        until_s = self._clock.monotonic_s() + SHARE_S
         keep_from = datetime.fromtimestamp(self._clock.now_us() // 1_000_000, UTC) - timedelta(days=retention_days)
         statement = "SELECT merge_late($1::text::interval, $2, $3)"
         while moved := await self._piece(statement, f"{chunk_days} days", LATE_ROWS_MAX, keep_from):
@@ -111,8 +112,9 @@ class Upkeep:
                 break
         return moved is not None
 
-    async def _refresh(self, until_s: float) -> bool | None:
+    async def _refresh(self) -> bool | None:
         """Bring the roll-ups to what is marked, piece by piece, each half of the one before where that took too long."""
+        until_s = self._clock.monotonic_s() + SHARE_S
         more: bool | None = True
         while more and self._clock.monotonic_s() < until_s:
             try:

@@ -46,6 +46,16 @@ async def everywhere(dsn: str) -> dict[str, list[Any]]:
     return await different(dsn, "'-infinity'")
 
 
+async def settle(store: TimescaleStore, dsn: str) -> None:
+    """As many turns of upkeep as it takes; one, on a machine that has nothing else to do."""
+    waiting = "SELECT FROM rollup_dirty WHERE series IS NOT NULL UNION ALL SELECT FROM measurements_late"
+    for _ in range(20):
+        await store.maintain()
+        if not await fetch(dsn, waiting):
+            return
+    pytest.fail("upkeep comes to no end")
+
+
 @pytest.fixture
 async def stores(dsn):
     made = [TimescaleStore(live(postgres={"url": dsn})) for _ in range(2)]
@@ -151,7 +161,7 @@ async def test_roll_ups_equal_the_rows_in_any_order_of_doings(dsn, stores, seed)
         for _ in range(8):
             await rng.choice(script.doings())()
         assert await today(dsn) == {}, "at once, without upkeep"
-        await stores[0].maintain()
+        await settle(stores[0], dsn)
         assert await everywhere(dsn) == {}
         assert await stores[0].failing_jobs() == []
     assert len(await fetch(dsn, "SELECT DISTINCT bucket FROM measurement_1d")) > 4
@@ -198,9 +208,8 @@ async def test_marks_that_pile_up_are_made_once_and_in_pieces(dsn, store, monkey
         await store.write(
             [message("a", 1.0, at=now_us - age * HOUR_US - turn * 900) for age in range(24, 24 * 40, 11)], {}
         )
-    await store.maintain()
+    await settle(store, dsn)
     assert await everywhere(dsn) == {}
-    assert await fetch(dsn, "SELECT FROM rollup_dirty WHERE series IS NOT NULL") == []
 
 
 async def test_upkeep_that_takes_too_long_is_ended_on_the_server_and_counts_nothing_against_writes(
@@ -243,7 +252,7 @@ async def test_workers_that_do_upkeep_at_once_do_not_meet(dsn):
             [message(f"d{i}", 1.0, at=now_us - (5 + i % 3) * DAY_US - round_ * 1000 - i) for i in range(300)], {}
         )
         await asyncio.gather(*(store.maintain() for store in stores), *(store.apply_policies() for store in stores))
-    await stores[0].maintain()
+    await settle(stores[0], dsn)
     assert (await fetch(dsn, "SELECT count(*), (SELECT count(*) FROM measurements_late) FROM measurements"))[0][:] == (
         1200,
         0,

@@ -354,8 +354,9 @@ async def test_a_series_that_becomes_circular_is_told_by_its_messages_from_then_
     await store.maintain()
     assert (await rollup(dsn, "measurement_1m"))["a", begin] == (2, 2, None, None, None, 10)
     sums = [fsum(part) for part in zip(*(unit_vector(value, 360) for value in (350, 10, 20)), strict=True)]
-    rows = await fetch(dsn, "SELECT n, mean FROM circular_1m")
-    assert [tuple(row) for row in rows] == [(3, pytest.approx(direction(*sums, 3, 360).mean))]
+    # The hour was made anew, with the minute in which nobody knew it.
+    rows = await fetch(dsn, "SELECT n, mean FROM circular_1m ORDER BY bucket")
+    assert [tuple(row) for row in rows] == [(2, 0), (3, pytest.approx(direction(*sums, 3, 360).mean))]
     assert (await fetch(dsn, "SELECT circular FROM series"))[0][0] == 360
 
 

@@ -363,7 +363,10 @@ async def test_continuous_aggregates_become_tables_that_hold_what_they_held_and_
 
         assert (await all_levels(old), await all_levels(lacking)) == (before, before)
         store = TimescaleStore(live(postgres={"url": made}))
-        await store.maintain()
+        for _ in range(20):  # of hours that are behind, as many turns as they take
+            await store.maintain()
+            if await all_levels(lacking) == [40, 40, 40]:
+                break
         assert (await all_levels(old), await all_levels(lacking)) == (before, [40, 40, 40])
         assert await store.failing_jobs() == []
         await store.close()
