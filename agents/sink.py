@@ -21,6 +21,8 @@ _log = structlog.get_logger(__name__)
 
 #: Partitions, retention, roll-ups and the late lane are looked at this often.
 UPKEEP_S = 30.0
+#: TimescaleDB's jobs that its own workers do not run.
+JOBS_S = 60.0
 
 _pool = app.resource(PostgresPool(app.live, temporary=STAGING))
 _ping = app.resource(PostgresPing(app.live))
@@ -107,6 +109,15 @@ async def sink_upkeep() -> None:
     metrics.STORAGE_JOBS_FAILING.set(len(failing))
     if failing:
         _log.warning("storage jobs fail", jobs=failing)
+
+
+@app.timer(interval=JOBS_S)
+async def sink_jobs() -> None:
+    """Run what TimescaleDB should have run: for minutes perhaps, so apart from the rest of the upkeep."""
+    try:
+        await store.upkeep.run_overdue()
+    except Retry as e:
+        _log.warning("overdue jobs put off", error=str(e))
 
 
 @app.task

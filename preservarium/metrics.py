@@ -129,6 +129,11 @@ STATE_REPAIRED = _counter("state_repaired_total", "Values written again over tho
 STORE_ROWS = _counter("store_rows_total", "Rows by outcome: stored, duplicate, rejected.", "store", "outcome")
 STORE_SECONDS = _histogram("store_seconds", "Time of one write, begin to commit.", "store")
 STORAGE_JOBS_FAILING = _gauge("storage_jobs_failing", "Background jobs of the storage whose last run failed.")
+STORAGE_JOBS_RUN = _counter(
+    "storage_jobs_run_total",
+    "Background jobs of TimescaleDB that a worker ran, because the server did not: done, failed.",
+    "outcome",
+)
 
 # --- dashboards ---
 DASHBOARD_ANSWERS = _counter(

@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -295,6 +295,9 @@ async def check_postgres(settings: Settings) -> list[Finding]:
         if row is None:
             advice = "Tables are partitioned by PostgreSQL itself; compression and roll-ups need TimescaleDB."
             found.append(Finding("timescaledb", State.YELLOW, "not installed on the server", advice))
+        elif await _is_laid_out_without(connection):
+            advice = "Tables are partitioned by PostgreSQL itself; that was decided at the first migration, and stays."
+            found.append(Finding("timescaledb", State.YELLOW, "not used by this database", advice))
         elif row["installed_version"] is None:
             found.append(
                 Finding("timescaledb", State.YELLOW, f"{row['default_version']} available", "Run: preservarium migrate")
@@ -312,7 +315,7 @@ async def _link(settings: Settings, link: connections.Link) -> Finding:
     reached = f"reached {link}"
     if link is not connections.Link.TRANSACTION:
         return Finding("pooler", State.GREEN, reached)
-    needs = "migrate, registry, relay of its changes, extract, late roll-ups and reports need a session of their own"
+    needs = "migrate, registry, relay of its changes, extract, overdue jobs and reports need a session of their own"
     if not settings.postgres.direct_url.get_secret_value():
         advice = f"Rows are stored; {needs}: set {PREFIX}POSTGRES__DIRECT_URL to the server itself."
         return Finding("pooler", State.YELLOW, reached, advice)
@@ -327,14 +330,67 @@ async def _link(settings: Settings, link: connections.Link) -> Finding:
     return Finding("pooler", State.GREEN, f"{reached}; sessions {direct}")
 
 
+async def _is_laid_out_without(connection: Any) -> bool:
+    """Whether the tables are there, and not TimescaleDB's."""
+    if not await connection.fetchval("SELECT to_regclass('schema_facts') IS NOT NULL"):
+        return False
+    layout = await connection.fetchval("SELECT value FROM schema_facts WHERE name = 'layout'")
+    return bool(layout == "plain")
+
+
+#: Beside TimescaleDB's workers and those of parallel queries a server has its launcher, a scheduler a database, and replication's.
+OTHER_WORKERS: Final = 3
+
+
 async def _timescale_jobs(connection: Any, version: str) -> Finding:
-    failed = await connection.fetchval(
-        "SELECT count(*) FROM timescaledb_information.job_stats WHERE last_run_status = 'Failed'"
+    """Whether TimescaleDB does what it should in the background, and why not."""
+    failed, said = await connection.fetchrow(
+        "SELECT count(*) FILTER (WHERE s.last_run_status = 'Failed'),"
+        "       (SELECT array_agg(DISTINCT coalesce(e.err_message, '')) FROM timescaledb_information.job_errors e"
+        "        WHERE e.finish_time > now() - INTERVAL '1 day')"
+        " FROM timescaledb_information.job_stats s"
     )
+    server, slots, ours, parallel = await connection.fetchrow(
+        "SELECT current_setting('server_version'), current_setting('max_worker_processes')::int,"
+        " current_setting('timescaledb.max_background_workers')::int, current_setting('max_parallel_workers')::int"
+    )
+    return jobs_finding(version, server, failed, tuple(said or ()), slots=slots, workers=ours, parallel=parallel)
+
+
+def jobs_finding(
+    version: str, server: str, failed: int, errors: Sequence[str], *, slots: int, workers: int, parallel: int
+) -> Finding:
+    """What is wrong with TimescaleDB's background jobs, and the cure.
+
+    Args:
+        version: of TimescaleDB.
+        server: of PostgreSQL.
+        failed: jobs whose last run failed.
+        errors: what the runs of the last day said.
+        slots: max_worker_processes.
+        workers: timescaledb.max_background_workers.
+        parallel: max_parallel_workers.
+    """
+    told = f"{version}, {failed} background jobs failed last" if failed else version
+    meanwhile = "A worker's upkeep runs them when they are overdue, one at a time."
+    if failed and any("cannot drop portal" in error for error in errors):
+        # Seen with TimescaleDB 2.28.3 on PostgreSQL 15.20, and not on 15.18: the work is done, and the job yet fails.
+        advice = (
+            f"PostgreSQL {server.split()[0]} ends every background job of this TimescaleDB with an error:"
+            f" another minor version of PostgreSQL, or a newer TimescaleDB. {meanwhile}"
+        )
+        return Finding("timescaledb", State.YELLOW, told, advice)
+    wanted = workers + parallel + OTHER_WORKERS
+    if slots < wanted:
+        advice = (
+            f"max_worker_processes is {slots}: with timescaledb.max_background_workers {workers} and max_parallel_workers"
+            f" {parallel}, jobs find no process and wait for hours. Set it to {wanted} or more, and restart PostgreSQL. {meanwhile}"
+        )
+        return Finding("timescaledb", State.YELLOW, told, advice)
     if failed:
-        # Seen with TimescaleDB 2.28.3 on PostgreSQL 15.20: every background job fails and backs off.
-        advice = "See timescaledb_information.job_errors: compression and retention may be behind."
-        return Finding("timescaledb", State.YELLOW, f"{version}, {failed} background jobs failed last", advice)
+        first = next((error for error in errors if error), "")
+        advice = f"See timescaledb_information.job_errors{f' ({first[:120]})' if first else ''}. {meanwhile}"
+        return Finding("timescaledb", State.YELLOW, told, advice)
     return Finding("timescaledb", State.GREEN, version)
 
 

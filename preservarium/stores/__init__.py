@@ -1,6 +1,7 @@
 """The only sockets to databases.
 
-`timescale` writes readings to PostgreSQL, in the rows of `timescale_rows`; `migrate/` brings both databases' schemas up to date.
+`timescale` writes readings to PostgreSQL, in the rows of `timescale_rows`; `upkeep` keeps what they are stored in; `migrate/` brings
+both databases' schemas up to date.
 
 May import the domain and the ground.
 """

@@ -14,7 +14,8 @@ What overwrites takes paths of its own, because ON CONFLICT DO UPDATE into compr
 a later generation (a deliberate replay), and revisions (a later verdict on a reading that stands). Whatever the order of
 arrival, the highest generation stays, in it a revision rather than the reading, and of several revisions the one whose
 message was received last. Rows older than the compression horizon are staged in `measurements_late`, where none stands in
-either table, and merged by `maintain`, chunk by chunk.
+either table, and merged by `maintain`, chunk by chunk. What the roll-ups must look at again is marked in the transaction of the
+rows; `maintain` looks at that and at nothing else (upkeep.py).
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -22,8 +23,6 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Any, Final
-
-import structlog
 
 from preservarium.breaker import Breaker
 from preservarium.clock import Clock
@@ -40,8 +39,7 @@ from preservarium.stores.base import (
     derivation_fault,
     series_fault,
 )
-from preservarium.stores.connections import session
-from preservarium.stores.postgres import DATA_ERRORS, INFRASTRUCTURE_ERRORS, MOVED, OffsetStore, PostgresPool, count_of
+from preservarium.stores.postgres import DATA_ERRORS, MOVED, OffsetStore, PostgresPool, count_of
 from preservarium.stores.timescale_rows import (
     COLUMN_LIST,
     COLUMNS,
@@ -63,21 +61,16 @@ from preservarium.stores.timescale_rows import (
     staged,
 )
 from preservarium.stores.typed import Typed, typed
-
-_log = structlog.get_logger(__name__)
+from preservarium.stores.upkeep import Upkeep
 
 #: The names of the series and derivations that are in memory. 200,000 series are about 60 MB; beyond, all are
 #: forgotten and read again as they come.
 CACHE_MAX: Final = 200_000
-#: Staged rows moved in one transaction: some 100 ms, so that live writes never wait long.
-LATE_ROWS_MAX: Final = 20_000
-#: A week of a large fleet is rolled up at some 100,000 rows a second; what takes longer goes on at the next turn.
-REFRESH_TIMEOUT_S: Final = 600.0
-#: One worker refreshes at a time: TimescaleDB refuses a second one.
-_REFRESH_LOCK: Final = 7_236_481_303
-_REFRESH_WINDOW: Final = """
-SELECT date_bin('1 day', now() - make_interval(days => $1), '2000-01-01 00:00+00') + INTERVAL '1 day',
-       date_bin('1 day', now(), '2000-01-01 00:00+00')"""
+#: What is this old is not current: it marks the hours of its own series, not minutes of all (see `Marks`). Devices that
+#: send at once are within it.
+CURRENT_US: Final = 600_000_000
+#: After midnight, the views of the roll-ups still know at once of the day before, until its last rows are there.
+MIDNIGHT_US: Final = 3_600_000_000
 
 #: What a connection needs before it is used here.
 STAGING: Final = "sink_staging (LIKE measurements)"
@@ -150,10 +143,18 @@ FROM sink_staging AS c CROSS JOIN LATERAL ({_LIVE} LIMIT 1) AS m WHERE l.series_
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _EPOCH_SQL: Final = "'2000-01-01 00:00+00'::timestamptz"
 
+#: What the roll-ups must look at again: see `Marks`.
 _DIRTY: Final = f"""
 dirty AS (
-  INSERT INTO rollup_dirty SELECT {_EPOCH_SQL} + f * INTERVAL '1 microsecond', {_EPOCH_SQL} + t * INTERVAL '1 microsecond'
+  INSERT INTO rollup_dirty (from_at, to_at)
+  SELECT {_EPOCH_SQL} + f * INTERVAL '1 microsecond', {_EPOCH_SQL} + t * INTERVAL '1 microsecond'
   FROM unnest($13::bigint[], $14::bigint[]) AS u(f, t)),"""
+_DIRTY_LATE: Final = f"""
+dirty_late AS (
+  INSERT INTO rollup_dirty (from_at, to_at, series, hours, visible)
+  SELECT {_EPOCH_SQL} + ($16::int[])[f] * INTERVAL '1 hour', {_EPOCH_SQL} + (($16::int[])[t] + 1) * INTERVAL '1 hour',
+         ($15::int[])[f:t], ($16::int[])[f:t], v
+  FROM unnest($17::int[], $18::int[], $19::bool[]) AS u(f, t, v)),"""
 _NEWEST: Final = f"""(
   SELECT s, {_EPOCH_SQL} + t * INTERVAL '1 microsecond' AS t, v, x, q, {_EPOCH_SQL} + r * INTERVAL '1 microsecond' AS r
   FROM unnest($7::int[], $8::bigint[], $9::float8[], $10::text[], $11::int[], $12::bigint[]) AS u(s, t, v, x, q, r))"""
@@ -231,9 +232,11 @@ class TimescaleStore(OffsetStore):
         super().__init__(settings, sink=sink, pool=pool, clock=clock, breaker=breaker)
         self._copy_first = copy_first
         self._late_lane = late_lane
+        #: what a worker's timers do
+        self.upkeep = Upkeep(
+            settings, pool=pool, clock=self._clock, breaker=self.breaker, stages_late=self._stages_late
+        )
         self._way = _Way.COPY if copy_first else _Way.MERGE
-        #: rows came, here or in a process before, that the roll-ups' policies do not look at any more
-        self._rollups_behind = True
         self._series: dict[SeriesKey, Series] = {}
         #: prefixes of series that have a row in `latest`
         self._has_latest: set[bytes] = set()
@@ -259,6 +262,8 @@ class TimescaleStore(OffsetStore):
             oldest=max(TIMESTAMP_MIN_US, now_us - sink.retention_days * DAY_US),
             newest=min(TIMESTAMP_MAX_US - 1, now_us + FUTURE_MAX_US),
             late=now_us - sink.compress_after_days * DAY_US if self._stages_late() else TIMESTAMP_MIN_US,
+            current=now_us - CURRENT_US,
+            today=(now_us - MIDNIGHT_US) // DAY_US * DAY_US,
         )
         encoded = await encode(sent.messages, self._series.get, self._tails.get, bounds, None)
         await encoded.prepare(settled=self._way is not _Way.COPY)
@@ -289,7 +294,7 @@ class TimescaleStore(OffsetStore):
                 encoded.settle()
             refused: dict[tuple[bytes, int], str] = {}
             if way is _Way.BISECT:
-                accepted, newest = await self._store_good(connection, moves, encoded, refused)
+                accepted, newest = await self._store_good(connection, moves, encoded, bounds, refused)
                 stood = sum(key not in refused for key in encoded.rows()) - accepted[0]
             else:
                 newest = await self._advance(connection, moves, encoded.latest())
@@ -332,14 +337,19 @@ class TimescaleStore(OffsetStore):
         ]
 
     async def _store_good(
-        self, connection: Any, moves: Moves, encoded: Encoded, refused: dict[tuple[bytes, int], str]
+        self,
+        connection: Any,
+        moves: Moves,
+        encoded: Encoded,
+        bounds: Bounds,
+        refused: dict[tuple[bytes, int], str],
     ) -> tuple[list[int], Collection[bytes]]:
         """Store the rows that PostgreSQL takes; the others with its reason go to `refused`. Returns as `_store`, and `_advance`."""
         accepted, stored = [], []
         for part, statement in zip((encoded.rows(), *encoded.others()), (_MERGE, *_OTHERS), strict=True):
             accepted.append(await self._bisect(connection, sorted(part.items()), statement, encoded.standing, refused))
             stored.append({k: v for k, v in part.items() if k not in refused})
-        return accepted, await self._advance(connection, moves, latest_of(stored))
+        return accepted, await self._advance(connection, moves, latest_of(stored, bounds))
 
     async def _advance(self, connection: Any, moves: Moves, latest: Latest) -> Collection[bytes]:
         """Compare-and-set of the offsets, newest values, and what the roll-ups must look at again.
@@ -353,13 +363,16 @@ class TimescaleStore(OffsetStore):
         known = await self._move_fresh(connection, moves)
         if not known and not latest.series:
             return ()
+        marks = latest.marks
         arguments = [*(known or [self.sink, self._settings().sink.generation, [], [], [], []]), *latest.columns]
-        plain = self._pool.engine != "timescaledb"
-        if plain:
-            arguments += [[f for f, _ in latest.dirty], [t for _, t in latest.dirty]]
+        arguments += [[begin for begin, _ in marks.ranges], [end for _, end in marks.ranges]]
+        dirty = _DIRTY
+        if marks.slices:
+            arguments += [marks.series, marks.hours, *map(list, zip(*marks.slices, strict=True))]
+            dirty += _DIRTY_LATE
         known_series = self._has_latest.issuperset(latest.series)
         upsert = _UPDATE_LATEST if known_series else _UPSERT_LATEST
-        statement = f"{MOVED},{_DIRTY if plain else ''} newest AS ({upsert}) SELECT count(*) FROM moved"
+        statement = f"{MOVED},{dirty} newest AS ({upsert}) SELECT count(*) FROM moved"
         moved = await connection.fetchval(statement, *arguments)
         if moved != len(arguments[2]):
             raise Moved({})
@@ -530,90 +543,16 @@ class TimescaleStore(OffsetStore):
     # --- upkeep
 
     async def maintain(self) -> None:
-        """One turn of the timer: partitions, retention and roll-ups where TimescaleDB does not, and the late lane.
-
-        Several workers may call it: one does the work, the others return.
-
-        Raises:
-            Retry: the database cannot be reached.
-        """
-        s = self._settings().sink
-        refresh: list[bool] = []
-
-        async def work(connection: Any) -> None:
-            if self._pool.engine == "plain":
-                await connection.fetchval("SELECT storage_maintain($1, $2)", s.chunk_days, s.retention_days)
-            if self._stages_late():
-                chunk = f"{s.chunk_days} days"
-                merge = "SELECT merge_late($1::text::interval, $2)"
-                while await connection.fetchval(merge, chunk, LATE_ROWS_MAX):
-                    self._rollups_behind = True
-            if self._rollups_behind and self._pool.engine == "timescaledb":
-                refresh.append(True)
-
-        await self._ask(work)
-        if refresh:
-            self._rollups_behind = not await self._refresh_old(s.retention_days)
-
-    async def _refresh_old(self, retention_days: int) -> bool:
-        """Bring TimescaleDB's roll-ups to the rows that came after the policies had passed their time.
-
-        From the first whole day that retention keeps (a refresh over a dropped range would delete its aggregates) to
-        the beginning of today (the open bucket must stay beyond the watermark, or it would be missing), the lower level
-        first. Ranges in which nothing changed cost nothing: TimescaleDB knows them.
-
-        Returns:
-            Whether it was done; not where a refresh is under way elsewhere.
-        """
-        try:
-            # A refresh is no part of a transaction, and the lock is the session's: both end with this connection.
-            connection = await session(self._settings().postgres, "refreshing roll-ups of late rows")
-        except INFRASTRUCTURE_ERRORS as e:
-            _log.warning(
-                "roll-ups of late rows put off", error=str(e) or repr(e), action="tried again at the next turn"
-            )
-            return False
-        try:
-            if not await connection.fetchval("SELECT pg_try_advisory_lock($1)", _REFRESH_LOCK):
-                return False  # another worker is at it, and may have begun before our rows came
-            start, end = await connection.fetchrow(_REFRESH_WINDOW, retention_days)
-            for level in ("rollup_1m", "rollup_1h", "rollup_1d", "rollup_circular_1h"):
-                statement = f"CALL refresh_continuous_aggregate('{level}', $1::timestamptz, $2::timestamptz)"
-                await connection.execute(statement, start, end, timeout=REFRESH_TIMEOUT_S)
-        except INFRASTRUCTURE_ERRORS as e:
-            _log.warning("roll-ups of late rows put off", error=repr(e), action="tried again at the next turn")
-            return False
-        finally:
-            connection.terminate()
-        return True
+        """See `Upkeep.turn`."""
+        await self.upkeep.turn()
 
     async def apply_policies(self) -> None:
-        """Bring TimescaleDB's chunk interval, compression and retention to what the settings say.
-
-        Raises:
-            Retry: the database cannot be reached.
-        """
-        s = self._settings().sink
-
-        async def work(connection: Any) -> None:
-            if self._pool.engine == "timescaledb":
-                statement = "SELECT storage_policies($1, $2, $3)"
-                await connection.execute(statement, s.chunk_days, s.compress_after_days, s.retention_days)
-
-        await self._ask(work)
+        """See `Upkeep.apply_policies`."""
+        await self.upkeep.apply_policies()
 
     async def failing_jobs(self) -> list[str]:
-        """Background jobs whose last run failed, for health: they fail silently otherwise.
-
-        Raises:
-            Retry: the database cannot be reached.
-        """
-
-        async def look(connection: Any) -> list[str]:
-            rows = await connection.fetch("SELECT job FROM storage_jobs WHERE NOT succeeded ORDER BY job")
-            return [row[0] for row in rows]
-
-        return await self._ask(look)
+        """See `Upkeep.failing_jobs`."""
+        return await self.upkeep.failing_jobs()
 
 
 async def _tell(

@@ -1,11 +1,13 @@
 """Rows of readings in PostgreSQL's binary COPY format, as TimescaleStore sends them (timescale.py).
 
 Messages, typed, become rows in one pass: a prefix that is kept per series, and one call that makes the whole of a plain
-row. Rows sort by key as bytes. From the rows comes what a write says besides: newest values and changed ranges of time.
+row. Rows sort by key as bytes. From the rows comes what a write says besides: newest values, and what the roll-ups must look
+at again.
 """
 
 import asyncio
 import struct
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -89,6 +91,7 @@ class Encoded:
     readings: int = 0
     doubles: int = 0  #: rows of the live table that `settle` has taken out
     missing: bool = False  #: a series or derivation is not known yet; the rest is incomplete
+    bounds: "Bounds | None" = None
     _message: "CopyMessage | None" = None
     _latest: "Latest | None" = None
     _sorted: list[bytes] | None = None
@@ -142,13 +145,15 @@ class Encoded:
         return self._sorted
 
     def latest(self) -> "Latest":
-        """The newest values, and the changed ranges of time, of all parts."""
+        """The newest values of all parts, and what the roll-ups must look at again."""
+        assert self.bounds is not None, "rows are made by `encode`"
         if self._latest is None:
             others = self.others()
             if any(others):
-                self._latest = latest_of([self.rows(), *others])
+                self._latest = latest_of([self.rows(), *others], self.bounds)
             else:
-                self._latest = Latest.of(_newest_of(self._ordered()), self.times)
+                keys = zip(self.plain, self.times, strict=True)  # the row begins with the prefix
+                self._latest = Latest.of(_newest_of(self._ordered()), marks_of(self.times, keys, self.bounds))
         return self._latest
 
     def others(self) -> tuple[Rows, Rows, Rows]:
@@ -178,6 +183,8 @@ class Bounds:
     oldest: int
     newest: int
     late: int  #: rows older than this are staged
+    current: int = TIMESTAMP_MIN_US  #: rows since this mark a minute of all series, older ones the hour of their own
+    today: int = TIMESTAMP_MIN_US  #: of what is marked since this, the views of the roll-ups know at once
 
 
 async def encode(
@@ -196,7 +203,7 @@ async def encode(
         bounds: times that are stored.
         names: given on the second pass, when everything that can be known is: what is missing then is invalid.
     """
-    out = Encoded()
+    out = Encoded(bounds=bounds)
     for start in range(0, len(messages), SLICE_MESSAGES):
         if start:
             await asyncio.sleep(0)
@@ -448,44 +455,93 @@ def staged(part: Rows) -> tuple[CopyMessage, list[int]]:
     return copy_message(sorted(part.values())), [at for _, at in part]
 
 
+#: Ranges of changed minutes in one write; beyond it hours are marked, then days: a clock that is ahead may touch many.
+_RANGES_MAX: Final = 64
+#: Pairs of series and hour in one row of `rollup_dirty`.
+_PAIRS_MAX: Final = 1_000
+_MINUTE_US: Final = 60_000_000
+_HOUR_US: Final = 60 * _MINUTE_US
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What the roll-ups must look at again (the table `rollup_dirty`).
+
+    What comes as it is measured marks minutes of all series: most have a row in them, and they are few. What comes later marks
+    hours of its own series, so that one device that was away costs what its rows cost.
+    """
+
+    #: of all series: begin and end, µs since 2000
+    ranges: list[tuple[int, int]]
+    #: series, and beside each the hour of it, counted since 2000; the oldest first
+    series: list[int]
+    hours: list[int]
+    #: the same cut into rows of the table: number of the first, of the last (1 is the first), whether views look at it
+    slices: list[tuple[int, int, bool]]
+
+
+def marks_of(times: Iterable[int], keys: Iterable[tuple[bytes, int]], bounds: Bounds) -> Marks:
+    """The marks of rows.
+
+    Args:
+        times: their timestamps, µs since the epoch.
+        keys: the same, each with what begins with the prefix of its series.
+        bounds: what is current, and what is of today.
+    """
+    minutes = {timestamp // _MINUTE_US for timestamp in times}
+    first = bounds.current // _MINUTE_US
+    if not minutes or min(minutes) >= first:
+        return Marks(_ranges(minutes), [], [], [])
+    current = first * _MINUTE_US
+    pairs = sorted({(at // _HOUR_US, row[4:8]) for row, at in keys if at < current})
+    origin = TIMESTAMP_MIN_US // _HOUR_US
+    hours = [hour - origin for hour, _ in pairs]
+    # Some are shown by the views at once: they stand in rows of their own.
+    old = bisect_left(hours, bounds.today // _HOUR_US - origin)
+    slices = [
+        (begin + 1, min(begin + _PAIRS_MAX, end), shown)
+        for start, end, shown in ((0, old, False), (old, len(hours), True))
+        for begin in range(start, end, _PAIRS_MAX)
+    ]
+    series = [int.from_bytes(number, signed=True) for _, number in pairs]
+    return Marks(_ranges({m for m in minutes if m >= first}), series, hours, slices)
+
+
+def _ranges(minutes: Collection[int]) -> list[tuple[int, int]]:
+    """Time ranges, µs since 2000, in whole minutes, hours or days, that hold all `minutes`, counted since the epoch."""
+    ranges: list[tuple[int, int]] = []
+    for width in (1, 60, 1440):
+        ranges = []
+        for bucket in sorted({m // width for m in minutes}):
+            if ranges and ranges[-1][1] == bucket:
+                ranges[-1] = (ranges[-1][0], bucket + 1)
+            else:
+                ranges.append((bucket, bucket + 1))
+        in_us = width * _MINUTE_US
+        ranges = [(begin * in_us - TIMESTAMP_MIN_US, end * in_us - TIMESTAMP_MIN_US) for begin, end in ranges]
+        if len(ranges) <= _RANGES_MAX:
+            break
+    return ranges
+
+
 @dataclass(frozen=True, slots=True)
 class Latest:
     """What a write says of `latest` and of the roll-ups."""
 
     series: frozenset[bytes]  #: their prefixes
     columns: list[Any]  #: of their newest rows, see `_columns`
-    dirty: list[tuple[int, int]]  #: changed ranges of time, see `_dirty_ranges`
+    marks: Marks
 
     @classmethod
-    def of(cls, newest: dict[bytes, bytes], times: Iterable[int]) -> "Latest":
-        """Of the newest row of each series, and the timestamps of all rows."""
+    def of(cls, newest: dict[bytes, bytes], marks: Marks) -> "Latest":
+        """Of the newest row of each series."""
         columns = _columns(newest.values()) if newest else [(), (), (), (), (), ()]
-        return cls(frozenset(newest), columns, _dirty_ranges(times))
+        return cls(frozenset(newest), columns, marks)
 
 
-def latest_of(parts: Sequence[Rows]) -> Latest:
-    """Of the rows of all parts; of two of one key that of the last part counts."""
-    return Latest.of(_newest(parts), (timestamp for part in parts for _, timestamp in part))
-
-
-#: Ranges of changed minutes in one write; beyond it hours are marked, then days: a back-fill touches thousands.
-_DIRTY_RANGES_MAX: Final = 64
-
-
-def _dirty_ranges(times: Iterable[int]) -> list[tuple[int, int]]:
-    """Time ranges, µs since 2000, in whole minutes, hours or days, that hold all `times`, µs since the epoch."""
-    minute = 60_000_000
-    minutes = {timestamp // minute for timestamp in times}
-    ranges: list[tuple[int, int]] = []
-    for width in (1, 60, 1440):
-        buckets = sorted({m // width for m in minutes})
-        ranges = []
-        for bucket in buckets:
-            if ranges and ranges[-1][1] == bucket:
-                ranges[-1] = (ranges[-1][0], bucket + 1)
-            else:
-                ranges.append((bucket, bucket + 1))
-        ranges = [(f * width * minute - TIMESTAMP_MIN_US, t * width * minute - TIMESTAMP_MIN_US) for f, t in ranges]
-        if len(ranges) <= _DIRTY_RANGES_MAX:
-            break
-    return ranges
+def latest_of(parts: Sequence[Rows], bounds: Bounds) -> Latest:
+    """Of the rows of the live table and `Encoded.others`; of two of one key that of the last part counts."""
+    live, _, *others = parts  # what is staged is marked when it is merged: until then it is in no roll-up
+    keys = [key for part in (live, *others) for key in part]
+    # A key has its prefix without what follows it in a row, which is where `marks_of` finds the series, too.
+    return Latest.of(_newest(parts), marks_of([at for _, at in keys], keys, bounds))

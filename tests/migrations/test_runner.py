@@ -177,6 +177,31 @@ async def test_the_remembered_layout_wins_over_what_the_server_can_do(settings: 
     assert report.applied == []
 
 
+async def test_what_the_apache_edition_of_timescaledb_left_halfway_is_laid_out_anew(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """A server says its edition in a setting, with the extension or without; a run that did not know it ended at 0002a."""
+    connection = await connect_postgres(settings)
+    try:
+        if await connection.fetchval("SELECT EXISTS (SELECT FROM pg_available_extensions WHERE name = 'timescaledb')"):
+            pytest.skip("the extension's own setting can be changed in the server's file alone")
+        name = await connection.fetchval("SELECT current_database()")
+        (tmp_path / "postgres").mkdir()
+        for file in load_files("postgres"):
+            if file.version <= "0002":
+                (tmp_path / "postgres" / file.file).write_text(file.text)
+        await migrate_postgres(settings, directory=tmp_path)
+        await connection.execute("UPDATE schema_facts SET value = 'timescaledb' WHERE name = 'layout'")
+        assert (await postgres_status(settings)).layout == "timescaledb"
+        await connection.execute(f"ALTER DATABASE \"{name}\" SET timescaledb.license = 'apache'")
+    finally:
+        await connection.close()
+    assert (await postgres_status(settings)).layout == "plain"
+    report = await migrate_postgres(settings)
+    assert (report.layout, report.layout_remembered, report.pending) == ("plain", True, [])
+    assert (await postgres_status(settings)).layout == "plain"
+
+
 async def test_a_dry_run_writes_nothing(settings: Settings) -> None:
     report = await migrate_postgres(settings, dry_run=True)
     assert next(f.file for f in report.pending) == "0001_registry.sql"

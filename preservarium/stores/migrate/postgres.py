@@ -23,6 +23,8 @@ log = structlog.get_logger(__name__)
 LOCK_KEY: Final = 0x5052_4553_4D49  # "PRESMI"
 #: Another runner may be at work this long before we give up; the longest migration seen in practice is minutes.
 LOCK_WAIT_S: Final = 900.0
+#: The first file that the hypertables' layout alone has.
+_HYPERTABLES: Final = "0002a"
 #: A migration waits this long for a table lock, so that it never queues all other users behind it for long.
 TABLE_LOCK_WAIT_S: Final = 60
 
@@ -109,13 +111,26 @@ async def _postgres_state(connection: Any) -> tuple[dict[str, Applied], Layout, 
         )
         applied = {r[0]: Applied(*r[1:]) for r in rows}
         remembered = await connection.fetchval("SELECT value FROM schema_facts WHERE name = 'layout'")
+        if remembered == "timescaledb" and _HYPERTABLES not in applied and await _is_apache(connection):
+            remembered = None  # a run before this could do no more than remember it
         if remembered is not None:
             return applied, "timescaledb" if remembered == "timescaledb" else "plain", True
     return applied, await detect_layout(connection), False
 
 
+async def _is_apache(connection: Any) -> bool:
+    """Whether this is TimescaleDB's Apache edition, as far as that can be told before the extension is made."""
+    found: bool = await connection.fetchval("SELECT current_setting('timescaledb.license', true) = 'apache'")
+    return bool(found)
+
+
 async def detect_layout(connection: Any) -> Layout:
-    """Whether this server can do TimescaleDB: it is installed in the database, or available and preloaded."""
+    """Whether this server can do TimescaleDB: it is installed in the database, or available and preloaded.
+
+    Its Apache edition has neither compression nor policies, so on it tables are partitioned by PostgreSQL itself.
+    """
+    if await _is_apache(connection):
+        return "plain"
     if await connection.fetchval("SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'timescaledb')"):
         return "timescaledb"
     if not await connection.fetchval("SELECT EXISTS (SELECT FROM pg_available_extensions WHERE name = 'timescaledb')"):
@@ -162,10 +177,12 @@ async def migrate_postgres(
             await connection.execute(_BOOKKEEPING_POSTGRES)
             applied, layout, remembered = await _postgres_state(connection)
             if not remembered:
-                if layout == "timescaledb":
-                    await _create_timescaledb(connection)
+                if layout == "timescaledb" and not await _create_timescaledb(settings, connection):
+                    layout = "plain"
                 await connection.execute(
-                    "INSERT INTO schema_facts (name, value) VALUES ('layout', $1) ON CONFLICT (name) DO NOTHING", layout
+                    "INSERT INTO schema_facts (name, value) VALUES ('layout', $1)"
+                    " ON CONFLICT (name) DO UPDATE SET value = excluded.value, set_at = now()",
+                    layout,
                 )
             report = compare("postgres", files, applied, layout, settings)
             _refuse_blocking(report, bool(applied), allow_blocking)
@@ -190,15 +207,39 @@ def _refuse_blocking(report: Report, in_use: bool, allowed: bool) -> None:
         raise MigrationError(message)
 
 
-async def _create_timescaledb(connection: Any) -> None:
+class _ApacheEdition(Exception):
+    """Undoes the transaction in which it was found out."""
+
+
+async def _create_timescaledb(settings: Settings, connection: Any) -> bool:
+    """Make the extension, unless it turns out to be the Apache edition, whose default says so only once it is loaded.
+
+    Returns:
+        Whether it is there, and whole.
+    """
     try:
-        await connection.execute("CREATE EXTENSION IF NOT EXISTS timescaledb")
+        # In a session of its own, which has not loaded anything else of it.
+        own = await connect_postgres(settings)
+        try:
+            async with own.transaction():
+                await own.execute("CREATE EXTENSION IF NOT EXISTS timescaledb")
+                if await _is_apache(own):
+                    raise _ApacheEdition
+        finally:
+            await own.close(timeout=5)
+    except _ApacheEdition:
+        log.warning(
+            "TimescaleDB is the Apache edition, without compression and policies",
+            action="tables are partitioned by PostgreSQL itself",
+        )
+        return False
     except Exception as e:
         message = (
             f"TimescaleDB is available and cannot be made an extension of this database ({one_line(e)}): "
             "let a superuser run CREATE EXTENSION timescaledb, or remove it from the server"
         )
         raise MigrationError(message) from e
+    return True
 
 
 async def _apply_postgres(connection: Any, m: Migration, settings: Settings) -> None:

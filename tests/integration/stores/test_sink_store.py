@@ -36,6 +36,14 @@ async def alarms(dsn):
     await made.close()
 
 
+@pytest.fixture
+async def plain(dsn):
+    """DSN of a database whose tables PostgreSQL itself partitions."""
+    if (await fetch(dsn, "SELECT storage_engine()"))[0][0] != "plain":
+        pytest.skip("not of this layout: TimescaleDB has no partitions of ours")
+    return dsn
+
+
 async def count(dsn: str, table: str) -> int:
     return (await fetch(dsn, f"SELECT count(*) FROM {table}"))[0][0]
 
@@ -224,7 +232,7 @@ async def test_a_verdict_on_a_row_that_is_staged_wins_over_it(dsn):
     await store.close()
 
 
-# --- roll-ups of the plain layout
+# --- roll-ups
 
 
 def brute_force(rows: list[Any], width_us: int) -> dict[tuple[str, int], tuple[Any, ...]]:
@@ -274,7 +282,8 @@ async def test_rollups_equal_the_rows_after_late_and_repeated_writes(dsn, store)
     assert await rollup(dsn, "measurement_1m") == brute_force(rows, 60 * SECOND_US)
     assert await rollup(dsn, "measurement_1h") == brute_force(rows, 3600 * SECOND_US)
     assert await rollup(dsn, "measurement_1d") == brute_force(rows, DAY_US)
-    assert await count(dsn, "rollup_dirty") == 0
+    # What is over is made, and nothing of it is left to do.
+    assert await count(dsn, "rollup_dirty WHERE series IS NOT NULL OR to_at < now() - INTERVAL '26 hours'") == 0
 
 
 def turning(device: str, *values: float, at: int, period: float = 360.0) -> list[Any]:
@@ -345,8 +354,9 @@ async def test_a_series_that_becomes_circular_is_told_by_its_messages_from_then_
     await store.maintain()
     assert (await rollup(dsn, "measurement_1m"))["a", begin] == (2, 2, None, None, None, 10)
     sums = [fsum(part) for part in zip(*(unit_vector(value, 360) for value in (350, 10, 20)), strict=True)]
-    rows = await fetch(dsn, "SELECT n, mean FROM circular_1m")
-    assert [tuple(row) for row in rows] == [(3, pytest.approx(direction(*sums, 3, 360).mean))]
+    # The hour was made anew, with the minute in which nobody knew it.
+    rows = await fetch(dsn, "SELECT n, mean FROM circular_1m ORDER BY bucket")
+    assert [tuple(row) for row in rows] == [(2, 0), (3, pytest.approx(direction(*sums, 3, 360).mean))]
     assert (await fetch(dsn, "SELECT circular FROM series"))[0][0] == 360
 
 
@@ -360,7 +370,8 @@ async def test_a_back_fill_marks_hours_or_days_not_thousands_of_minutes(dsn, sto
 # --- partitions of the plain layout
 
 
-async def test_partitions_are_made_ahead_and_dropped_by_retention(dsn):
+async def test_partitions_are_made_ahead_and_dropped_by_retention(plain):
+    dsn = plain
     settings = live(postgres={"url": dsn}, sink={"retention_days": 30})
     store = TimescaleStore(settings)
     await store.write([message("a", 1.0), message("a", 2.0, at=NOW_US - 29 * DAY_US)], {})
@@ -384,7 +395,8 @@ async def test_partitions_are_made_ahead_and_dropped_by_retention(dsn):
     await store.close()
 
 
-async def test_rows_in_the_net_move_when_their_partition_is_made(dsn, store):
+async def test_rows_in_the_net_move_when_their_partition_is_made(plain, store):
+    dsn = plain
     await store.write([message("a", 1.0)], {})
     far = "now() + INTERVAL '20 days'"
     await execute(
@@ -397,15 +409,16 @@ async def test_rows_in_the_net_move_when_their_partition_is_made(dsn, store):
     assert (await count(dsn, "measurements_default"), await count(dsn, "measurements")) == (0, 2)
 
 
-async def test_partitions_follow_a_changed_width_without_gaps(dsn):
+async def test_partitions_follow_a_changed_width_without_gaps(plain):
+    dsn = plain
     await execute(dsn, "SELECT ensure_partitions(now(), now() + INTERVAL '40 days', 7)")
     rows = await fetch(dsn, "SELECT range_start, range_end FROM measurement_chunks ORDER BY 1")
     assert all(a[1] == b[0] for a, b in itertools.pairwise(rows))
     assert rows[-1][1] >= datetime.now(UTC) + timedelta(days=40)
 
 
-async def test_a_job_that_fails_is_seen(dsn, store):
-    await execute(dsn, "DROP TABLE rollup_1m CASCADE")
+async def test_a_job_that_fails_is_seen(plain, store):
+    await execute(plain, "DROP TABLE rollup_1m CASCADE")
     await store.maintain()
     assert await store.failing_jobs() == ["retention"]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from preservarium.__main__ import cli
 from preservarium.cli import doctor
-from preservarium.cli.doctor import State, check_clock, check_disk, check_java, check_skew
+from preservarium.cli.doctor import State, check_clock, check_disk, check_java, check_skew, jobs_finding
 from preservarium.embedded.service import free_port
 
 P = "PRESERVARIUM_"
@@ -199,3 +199,22 @@ def test_people_get_a_line_for_each_check(monkeypatch: pytest.MonkeyPatch) -> No
     run = CliRunner().invoke(cli, ["doctor", "--up"])
     for name in ("python", "packages", "clock", "disk", "open files", "memory", "java", "engines"):
         assert sum(line[2:].startswith(name) for line in run.stdout.splitlines()) == 1, name
+
+
+def test_why_the_jobs_of_timescaledb_do_not_run_and_what_to_do() -> None:
+    def of(failed: int = 0, *errors: str, slots: int = 27) -> Any:
+        return jobs_finding("2.28.3", "15.20 (Debian)", failed, errors, slots=slots, workers=16, parallel=8)
+
+    assert (of().state, of().advice) == (State.GREEN, "")
+    assert of(0, "cannot drop portal", slots=27).state == State.GREEN, "it failed once, and succeeds now"
+    portal = of(5, 'cannot drop portal "" while it is being set up')
+    assert (portal.state, "PostgreSQL 15.20 ends" in portal.advice) == (State.YELLOW, True)
+    few = of(slots=26)
+    assert (few.state, "max_worker_processes is 26" in few.advice, "Set it to 27" in few.advice) == (
+        State.YELLOW,
+        True,
+        True,
+    )
+    assert "max_worker_processes" in of(3, "failed to start job", slots=8).advice
+    other = of(1, "permission denied")
+    assert (other.state, "permission denied" in other.advice) == (State.YELLOW, True)
