@@ -1,6 +1,7 @@
 """The only sockets to databases.
 
 `timescale` writes readings to PostgreSQL, in the rows of `timescale_rows`; `migrate/` brings both databases' schemas up to date.
+`views` and `device_reads` are what the console reads.
 
 May import the domain and the ground.
 """
