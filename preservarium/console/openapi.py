@@ -1,4 +1,4 @@
-"""The description of the operators' API (OpenAPI 3.1), served at /api/openapi.json.
+"""The description of the API of devices and operators (OpenAPI 3.1), served at /api/openapi.json.
 
 A literal document: a test holds its paths, parameters and fields equal to the routes and types.
 """
@@ -20,6 +20,9 @@ from preservarium.domain.commands.device import EXPIRES_S_DEFAULT, TIMEOUT_S_DEF
 from preservarium.domain.commands.lines import EXPIRES_S_MAX, PORT_MAX, PRIORITY_MAX, TIMEOUT_S_MAX, TRIES_MAX
 from preservarium.domain.commands.machine import State as CommandState
 from preservarium.operations.alarm_board import BULK, BULK_MAX, SORTS, STATES
+from preservarium.stores.device_reads import EXPORT_ROWS_MAX, POINTS_MAX, POINTS_MIN
+from preservarium.stores.device_reads import SORTS as DEVICE_SORTS
+from preservarium.stores.device_reads import STATES as DEVICE_STATES
 
 _TEXT: Final = {"type": "string"}
 _NAME: Final = {"type": "string", "maxLength": NAME_CHARS_MAX}
@@ -40,7 +43,7 @@ def _ref(name: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _answers(description: str, schema: Any, *errors: int, status: int = 200) -> dict[str, Any]:
+def _answers(description: str, schema: Any, *errors: int, status: int = 200, problems: bool = False) -> dict[str, Any]:
     said = {
         400: "The question or the action is not well formed",
         401: "The operator token is missing or wrong",
@@ -53,8 +56,9 @@ def _answers(description: str, schema: Any, *errors: int, status: int = 200) -> 
     found: dict[str, Any] = {
         str(status): {"description": description, "content": {"application/json": {"schema": schema}}}
     }
+    kind, error = ("application/problem+json", "Problem") if problems else ("application/json", "Error")
     for code in errors:
-        found[str(code)] = {"description": said[code], "content": {"application/json": {"schema": _ref("Error")}}}
+        found[str(code)] = {"description": said[code], "content": {kind: {"schema": _ref(error)}}}
     return found
 
 
@@ -420,19 +424,269 @@ _TRACE_PATHS: Final[dict[str, Any]] = {
         }
     },
 }
+_SERIES: Final = _query(
+    "series",
+    "Ids of series, separated by commas; none: all, of curves the first 8",
+    {"type": "string", "pattern": r"^[0-9,]*$"},
+)
+_FROM: Final = _query("from", "Begin: µs since the epoch, or RFC 3339; a day before the end where it is missing", _TEXT)
+_TO: Final = _query(
+    "to", "End, exclusive: µs since the epoch, or RFC 3339; now where it is missing. At most five years later", _TEXT
+)
+_QUALITY: Final = {
+    "type": ["integer", "null"],
+    "description": "QARTOD: 1 good, 2 not evaluated, 3 suspect, 4 fail, 9 missing",
+}
+
+_LISTED: Final = _object(
+    ("device_id", "type", "enabled", "state", "values"),
+    device_id=_NAME,
+    name={"type": ["string", "null"]},
+    type={"type": ["string", "null"]},
+    enabled=_FLAG,
+    state={"type": "string", "enum": list(DEVICE_STATES)},
+    last_seen={**_maybe(_INSTANT), "description": "When its last reading was received, µs; null: never"},
+    quality={**_QUALITY, "description": "The worst of the last values, as old as `refreshed_at`"},
+    values={
+        "type": "array",
+        "description": "The last value of each series",
+        "items": _object(
+            ("series_id", "component_type", "pin_position"),
+            series_id={"type": "integer"},
+            component_type=_TEXT,
+            pin_position=_TEXT,
+            value=_NUMBER,
+            value_text={"type": ["string", "null"]},
+            unit=_TEXT,
+            timestamp=_INSTANT,
+            quality=_QUALITY,
+        ),
+    },
+)
+_DEVICE_PATHS: Final[dict[str, Any]] = {
+    "/api/devices": {
+        "get": {
+            "operationId": "listDevices",
+            "summary": "Devices with their last values",
+            "parameters": [
+                _query("q", "Part of an address, a name or a type, any case; or an address in any spelling", {"type": "string", "maxLength": 256}),
+                _query("state", "In this state", {"type": "string", "enum": list(DEVICE_STATES)}),
+                _query("type", "Of this device type", _TEXT),
+                _query("sort", "Order; quality and seen are as old as `refreshed_at`", {"type": "string", "enum": list(DEVICE_SORTS), "default": "device"}),
+                _query("order", "Which way: seen and quality begin with the newest and the worst", {"type": "string", "enum": ["asc", "desc"]}),
+                _LIMIT,
+                _CURSOR,
+            ],
+            "responses": _answers("A page", _ref("Devices"), 400, 401, 503, problems=True),
+        }
+    },
+    "/api/fleet": {
+        "get": {
+            "operationId": "showFleet",
+            "summary": "How many devices there are in each state, and of each type",
+            "responses": _answers("The fleet", _ref("Fleet"), 401, 503, problems=True),
+        }
+    },
+    "/api/devices/{device_id}": {
+        "get": {
+            "operationId": "showDevice",
+            "summary": "One device: its registry, its series with their last readings, what they are held to, the rules that watch it",
+            "parameters": [_DEVICE],
+            "responses": _answers("The device", _ref("Device"), 400, 401, 404, 503, problems=True),
+        }
+    },
+    "/api/devices/{device_id}/series": {
+        "get": {
+            "operationId": "showCurves",
+            "summary": "Curves of a device's series, of at most so many points each, and the alarms of the span",
+            "parameters": [
+                _DEVICE, _SERIES, _FROM, _TO,
+                _query("points", "Most points of a curve", {"type": "integer", "minimum": POINTS_MIN, "maximum": POINTS_MAX, "default": 1000}),
+            ],
+            "responses": _answers("The curves", _ref("Curves"), 400, 401, 404, 503, problems=True),
+        }
+    },
+    "/api/devices/{device_id}/readings": {
+        "get": {
+            "operationId": "listReadings",
+            "summary": "Readings of a device with flags, parser and raw coordinates, newest first",
+            "parameters": [_DEVICE, _SERIES, _query("from", "Not before: µs since the epoch, or RFC 3339", _TEXT), _LIMIT, _CURSOR],
+            "responses": _answers("A page", _ref("Readings"), 400, 401, 404, 503, problems=True),
+        }
+    },
+    "/api/devices/{device_id}/readings.csv": {
+        "get": {
+            "operationId": "exportReadings",
+            "summary": f"The readings of a span as CSV, series by series; at most {EXPORT_ROWS_MAX}, then the last line is `# cut …`",
+            "parameters": [_DEVICE, _SERIES, _FROM, _TO],
+            "responses": {
+                "200": {"description": "The file", "content": {"text/csv": {"schema": _TEXT}}},
+                **{code: said for code, said in _answers("", {}, 400, 401, 503, problems=True).items() if code != "200"},
+            },
+        }
+    },
+    "/api/refusals": {
+        "get": {
+            "operationId": "listRefusals",
+            "summary": "What was refused within the last day: causes over time, and the newest with their original bytes",
+            "parameters": [
+                _query("stage", "Refused by this stage", _TEXT), _query("code", "With this reason code", _TEXT),
+                _query("device", "Of this device", _TEXT), _LIMIT, _CURSOR,
+            ],
+            "responses": _answers("Causes and a page", _ref("Refusals"), 400, 401, 503, problems=True),
+        }
+    },
+    "/api/refusals/{refusal_id}": {
+        "get": {
+            "operationId": "showRefusal",
+            "summary": "One refusal with its original bytes, out of iot_raw_data where its line has none",
+            "parameters": [_path("refusal_id", "Partition and offset in iot_errors, as 3:1042")],
+            "responses": _answers("The refusal", _ref("Refusal"), 401, 404, 503, problems=True),
+        }
+    },
+}  # fmt: skip
+_REFUSAL: Final = {
+    **_object(
+        ("id", "stage", "code", "message", "original"),
+        id=_TEXT,
+        stage=_TEXT,
+        code=_TEXT,
+        message=_TEXT,
+        device_id={"type": ["string", "null"]},
+        at=_INSTANT,
+        original={
+            "type": ["object", "null"],
+            "description": "Null where its line has none: `/api/refusals/{id}` looks for them",
+            "properties": {
+                "bytes": {"type": "integer", "description": "How many there are"},
+                "hex": {**_TEXT, "description": "Of a list the first 2,048, of one refusal the first 65,536"},
+                "text": _TEXT,
+                "cut": _FLAG,
+            },
+        },
+    ),
+    "description": "And what else its error line has: topic, partition, offset, raw coordinates, parser, attempt, …",
+}
+_NULLABLE_NUMBERS: Final = {"type": ["array", "null"], "items": _NUMBER}
+_DEVICE_SCHEMAS: Final[dict[str, Any]] = {
+    "Devices": _object(
+        ("devices", "next_cursor", "total", "sort", "order", "refreshed_at", "source", "note", "at"),
+        devices={"type": "array", "items": _LISTED},
+        next_cursor={"type": ["string", "null"]},
+        total={"type": ["integer", "null"], "description": "Devices that are wanted; null where the database is away"},
+        sort=_TEXT,
+        order=_TEXT,
+        refreshed_at={**_maybe(_INSTANT), "description": "How old order and filters are, µs"},
+        source={"type": "string", "enum": ["postgres", "table"]},
+        note={"type": ["string", "null"], "description": "Why it is not everything, for people"},
+        at=_INSTANT,
+    ),
+    "Fleet": _object(
+        ("devices", "states", "types", "silent_after_s", "refreshed_at", "at"),
+        devices={"type": "integer"},
+        states={"type": "object", "properties": {name: {"type": "integer"} for name in DEVICE_STATES}},
+        types={"type": "array", "items": _object(("type", "devices"), type=_TEXT, devices={"type": "integer"})},
+        silent_after_s={"type": "integer"},
+        refreshed_at=_maybe(_INSTANT),
+        at=_INSTANT,
+    ),
+    "Device": _object(
+        ("device_id", "registered", "state", "series", "rules"),
+        device_id=_NAME,
+        registered=_FLAG,
+        state=_TEXT,
+        name={"type": ["string", "null"]},
+        enabled={"type": ["boolean", "null"]},
+        type={"type": ["string", "null"]},
+        manufacturer={"type": ["string", "null"]},
+        description={"type": ["string", "null"]},
+        parser={"type": ["string", "null"], "description": "name@version, of the active version"},
+        parser_kind={"type": ["string", "null"]},
+        meta={"type": "object"},
+        rev={"type": ["integer", "null"]},
+        updated_at=_maybe(_INSTANT),
+        updated_by={"type": ["string", "null"]},
+        last_seen=_maybe(_INSTANT),
+        series={"type": "array", "items": {"type": "object"}, "description": "Each with its last reading and its `datatype`, under overrides"},
+        rules={"type": "array", "items": {"type": "object"}},
+        at=_INSTANT,
+    ),
+    "Curves": _object(
+        ("series", "alarms", "from", "to", "points", "at"),
+        series={
+            "type": "array",
+            "items": _object(
+                ("series_id", "level", "width_us", "gap_us", "at", "mean", "min", "max", "n", "quality"),
+                series_id={"type": "integer"},
+                component_type=_TEXT,
+                pin_position=_TEXT,
+                connector_mode=_TEXT,
+                unit=_TEXT,
+                circular={**_NUMBER, "description": "Period of a circular quantity: it has means of directions and no extremes"},
+                level={"type": "string", "enum": ["raw", "1m", "1h", "1d"], "description": "What it is drawn from"},
+                width_us={"type": "integer", "description": "Of a point; 0: single readings"},
+                gap_us={"type": "integer", "description": "Points further apart than this are not to be joined; 0: not known"},
+                at={"type": "array", "items": _INSTANT},
+                mean={"type": "array", "items": _NUMBER},
+                min=_NULLABLE_NUMBERS,
+                max=_NULLABLE_NUMBERS,
+                n=_NULLABLE_NUMBERS,
+                quality={"type": ["array", "null"], "items": _QUALITY, "description": "The worst of a point; roll-ups have none"},
+            ),
+        },
+        alarms={"type": "array", "items": {"type": "object"}, "description": "Raised within the span, or standing in it"},
+        **{"from": _INSTANT, "to": _INSTANT},
+        points={"type": "integer"},
+        at=_INSTANT,
+    ),
+    "Readings": _object(
+        ("readings", "next_cursor"),
+        readings={"type": "array", "items": {"type": "object"}},
+        next_cursor={"type": ["string", "null"]},
+    ),
+    "Refusal": _REFUSAL,
+    "Refusals": _object(
+        ("causes", "span_s", "bucket_s", "refusals", "next_cursor", "unknown_devices", "since", "complete", "note", "at"),
+        causes={
+            "type": "array",
+            "items": _object(
+                ("stage", "code", "day", "hour", "last_at", "counts", "meaning", "remedy"),
+                stage=_TEXT, code=_TEXT, day={"type": "integer"}, hour={"type": "integer"}, last_at=_INSTANT,
+                counts={"type": "array", "items": {"type": "integer"}, "description": "By `bucket_s`, oldest first"}, meaning=_TEXT, remedy=_TEXT,
+            ),
+        },
+        span_s={"type": "integer"},
+        bucket_s={"type": "integer"},
+        refusals={"type": "array", "items": _ref("Refusal")},
+        next_cursor={"type": ["string", "null"]},
+        unknown_devices={"type": "integer", "description": "That sent and are in no registry"},
+        since={**_maybe(_INSTANT), "description": "The oldest that was read"},
+        complete={**_FLAG, "description": "Whether this is everything of the span, and of now"},
+        note={"type": ["string", "null"], "description": "Why it is not, for people"},
+        at=_INSTANT,
+    ),
+    "Problem": {
+        **_object(
+            ("type", "title", "status", "detail", "error"),
+            type=_TEXT, title=_TEXT, status={"type": "integer"}, detail=_TEXT, error={**_TEXT, "description": "As `detail`"},
+        ),
+        "description": "RFC 9457",
+    },
+}  # fmt: skip
 
 DOCUMENT: Final[dict[str, Any]] = {
     "openapi": "3.1.0",
     "info": {
-        "title": "Preservarium: alarms, commands and lineage for operators",
+        "title": "Preservarium: devices, alarms, commands, refusals and lineage",
         "version": __version__,
-        "description": "What is not normal, what people do about it, and where numbers come from. Where operators are configured, all of it needs a token of "
+        "description": "What devices say, what is not normal, what people do about it, and where numbers come from. Where operators are configured, all of it needs a token of "
         "`web.operators` or `web.operator_token`; where none are, everybody may read, and this machine may act.",
     },
     "security": [{"token": []}, {}],
     "paths": {
         **_COMMAND_PATHS,
         **_TRACE_PATHS,
+        **_DEVICE_PATHS,
         "/api/alarms": {
             "get": {
                 "operationId": "listAlarms",
@@ -523,6 +777,7 @@ DOCUMENT: Final[dict[str, Any]] = {
     "components": {
         "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         "schemas": {
+            **_DEVICE_SCHEMAS,
             "Command": _COMMAND,
             "CommandRequest": _REQUEST,
             "Commands": _object(

@@ -10,14 +10,29 @@ _templates: Final = jinja2.Environment(
     loader=jinja2.PackageLoader("preservarium.console", "page"), autoescape=True, undefined=jinja2.StrictUndefined
 )
 
+#: The page of one device, the same for all of them: which one it is, its script reads off the address.
+DEVICE: Final = "/devices/{device_id}"
 #: Path -> template, of the pages that are the same for everybody and at any time: what is theirs, their scripts ask for.
-_PAGES: Final[Mapping[str, str]] = {"/": "index.html", "/alarms": "alarms.html", "/commands": "commands.html"}
+_PAGES: Final[Mapping[str, str]] = {
+    "/": "index.html",
+    "/devices": "devices.html",
+    DEVICE: "device.html",
+    "/alarms": "alarms.html",
+    "/refusals": "refusals.html",
+    "/commands": "commands.html",
+}
 #: What they load, under /console/.
 _FILES: Final[Mapping[str, str]] = {
     "console.css": "text/css",
+    "uplot.css": "text/css",
+    "uplot.js": "text/javascript",
     "common.js": "text/javascript",
     "list.js": "text/javascript",
     "console.js": "text/javascript",
+    "devices.js": "text/javascript",
+    "device.js": "text/javascript",
+    "plots.js": "text/javascript",
+    "refusals.js": "text/javascript",
     "alarms.js": "text/javascript",
     "commands.js": "text/javascript",
 }

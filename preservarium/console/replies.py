@@ -3,8 +3,10 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import Callable
-from typing import Any, Final, NoReturn
+import http
+from collections.abc import Callable, Collection
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, NoReturn, cast
 
 import orjson
 import structlog
@@ -25,17 +27,30 @@ TEXT_MAX: Final = 256
 #: Longest time that a view waits for the database: the page asks again in two seconds.
 READ_TIMEOUT_S: Final = 5.0
 
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
 #: Longest cursor: the position of a thousand partitions.
 PACKED_MAX: Final = 16_384
+
+#: Media type of problem details, RFC 9457.
+PROBLEM: Final = "application/problem+json"
 
 #: Under this the request has who asks, as far as a token proves it; else "".
 OPERATOR: Final = web.RequestKey("operator", str)
 
 
 def wrapped(
-    handler: Handler, right: Right, live: Callable[[], Settings], *, timeout_s: float = READ_TIMEOUT_S
+    handler: Handler,
+    right: Right,
+    live: Callable[[], Settings],
+    *,
+    timeout_s: float = READ_TIMEOUT_S,
+    problems: bool = False,
 ) -> Handler:
-    """The handler for those who have the right, with our headers on each answer, a limit on its time, and errors as JSON."""
+    """The handler for those who have the right, with our headers on each answer, a limit on its time, and errors as JSON.
+
+    With `problems`, errors are problem details (RFC 9457), which say `error` besides, as those of all other views.
+    """
 
     async def view(request: web.Request) -> web.StreamResponse:
         try:
@@ -43,6 +58,9 @@ def wrapped(
             async with asyncio.timeout(timeout_s):
                 response = await handler(request)
         except web.HTTPException as e:
+            if problems and e.text and e.content_type == "application/json":
+                e.text = orjson.dumps(_problem(e.status, orjson.loads(e.text)["error"])).decode()
+                e.content_type = PROBLEM
             e.headers.update(access.HEADERS)
             raise
         except (Retry, TimeoutError) as e:
@@ -56,11 +74,25 @@ def wrapped(
             # What went wrong is for the log, not for whoever asks.
             log.exception("console_view_failed", path=request.path)
             response = answer({"error": "internal error"}, status=500)
+        if problems and response.status >= 400 and isinstance(response, web.Response) and response.body:
+            said = orjson.loads(cast("bytes", response.body))
+            response = answer({**_problem(response.status, said["error"]), **said}, status=response.status)
+            response.content_type = PROBLEM
         for name, value in access.HEADERS.items():
             response.headers.setdefault(name, value)
         return response
 
     return needs(right, view)
+
+
+def _problem(status: int, detail: str) -> dict[str, Any]:
+    return {
+        "type": "about:blank",
+        "title": http.HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "error": detail,
+    }
 
 
 def _gone(request: web.Request) -> bool:
@@ -132,3 +164,41 @@ def cursor_of(request: web.Request) -> list[Any] | None:
     if not position:
         bad("cursor is not one of ours")
     return position
+
+
+def number_of(request: web.Request, name: str, default: int, least: int, most: int) -> int:
+    """A whole number of the query."""
+    text = request.query.get(name, "")
+    if not text:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) <= 18 and least <= int(text) <= most):
+        message = f"{name} is a whole number from {least} to {most}"
+        bad(message)
+    return int(text)
+
+
+def one_of(request: web.Request, name: str, words: Collection[str], default: str) -> str:
+    """A word of the query, one of those that there are."""
+    text = request.query.get(name, "") or default
+    if text != default and text not in words:
+        message = f"{name} is one of {', '.join(words)}"
+        bad(message)
+    return text
+
+
+def instant_of(request: web.Request, name: str, default_us: int) -> int:
+    """An instant of the query: µs since the epoch, or RFC 3339 with its zone."""
+    text = request.query.get(name, "").strip()
+    if not text:
+        return default_us
+    if text.isascii() and text.isdigit() and len(text) <= 18:
+        return int(text)
+    try:
+        # A `+` in a query is a blank, where nobody has escaped it.
+        instant = datetime.fromisoformat(text.replace(" ", "+") if "T" in text else text)
+        if instant.tzinfo is None:
+            raise ValueError
+        return (instant - _EPOCH) // timedelta(microseconds=1)
+    except (ValueError, OverflowError):
+        message = f"{name} is an instant: µs since the epoch, or like 2026-01-31T12:00:00Z"
+        bad(message)

@@ -28,14 +28,11 @@ from preservarium.console.replies import (
     limit_of,
     missing,
     pack,
-    text_of,
     wrapped,
 )
 from preservarium.console.tables import TableReader, TableUnknown
 from preservarium.console.workers import REASONS_MAX, Workers
-from preservarium.errors import Retry
 from preservarium.serving.rights import Right
-from preservarium.stores.views import Views
 
 log = structlog.get_logger(__name__)
 
@@ -62,11 +59,10 @@ class Worker(Host, Protocol):
 class Console:
     """The views of one worker."""
 
-    def __init__(self, host: Worker, reads: Views, tables: TableReader, workers: Workers | None = None) -> None:
+    def __init__(self, host: Worker, tables: TableReader, workers: Workers | None = None) -> None:
         self._host = host
         self._workers = workers or Workers()
         self._started_us = host.clock.now_us()
-        self._reads = reads
         self._tables = tables
         self._history = samples.History()
         self._started_s = host.clock.monotonic_s()
@@ -85,7 +81,6 @@ class Console:
             ("/ready", self.ready, Right.OPEN),
             ("/metrics", self.metrics, Right.OPEN),
             ("/api/status", self.status, Right.READ),
-            ("/api/devices", self.devices, Right.READ),
             ("/api/errors", self.errors, Right.READ),
             ("/api/tables", self.tables, Right.OPERATE),
             ("/api/tables/{name}", self.table, Right.OPERATE),
@@ -133,7 +128,7 @@ class Console:
 
     async def page(self, request: web.Request) -> web.Response:
         """A page, or a file that it loads."""
-        body, content_type = self._static[request.path]
+        body, content_type = self._static.get(request.path) or self._static[pages.DEVICE]
         return web.Response(body=body, content_type=content_type, charset="utf-8")
 
     def _health(self) -> health.Health:
@@ -215,34 +210,6 @@ class Console:
                 "health": {"alive": h.alive, "ready": h.ready, "reasons": h.reasons},
                 "errors": self._history.errors()[:LIMIT_DEFAULT],
                 "errors_span_s": round(self._history.span_s, 1),
-            }
-        )
-
-    async def devices(self, request: web.Request) -> web.Response:
-        """Devices by address with the last value of each series: `?limit`, `?cursor` (from `next_cursor`), `?q`.
-
-        While the database is down, the devices that this worker holds in its own table, without values.
-        """
-        limit, cursor = limit_of(request), cursor_of(request)
-        q = text_of(request, "q")
-        after = cursor[0] if cursor else ""
-        if not isinstance(after, str):
-            bad("cursor is not one of ours")
-        note = None
-        try:
-            page = await self._reads.devices(q=q, after=after, limit=limit)
-            source = "postgres"
-        except Retry as e:
-            page = self._tables.devices(q=q, after=after, limit=limit)
-            source = "table"
-            note = f"The database does not answer ({e}): these are the devices that this worker knows, without values."
-        return answer(
-            {
-                "devices": page["devices"],
-                "next_cursor": pack([page["next"]]) if page["next"] else None,
-                "total": page["total"],
-                "source": source,
-                "note": note,
             }
         )
 

@@ -5,15 +5,19 @@ from typing import Any
 from preservarium.console import access
 from preservarium.console.commands import Commands
 from preservarium.console.dashboards import DashboardViews
+from preservarium.console.devices import DeviceViews
 from preservarium.console.follower import BoardFollower
 from preservarium.console.operators import Operators
+from preservarium.console.refusals import RefusalsFollower, RefusalViews
 from preservarium.console.tables import TableReader
 from preservarium.console.trace import TraceViews
 from preservarium.console.views import Console
 from preservarium.console.workers import Workers, WorkersFollower
 from preservarium.operations.alarm_board import Board, Desk
 from preservarium.operations.command_desk import CommandDesk
+from preservarium.operations.refusals import Refusals
 from preservarium.serving import server
+from preservarium.stores.device_reads import DeviceReads
 from preservarium.stores.views import Views
 from preservarium.streaming.publish import partition_of
 
@@ -32,8 +36,12 @@ def install(app: Any) -> Console:
     reads = app.resource(Views(lambda: app.live().postgres))
     tables = TableReader(lambda: app.state_tables, lambda key: partition_of(key, app.live().kafka.partitions))
     workers = Workers()
-    console = Console(app, reads, tables, workers)
+    console = Console(app, tables, workers)
     console.mount(app.web.web_app)
+    DeviceViews(app, app.resource(DeviceReads(app.live)), tables).mount(app.web.web_app)
+    refusals = Refusals()
+    looking = app.add_dependency(RefusalsFollower(refusals, app.live, app.clock))
+    RefusalViews(app, refusals, looking.asked).mount(app.web.web_app)
     follower = app.add_dependency(
         WorkersFollower(workers, console.state, app.publisher.publish, app.live, app.clock, app.clock_check)
     )

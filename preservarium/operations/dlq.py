@@ -53,6 +53,10 @@ class DlqError(PreservariumError):
     """The dead letters cannot be read."""
 
 
+class NoSuchError(DlqError):
+    """There is no such error."""
+
+
 #: Of an error's id: a partition (32 bits) and an offset (64 bits) have no more digits.
 ID_LENGTH_MAX: Final = 10 + 1 + 19
 
@@ -144,14 +148,15 @@ async def letter(settings: Settings, identity: str) -> Letter:
     """One error line by its id.
 
     Raises:
-        DlqError: there is none.
+        NoSuchError: there is none.
+        DlqError: Kafka cannot be read.
     """
     partition_text, _, offset_text = identity.partition(":")
     if not (
         identity.isascii() and partition_text.isdigit() and offset_text.isdigit() and len(identity) <= ID_LENGTH_MAX
     ):
         message = f"{identity!r} is no id of an error: PARTITION:OFFSET, as `preservarium dlq list` prints"
-        raise DlqError(message)
+        raise NoSuchError(message)
     wanted = (int(partition_text), int(offset_text))
     async with aclosing(_records(settings, topics.ERRORS, 0, only=[wanted])) as records:
         async for partition, record in records:
@@ -160,7 +165,16 @@ async def letter(settings: Settings, identity: str) -> Letter:
                 if isinstance(line, dict):
                     return Letter(identity, line)
     message = f"there is no error {identity}"
-    raise DlqError(message)
+    raise NoSuchError(message)
+
+
+async def original(settings: Settings, found: Letter) -> bytes | None:
+    """The original bytes of an error's input: of the line, else out of `iot_raw_data`; None where they are not to be had.
+
+    Raises:
+        DlqError: Kafka cannot be read.
+    """
+    return (await _inputs(settings, [found])).get(found.id)
 
 
 async def redrive(

@@ -1,4 +1,4 @@
-"""What people look at: devices with their last values, and alarms. Read only, paged, bounded in time.
+"""What people look at: alarms, their histories and commands. Read only, paged, bounded in time. Devices are in `device_reads`.
 
 A small pool of its own, so that a busy console cannot take connections from the sink, nor a busy sink from the console.
 """
@@ -21,22 +21,9 @@ from preservarium.stores.registry import SPELLED
 CONNECTIONS_MAX: Final = 2
 #: The page asks every two seconds and gives up on an answer after eight.
 STATEMENT_TIMEOUT_S: Final = 4.0
-#: Last values of all devices of one page: 200 devices with 25 series each.
-VALUES_MAX: Final = 5_000
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
-_DEVICES: Final = """
-SELECT device_id, name, type, enabled FROM devices
-WHERE device_id > $1 AND ($2 = '' OR device_id ILIKE $3 OR name ILIKE $3 OR device_id = ANY ($4))
-ORDER BY device_id LIMIT $5
-"""
-_VALUES: Final = """
-SELECT s.device_id, s.component_type, s.pin_position, l.value, l.value_text, s.unit, l.timestamp, l.received_at,
-       l.quality
-FROM series s JOIN latest l USING (series_id) WHERE s.device_id = ANY($1)
-ORDER BY s.device_id, s.component_type, s.pin_position LIMIT $2
-"""
 _WANTED: Final = """
 FROM alarms a LEFT JOIN devices d USING (device_id)
 WHERE ($1::boolean IS NULL OR (a.cleared_at IS NULL) = $1) AND (cardinality($2::text[]) = 0 OR a.device_id = ANY ($2)) AND ($3 = '' OR a.rule = $3)
@@ -107,55 +94,6 @@ class Views:
                 "timezone": "UTC",
             },
         )
-
-    async def devices(self, *, q: str, after: str, limit: int) -> dict[str, Any]:
-        """Registered devices behind address `after`, in the order of addresses, with the last value of each series.
-
-        Args:
-            q: part of an address or a name, any case; "" for all.
-            after: the last address of the page before, "" for the first page.
-            limit: most devices.
-
-        Returns:
-            `devices`; `next`: `after` of the next page or None; `total`: registered devices. Instants in µs.
-
-        Raises:
-            Retry: PostgreSQL cannot be asked, or has not been migrated.
-        """
-        rows = await self._fetch(_DEVICES, after, q, _containing(q), await self._spelled(q), limit + 1)
-        page = rows[:limit]
-        devices = {
-            row["device_id"]: {
-                "device_id": row["device_id"],
-                "name": row["name"],
-                "type": row["type"],
-                "enabled": row["enabled"],
-                "last_seen": None,
-                "values": [],
-            }
-            for row in page
-        }
-        for row in await self._fetch(_VALUES, [*devices], VALUES_MAX):
-            device = devices[row["device_id"]]
-            received = _us(row["received_at"])
-            device["last_seen"] = max(device["last_seen"] or 0, received)
-            device["values"].append(
-                {
-                    "component_type": row["component_type"],
-                    "pin_position": row["pin_position"],
-                    "value": row["value"],
-                    "value_text": row["value_text"],
-                    "unit": row["unit"],
-                    "timestamp": _us(row["timestamp"]),
-                    "quality": row["quality"],
-                }
-            )
-        total = await self._fetch("SELECT count(*) FROM devices")
-        return {
-            "devices": [*devices.values()],
-            "next": page[-1]["device_id"] if len(rows) > limit else None,
-            "total": total[0][0],
-        }
 
     async def alarms(
         self,

@@ -43,6 +43,7 @@ async def follow(
     client: str,
     stopped: Callable[[], bool],
     once: bool = False,
+    records_max: int | None = None,
 ) -> None:
     """Read topics until `stopped`; with `once`, only what is there now. Of a partition, records come in order.
 
@@ -54,6 +55,7 @@ async def follow(
         client: the client's name, for the broker's logs.
         stopped: asked between polls.
         once: return when caught up.
+        records_max: of what is there at the begin, at most so many records of each partition, the newest. None: all.
 
     Raises:
         Retry: a topic is not there.
@@ -82,6 +84,10 @@ async def follow(
         lately = {tp: since_ms for tp in assigned if (since_ms := sources[tp.topic]) is not None}
         for tp, offset in (await kafka_clients.offsets_since(consumer, lately) if lately else {}).items():
             consumer.seek(tp, offset)
+        if records_max is not None:
+            for tp in assigned:
+                if await consumer.position(tp) < ends[tp] - records_max:
+                    consumer.seek(tp, ends[tp] - records_max)
         first = True
         probed_s = monotonic()
         while not stopped():

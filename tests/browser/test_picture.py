@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.kafka, pytest.mark.postgres, pyte
 #: README is opened again and again, and a repository keeps every version.
 PICTURE_BYTES_MAX = 200_000
 #: Of the window, and how much of it a pixel of the picture is: as wide as a page that shows it.
-WIDTH, HEIGHT, SCALE = 1600, 1560, 0.6
+WIDTH, HEIGHT, SCALE = 1440, 900, 0.75
 
 #: Readings have flowed for long enough to make curves, both stores have rows, and alarms stand: a script.
 ALIVE = r"""(() => {
@@ -22,8 +22,8 @@ ALIVE = r"""(() => {
   return document.getElementById('health').textContent === 'healthy' && /up ([4-9]\d s|\d+ min)/.test(document.getElementById('worker').textContent)
     && at('Connectors', '.mark') === 'sending' && ['normalize', 'validate', 'alarm', 'sink', 'sync'].every((name) => at(name, '.mark') === 'running')
     && ['PostgreSQL', 'ClickHouse'].every((name) => at(name, '.detail').includes('stored'))
-    && document.querySelectorAll('#alarms li .severity').length >= 3 && document.querySelectorAll('#error-rows td').length > 1
-    && document.querySelectorAll('#device-rows .value').length > 40;
+    && document.querySelectorAll('#alarms li .severity').length >= 3 && document.querySelectorAll('#refused .line').length >= 1
+    && Number(document.querySelector('#fleet a.good b')?.textContent) > 40;
 })()"""
 
 

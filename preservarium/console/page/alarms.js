@@ -34,7 +34,7 @@ const ALLOWED = {
 
 let state = "standing";
 let order = "priority";
-let query = "";
+let query = new URLSearchParams(location.search).get("q") || "";
 const severities = new Set();
 const pending = new Set();  // keys of alarms with an action under way
 const chosen = new Map();  // keys of the alarms with a check mark -> each as it was when it got it
@@ -125,7 +125,7 @@ function draw(page) {
   for (const [key, alarm] of chosen) if (rows.get(key)?.alarm.alarm_id !== alarm.alarm_id) chosen.delete(key);
   drawChosen();
   $("total").textContent = page.total === null || page.total === undefined ? "" : count(page.total);
-  drawn(page, query || severities.size ? "No alarm is like that." : state === "waiting" ? "Nothing waits for anybody." : "No alarm is there.");
+  drawn(page, query || severities.size ? "No alarm is like that." : state === "waiting" ? "Nothing waits for anybody." : "No alarm stands. One is raised when a reading meets a rule that watches its device; rules are in the registry.");
   if (page.counts) drawCounts(page);
   live(...(state === PAST ? ["", "from the database"] : page.source !== "kafka" ? ["warn", "from the database"] : page.complete === false ? ["warn", "may be old"] : ["good", "live"]));
   note(page.note || "");
@@ -347,6 +347,7 @@ poll(HISTORY_INTERVAL_MS, async () => { const entry = rows.get(opened); if (entr
 
 $("sort").addEventListener("change", () => { order = $("sort").value; restart(); });
 onPage(() => { chosen.clear(); list(); });
+$("search").value = query;
 onSearch((text) => { query = text; restart(); });
 $("dialog").addEventListener("close", () => {
   const entry = before && rows.get(before.key);

@@ -81,7 +81,7 @@ function draw(page) {
     }
   }
   place(wanted, kept);
-  drawn(page, device ? "No command of this device is like that." : tab || $("state").value ? "No command is like that." : "Nobody has asked for a command yet.");
+  drawn(page, device ? "No command of this device is like that." : tab || $("state").value ? "No command is like that." : "Nobody has asked for a command yet. “New command” asks for one, where a device's type says how it takes them.");
   live("good", "from the database");
   note("");
 }

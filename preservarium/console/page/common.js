@@ -19,6 +19,13 @@ function el(tag, attributes, ...children) {
   return node;
 }
 
+// New children; the link that had the focus, or the one in its place, keeps it.
+function refill(node, ...children) {
+  const link = node.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
+  node.replaceChildren(...children);
+  if (link) [...node.querySelectorAll("a")].find((a) => a.getAttribute("href") === link)?.focus();
+}
+
 // An SVG of one path, for those who see it.
 function drawing(viewBox, attributes) {
   const [svg, path] = ["svg", "path"].map((tag) => document.createElementNS("http://www.w3.org/2000/svg", tag));
@@ -54,6 +61,9 @@ function span(s) {
   if (s < 86400) return `${Math.floor(s / 3600)} h`;
   return `${Math.floor(s / 86400)} d`;
 }
+
+// A text with commands between backticks, as nodes.
+const worded = (text) => String(text).split("`").map((part, i) => (i % 2 ? el("code", { text: part }) : part));
 
 function instant(us) {
   return us ? `${new Date(us / 1000).toISOString().replace("T", " ").slice(0, 19)} UTC` : null;
@@ -148,6 +158,90 @@ function measured(value, unit) {
   return unit ? `${number(value)} ${unit}` : number(value);
 }
 
+// ---- devices -------------------------------------------------------------------------------------------------------
+
+// Flag (QARTOD) -> class, word, and mark: colour alone says nothing to one man in twelve.
+const QUALITY = {
+  1: ["good", "good", "✓"], 2: ["unknown", "not evaluated", "○"], 3: ["suspect", "suspect", "⚑"], 4: ["fail", "fail", "✕"], 9: ["unknown", "missing", "○"],
+};
+const DEVICE_STATES = { sending: ["good", "sending"], failing: ["bad", "failing"], silent: ["warn", "silent"], never: ["", "never seen"], off: ["", "off"] };
+
+const deviceUrl = (id) => `/devices/${encodeURIComponent(id)}`;
+const pinText = (pin) => (pin && pin !== "-1" ? ` [${pin}]` : "");
+const valueText = (v) => (v.value === null || v.value === undefined ? (v.value_text ?? "–") : number(v.value));
+
+function statePill(state) {
+  const [cls, text] = DEVICE_STATES[state] || ["", state];
+  return el("span", { class: `pill ${cls}`, text });
+}
+
+// The last value of a series, with its flag where it is not good.
+function chip(value, nowUs) {
+  const [cls, word, mark] = QUALITY[value.quality] || ["unknown", "", ""];
+  const said = cls === "good" ? "" : word;
+  return el("span", { class: `value ${cls}`, title: `${age(value.timestamp, nowUs)} ago${said ? ` · ${said}` : ""}` },
+    el("i", { text: `${value.component_type}${pinText(value.pin_position)} ` }), el("b", { text: valueText(value) }), value.unit ? ` ${value.unit}` : null,
+    said ? el("span", { class: "flag", text: ` ${mark} ${said}` }) : null);
+}
+
+// ---- refusals ------------------------------------------------------------------------------------------------------
+
+const HEX_ROW = 16;
+// Bytes as people read them: offset, hexadecimal, text; a row each. `hex` is hexadecimal.
+function hexDump(hex) {
+  const lines = [];
+  for (let at = 0; at < hex.length; at += 2 * HEX_ROW) {
+    const pairs = hex.slice(at, at + 2 * HEX_ROW).match(/../g) || [];
+    const text = pairs.map((p) => { const c = parseInt(p, 16); return c >= 32 && c < 127 ? String.fromCharCode(c) : "·"; }).join("");
+    lines.push(`${(at / 2).toString(16).padStart(4, "0")}  ${pairs.join(" ").padEnd(3 * HEX_ROW - 1)}  ${text}`);
+  }
+  return lines.join("\n");
+}
+
+function originalBytes(original) {
+  if (!original) return el("p", { class: "quiet", text: "Its bytes are not to be had any more." });
+  const cut = original.cut ? `, the first ${count(original.hex.length / 2)} are shown` : "";
+  return el("div", { class: "original" },
+    el("h4", { text: `As text (${count(original.bytes)} bytes${cut})` }), el("pre", { tabindex: "0", text: original.text }),
+    el("h4", { text: "As bytes" }), el("pre", { class: "hex", tabindex: "0", text: hexDump(original.hex) }));
+}
+
+// One refusal: what, when, whose; its bytes when it is opened, which are asked for where the list has none.
+function refusalItem(refusal, nowUs, open) {
+  const body = el("div");
+  const item = el("details", { class: "refusal", "data-id": refusal.id }, el("summary", {},
+    el("span", { class: "line" }, el("b", { text: refusal.code }), el("span", { class: "quiet", text: `${refusal.stage} · ${age(refusal.at, nowUs)} ago` })),
+    el("span", { class: "said", text: refusal.message || "" }),
+    refusal.device_id ? el("span", { class: "device-address", text: refusal.device_id }) : null), body);
+  let asked = false;
+  const show = async () => {
+    if (!item.open || asked) return;
+    asked = true;
+    const facts = el("dl", { class: "facts" });
+    const rows = [["Refused", instant(refusal.at)], ["Device", refusal.device_id], ["Parser", refusal.parser], ["Tries", refusal.attempt > 1 ? String(refusal.attempt) : ""],
+      ["Raw message", refusal.raw_offset === undefined ? "" : `iot_raw_data ${refusal.raw_partition}:${refusal.raw_offset}, line ${refusal.raw_index ?? 0}`], ["Id", refusal.id]];
+    facts.append(...rows.filter(([, v]) => v).flatMap(([k, v]) => [el("dt", { text: k }), el("dd", {}, k === "Device" ? el("a", { href: deviceUrl(v), text: v }) : v)]));
+    body.replaceChildren(facts, refusal.original ? originalBytes(refusal.original) : el("p", { class: "quiet", text: "Its bytes are looked for in Kafka …" }));
+    if (refusal.original && !refusal.original.cut) return;
+    try { body.replaceChildren(facts, originalBytes((await get(`/api/refusals/${encodeURIComponent(refusal.id)}`)).original)); }
+    catch (e) {
+      asked = false;
+      if (!refusal.original) body.replaceChildren(facts, el("p", { class: "quiet", text: `Its bytes cannot be had now: ${e.message}` }));
+    }
+  };
+  item.addEventListener("toggle", show);
+  item.open = open;
+  return item;
+}
+
+// A bar for each count; for those who see it.
+function bars(counts) {
+  const top = Math.max(...counts, 1);
+  const [svg, path] = drawing(`0 0 ${counts.length} 20`, { class: "bars", preserveAspectRatio: "none" });
+  path.setAttribute("d", counts.map((n, i) => (n ? `M${i} 20h.8v${-Math.max(1.5, (n / top) * 20).toFixed(1)}h-.8z` : "")).join(""));
+  return svg;
+}
+
 // ---- polling -------------------------------------------------------------------------------------------------------
 
 const polls = [];
@@ -196,6 +290,9 @@ function onSearch(ask, wait_ms = 200) {
     typing = setTimeout(() => { ask($("search").value.trim()); }, wait_ms);
   });
   $("search-form").addEventListener("submit", (event) => event.preventDefault());
+  onSlash();
+}
+function onSlash() {
   document.addEventListener("keydown", (event) => {
     if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey || isTyping() || document.querySelector("dialog[open]")) return;
     event.preventDefault();

@@ -1,22 +1,22 @@
-// The overview: flow, devices, and what needs somebody. It polls the JSON views of its own origin.
+// The overview, on one screen: flow, fleet, and what needs somebody. It polls the JSON views of its own origin.
 "use strict";
 
 const STATUS_INTERVAL_MS = 1000;
 const LIST_INTERVAL_MS = 2000;
-const DEVICES_LIMIT = 25;
-const VALUES_SHOWN = 6;
+const FLEET_INTERVAL_MS = 10000;
+const REFUSALS_INTERVAL_MS = 5000;
+const ALARMS_SHOWN = 4;
+const REFUSALS_SHOWN = 4;
 // Lag above which a stage is drawn as behind: some seconds of a busy pipeline.
 const LAG_WARN_RECORDS = 20000;
-// A value older than this is drawn as old.
-const AGE_WARN_S = 3600;
-
-const QUALITY = {
-  1: ["good", ""], 2: ["unknown", "not evaluated"], 3: ["suspect", "suspect"], 4: ["fail", "fail"], 9: ["unknown", "missing"],
-};
 const STAGES = {
   connectors: "Connectors", normalize: "normalize", validate: "validate", alarm: "alarm", notify: "notify",
   sink: "sink", sync: "sync", postgres: "PostgreSQL", clickhouse: "ClickHouse",
 };
+// Stage that helps -> the one that it stands behind: by its name up to the first dash, or as here.
+const HELPS = { route: "notify", group: "notify", registry: "normalize", employees: "sync" };
+const OTHERS = "others";
+const mainOf = (name) => HELPS[name] || (STAGES[name.split("-")[0]] ? name.split("-")[0] : OTHERS);
 
 // ---- flow ----------------------------------------------------------------------------------------------------------
 
@@ -26,15 +26,38 @@ function box(name) {
   const [svg, path] = drawing("0 0 60 22", { preserveAspectRatio: "none" });
   const parts = {
     root: el("div", { class: "stage" }), mark: el("span", { class: "mark" }), rate: el("span"), unit: el("small"),
-    detail: el("div", { class: "detail" }), path, svg,
+    detail: el("div", { class: "detail" }), path, svg, loud: el("ul", { class: "loud" }), calm: helpersOf(name),
   };
   parts.root.append(
     el("h3", {}, el("span", { text: STAGES[name] || name }), parts.mark),
-    el("div", { class: "rate" }, parts.rate, " ", parts.unit), parts.detail, svg,
+    el("div", { class: "rate" }, parts.rate, " ", parts.unit), parts.detail, svg, parts.loud, parts.calm.root,
   );
   boxes.set(name, parts);
   return parts.root;
 }
+
+// The helpers of a stage that are well: counted, and shown when opened.
+function helpersOf() {
+  const parts = { summary: el("summary", { class: "quiet" }), list: el("ul") };
+  parts.root = el("details", { class: "helpers", hidden: true }, parts.summary, parts.list);
+  return parts;
+}
+
+function helperLine({ stage, state, mark, details }) {
+  const said = [`${rate(stage.received_per_s)} records/s`, ...details.map(([text]) => text)].join(" · ");
+  return el("li", { class: state }, el("b", { text: stage.name }), " ", el("span", { class: "mark", text: mark }), " ", el("span", { class: "quiet", text: said }));
+}
+
+// Those that have something to say show; of the others, how many there are.
+function drawHelpers(loud, calm, helpers) {
+  const saying = helpers.filter((h) => h.state === "bad" || h.state === "warn" || h.stage.errors_per_s > 0);
+  const well = helpers.filter((h) => !saying.includes(h));
+  loud.replaceChildren(...saying.map(helperLine));
+  calm.root.hidden = !well.length;
+  calm.summary.textContent = `${well.length} ${well.length === 1 ? "helper" : "helpers"}, ${well.some((h) => h.state === "good") ? "well" : "idle"}`;
+  if (calm.root.open) calm.list.replaceChildren(...well.map(helperLine));
+}
+const others = { loud: el("ul", { class: "loud" }), calm: helpersOf() };
 
 function layFlow() {
   const step = (name, first) => el("div", { class: first ? "step first" : "step" }, box(name));
@@ -45,6 +68,7 @@ function layFlow() {
       el("div", { class: "branch" }, step("sink"), step("postgres")),
       el("div", { class: "branch" }, step("sync"), step("clickhouse"))),
   );
+  $("others").replaceChildren(others.loud, others.calm.root);
 }
 
 function curve(points) {
@@ -66,7 +90,7 @@ function drawBox(name, { state, mark, rate: r, unit, details, points }) {
   if (points) parts.path.setAttribute("d", curve(points));
 }
 
-function drawStage(stage) {
+function judged(stage) {
   let [state, mark] = ["good", "running"];
   if (stage.fuse_blown) [state, mark] = ["bad", "fuse blown"];
   else if (stage.stalled) [state, mark] = ["bad", "no progress"];
@@ -76,7 +100,18 @@ function drawStage(stage) {
   const details = [[`lag ${count(stage.lag)}`, stage.lag > LAG_WARN_RECORDS], [`pending ${count(stage.pending)}`, false]];
   details.push([`errors ${count(stage.errors_total)}${stage.errors_per_s ? ` (${rate(stage.errors_per_s)}/s)` : ""}`, stage.errors_per_s > 0]);
   if (stage.commit_age_s > 5) details.push([`commit ${span(Math.round(stage.commit_age_s))} ago`, stage.commit_age_s > 30]);
-  drawBox(stage.name, { state, mark, rate: stage.received_per_s, unit: "records/s", details, points: stage.curve });
+  return { stage, state, mark, details };
+}
+
+function drawStages(stages) {
+  const helpers = new Map();
+  for (const found of stages.map(judged)) {
+    const { stage, state, mark, details } = found;
+    if (boxes.has(stage.name)) drawBox(stage.name, { state, mark, rate: stage.received_per_s, unit: "records/s", details, points: stage.curve });
+    else helpers.set(mainOf(stage.name), [...(helpers.get(mainOf(stage.name)) || []), found]);
+  }
+  for (const [name, parts] of boxes) drawHelpers(parts.loud, parts.calm, helpers.get(name) || []);
+  drawHelpers(others.loud, others.calm, helpers.get(OTHERS) || []);
 }
 
 function drawStore(name, store, dependency) {
@@ -116,92 +151,52 @@ function drawStatus(s) {
     state: s.arriving_per_s > 0 ? "good" : "", mark: s.arriving_per_s > 0 ? "sending" : "silent",
     rate: s.arriving_per_s, unit: "records/s", details: details.length ? details : [["MQTT, HTTP, files", false]], points: null,
   });
-  for (const stage of s.stages) {
-    if (!boxes.has(stage.name)) $("others").append(box(stage.name));
-    drawStage(stage);
-  }
-  $("others").hidden = !$("others").children.length;
+  drawStages(s.stages);
   const dependency = (name) => s.dependencies.find((d) => d.name === name);
   drawStore("postgres", s.stores.postgres, dependency("postgres"));
   drawStore("clickhouse", s.stores.clickhouse, dependency("clickhouse"));
 
-  $("dependencies").replaceChildren(...s.dependencies.map((d) => el("li", {},
+  const down = s.dependencies.filter((d) => d.state === "down" || d.state === "trying");
+  $("dependencies").replaceChildren(...down.map((d) => el("li", {},
     el("span", { text: d.name }),
     el("span", { class: `pill ${d.state === "up" ? "good" : d.state === "down" ? "bad" : d.state === "trying" ? "warn" : ""}`, text: d.detail ? `${d.state}: ${d.detail}` : d.state }))));
 
-  drawGuards(s.guards);
+  drawGuards(s.guards, s.dependencies, down);
   drawWorkers(s.workers || [], s.workers_note);
-  $("errors-span").textContent = s.errors.length ? `of late: ${span(Math.round(s.errors_span_s))}` : "";
-  $("error-rows").replaceChildren(...(s.errors.length ? s.errors.slice(0, 12).map((e) => el("tr", {},
-    el("td", { text: e.code }), el("td", { text: e.stage }),
-    el("td", { class: "num", text: count(e.recent) }), el("td", { class: "num", text: count(e.total) })))
-    : [el("tr", {}, el("td", { colspan: "4", class: "quiet", text: "none" }))]));
   $("clock").textContent = instant(s.at);
 }
 
-// ---- devices -------------------------------------------------------------------------------------------------------
+// ---- fleet ---------------------------------------------------------------------------------------------------------
 
-const rows = new Map();
-const expanded = new Set();
-let query = "";
-
-function chip(value) {
-  const [cls, flag] = QUALITY[value.quality] || ["unknown", ""];
-  const pin = value.pin_position && value.pin_position !== "-1" ? ` [${value.pin_position}]` : "";
-  const why = [flag, ...(value.flags || [])].filter(Boolean).join(", ");
-  return el("span", { class: `value ${cls}`, title: `${age(value.timestamp, nowUs)} ago${why ? ` · ${why}` : ""}` },
-    el("i", { text: `${value.component_type}${pin} ` }),
-    el("b", { text: value.value === null || value.value === undefined ? (value.value_text ?? "–") : number(value.value) }),
-    value.unit ? ` ${value.unit}` : null,
-    why && cls !== "good" ? el("span", { class: "flag", text: ` ⚑ ${why}` }) : null);
-}
-
-function drawValues(entry) {
-  const { device, cell } = entry;
-  const all = device.values;
-  const open = expanded.has(device.device_id);
-  const list = el("div", { class: "values" }, ...all.slice(0, open ? all.length : VALUES_SHOWN).map(chip));
-  if (!all.length) list.append(el("span", { class: "quiet", text: device.enabled ? "nothing yet" : "switched off" }));
-  const focused = cell.contains(document.activeElement);
-  if (all.length > VALUES_SHOWN) {
-    const more = el("button", { type: "button", class: "more", "aria-expanded": String(open), text: open ? "fewer" : `+${all.length - VALUES_SHOWN}` });
-    more.addEventListener("click", () => { open ? expanded.delete(device.device_id) : expanded.add(device.device_id); drawValues(entry); });
-    list.append(more);
-    queueMicrotask(() => { if (focused) more.focus(); });
+const FLEET = [["sending", "sending", "good"], ["failing", "failing quality", "bad"], ["silent", "silent for an hour", "warn"], ["never", "never seen", ""], ["off", "off", ""]];
+let unknown = null;  // devices in no registry, as far as refusals were read
+function drawFleet(f) {
+  $("fig-devices").textContent = count(f.devices);
+  const items = FLEET.filter(([name]) => f.states[name] || name !== "off").map(([name, text, cls]) => [`/devices?state=${name}`, f.states[name], text, cls]);
+  items.push(["/refusals?code=unknown_device", unknown, "in no registry", unknown ? "warn" : ""]);
+  const text = JSON.stringify(items);
+  if ($("fleet").dataset.shown !== text) {
+    $("fleet").dataset.shown = text;
+    refill($("fleet"), ...items.map(([href, n, what, cls]) => el("li", {}, el("a", { href, class: n ? cls : "" }, el("b", { text: count(n) }), ` ${what}`))));
   }
-  cell.replaceChildren(list);
+  $("fleet-note").hidden = f.devices > 0;
+  $("fleet-note").textContent = "No device is registered yet: preservarium registry apply examples/registry.yaml";
 }
 
-function deviceRow(device) {
-  let entry = rows.get(device.device_id);
-  const text = JSON.stringify(device.values) + device.enabled;
-  if (!entry) {
-    entry = { row: el("tr"), cell: el("td"), age: el("td", { class: "num" }), name: el("div", { class: "device-name" }), address: el("div", { class: "device-address" }) };
-    entry.row.append(el("td", {}, entry.name, entry.address), entry.cell, entry.age);
-    rows.set(device.device_id, entry);
-  }
-  entry.device = device;
-  entry.name.textContent = device.name || device.device_id;
-  entry.address.textContent = [device.name ? device.device_id : null, device.type].filter(Boolean).join(" · ");
-  if (entry.text !== text) { entry.text = text; drawValues(entry); }
-  entry.age.textContent = age(device.last_seen, nowUs);
-  entry.age.className = `num${device.last_seen && nowUs - device.last_seen > AGE_WARN_S * 1e6 ? " old" : ""}`;
-  return entry.row;
+// ---- refusals ------------------------------------------------------------------------------------------------------
+
+function drawRefused(page) {
+  unknown = page.unknown_devices;
+  $("refused-note").hidden = !page.note;
+  $("refused-note").replaceChildren(...worded(page.note || ""));
+  refill($("refused"), ...(page.refusals.length ? page.refusals.map((r) => el("li", { class: "indeterminate" },
+    el("div", { class: "line" }, el("a", { href: `/refusals?code=${encodeURIComponent(r.code)}`, text: r.code }), el("span", { class: "quiet", text: age(r.at, nowUs) })),
+    r.device_id ? el("div", {}, el("a", { class: "device-address", href: deviceUrl(r.device_id), text: r.device_id })) : null,
+    el("div", { class: "clip", title: r.message, text: r.message })))
+    : [el("li", { class: "none", text: page.complete ? "Nothing within the last day. What cannot be used stands here, with its bytes and the reason." : "not known yet" })]));
 }
 
-function drawDevices(page) {
-  const kept = new Set(page.devices.map((d) => d.device_id));
-  for (const id of rows.keys()) if (!kept.has(id)) { rows.delete(id); expanded.delete(id); }
-  const wanted = page.devices.map(deviceRow);
-  const body = $("device-rows");
-  // Rows are replaced only when the list changed, so that focus and selection stay where they are.
-  if (wanted.length !== body.children.length || wanted.some((row, i) => body.children[i] !== row)) body.replaceChildren(...wanted);
-  if (!wanted.length) body.replaceChildren(el("tr", {}, el("td", { colspan: "3", class: "quiet", text: query ? "no device matches" : "no devices yet" })));
-  if (page.total !== null && page.total !== undefined) $("fig-devices").textContent = count(page.total);
-  $("devices-note").hidden = !page.note;
-  $("devices-note").textContent = page.note || "";
-  drawPager(page);
-}
+// ---- alarms --------------------------------------------------------------------------------------------------------
 
 function drawAlarms(page) {
   $("fig-alarms").textContent = count(page.counts ? page.counts.total - silent(page.counts.state) : null);
@@ -211,11 +206,11 @@ function drawAlarms(page) {
   if (page.flood && page.flood.on) $("flood").textContent = `Alarm flood: ${count(page.flood.raised)} in ten minutes`;
   $("alarms-note").hidden = !page.note;
   $("alarms-note").textContent = page.note || "";
-  $("alarms").replaceChildren(...(page.alarms.length ? page.alarms.map((a) => el("li", { class: a.severity },
+  refill($("alarms"), ...(page.alarms.length ? page.alarms.map((a) => el("li", { class: a.severity },
     el("div", { class: "line" }, severityMark(a.severity, a.state), el("span", { class: "quiet", text: age(a.occurred_at, nowUs) })),
-    el("div", {}, el("b", { text: a.device_name || a.device_id }), " ", el("span", { class: "quiet", text: STATE_TEXT[a.state] || a.state })),
-    el("div", { text: a.message || `${a.rule}: ${a.component_type ?? ""}` })))
-    : [el("li", { class: "none", text: page.counts ? "none" : "not known" })]));
+    el("div", {}, el("a", { href: deviceUrl(a.device_id) }, el("b", { text: a.device_name || a.device_id })), " ", el("span", { class: "quiet", text: STATE_TEXT[a.state] || a.state })),
+    el("div", { class: "clip", text: a.message || `${a.rule}: ${a.component_type ?? ""}` })))
+    : [el("li", { class: "none", text: page.counts ? "None: no reading meets a rule now. Rules are in the registry." : "not known" })]));
   const more = page.total - page.alarms.length;
   $("alarms-more").textContent = more > 0 ? `All alarms, and ${count(more)} more →` : "All alarms →";
 }
@@ -263,34 +258,49 @@ function guardItems(guards, mine) {
   return [...breakers, ...fuses];
 }
 
-function drawGuards(guards) {
+function drawGuards(guards, dependencies, down) {
+  const items = guardItems(guards, true);
+  const wrong = items.filter(([bad]) => bad).map(([, item]) => item);
   // Redrawn only when something changed, so that a button keeps its focus.
   const text = JSON.stringify(guards);
-  if ($("guards").dataset.shown === text) return;
-  $("guards").dataset.shown = text;
-  $("guards").replaceChildren(...guardItems(guards, true).map(([, item]) => item));
+  if ($("guards").dataset.shown !== text) {
+    $("guards").dataset.shown = text;
+    $("guards").replaceChildren(...wrong);
+  }
+  const [breakers, fuses] = [guards.breakers, guards.fuses].map((each) => Object.keys(each).length);
+  $("well").textContent = wrong.length || down.length ? "" : `Nothing: ${dependencies.map((d) => d.name).join(", ") || "all servers"} answer, ${count(breakers)} breakers are closed, ${count(fuses)} fuses are whole.`;
 }
 
 // The other workers, as they said last. What is well is counted and can be opened, what is not is shown.
 const openWorkers = new Set();
+let calmOpen = false;
 function drawWorkers(workers, note) {
   $("workers-note").textContent = note ? `What the others say is not heard now: ${note}.` : workers.length ? "" : "There are none.";
+  const [loud, calm] = [false, true].map((well) => workers.filter((w) => (judgedWorker(w)[1] === "well") === well));
   // Redrawn only when something changed, so that focus stays; what grows with time is written into what is there.
-  const text = JSON.stringify(workers, (name, value) => (["at", "age_s", "tried_again_in_s"].includes(name) ? undefined : value));
+  const text = JSON.stringify([loud, calm], (name, value) => (["at", "age_s", "tried_again_in_s"].includes(name) ? undefined : value));
   if ($("workers").dataset.shown !== text) {
     $("workers").dataset.shown = text;
-    $("workers").replaceChildren(...workers.map(workerCard));
+    const rest = el("details", { class: "helpers", open: calmOpen }, el("summary", { class: "quiet", text: `${calm.length} well` }), ...calm.map(workerCard));
+    rest.addEventListener("toggle", () => { calmOpen = rest.open; });
+    $("workers").replaceChildren(...loud.map(workerCard), ...(calm.length ? [rest] : []));
   }
-  workers.forEach((w, i) => {
+  const cards = $("workers").querySelectorAll("article");
+  [...loud, ...calm].forEach((w, i) => {
     const ago = span(Math.round(w.age_s));
-    $("workers").children[i].querySelector(".ago").textContent = w.gone ? `said nothing for ${ago}; what it said last:` : `${ago} ago · console at ${w.console}`;
+    cards[i].querySelector(".ago").textContent = w.gone ? `said nothing for ${ago}; what it said last:` : `${ago} ago · console at ${w.console}`;
   });
+}
+
+function judgedWorker(w) {
+  const wrong = Object.values(w.guards.breakers).some((b) => b.state !== "closed") || Object.values(w.guards.fuses).some((f) => f.blown);
+  return w.gone ? ["bad", "gone"] : !w.alive ? ["bad", "not healthy"] : wrong ? ["warn", "trouble"] : !w.ready ? ["warn", "not ready"] : ["good", "well"];
 }
 
 function workerCard(w) {
   const items = guardItems(w.guards, false);
   const [wrong, well] = [true, false].map((bad) => items.filter(([b]) => b === bad).map(([, item]) => item));
-  const [cls, text] = w.gone ? ["bad", "gone"] : !w.alive ? ["bad", "not healthy"] : wrong.length ? ["warn", "trouble"] : !w.ready ? ["warn", "not ready"] : ["good", "well"];
+  const [cls, text] = judgedWorker(w);
   const rest = el("details", { open: openWorkers.has(w.worker) }, el("summary", { class: "quiet", text: `${well.length} closed or whole` }), el("ul", { class: "deps guards" }, ...well));
   rest.addEventListener("toggle", () => { rest.open ? openWorkers.add(w.worker) : openWorkers.delete(w.worker); });
   return el("article", { class: `worker${w.gone ? " gone" : ""}` },
@@ -313,26 +323,32 @@ async function status() {
   }
 }
 
-async function devices() {
-  const parameters = new URLSearchParams({ limit: String(DEVICES_LIMIT) });
-  if (query) parameters.set("q", query);
-  const asked = `${query} ${cursors.at(-1)}`;
-  if (cursors.at(-1)) parameters.set("cursor", cursors.at(-1));
-  try {
-    const page = await get(`/api/devices?${parameters}`);
-    if (asked === `${query} ${cursors.at(-1)}`) drawDevices(page);
-  } catch (e) { $("devices-note").hidden = false; $("devices-note").textContent = e.message; }
+async function fleet() {
+  try { drawFleet(await get("/api/fleet")); }
+  catch (e) {
+    $("fleet-note").hidden = e.status === 401;
+    $("fleet-note").textContent = `How many devices send is not known now: ${e.message}`;
+  }
+}
+
+async function refused() {
+  try { drawRefused(await get(`/api/refusals?limit=${REFUSALS_SHOWN}`)); }
+  catch (e) { drawRefused({ refusals: [], unknown_devices: null, complete: false, note: e.status === 401 ? "" : e.message }); }
 }
 
 async function alarms() {
-  try { drawAlarms(await get("/api/alarms?state=annunciated&limit=8")); }
+  try { drawAlarms(await get(`/api/alarms?state=annunciated&limit=${ALARMS_SHOWN}`)); }
   catch (e) { drawAlarms({ alarms: [], total: 0, counts: null, note: e.message }); }
 }
 
 layFlow();
 poll(STATUS_INTERVAL_MS, status);
-const askDevices = poll(LIST_INTERVAL_MS, devices);
 poll(LIST_INTERVAL_MS, alarms);
-
-onPage(askDevices);
-onSearch((text) => { query = text; cursors.length = 1; devices(); });
+poll(REFUSALS_INTERVAL_MS, refused);
+poll(FLEET_INTERVAL_MS, fleet);
+onSlash();
+// By this script, since the policy lets no form go anywhere.
+$("find").addEventListener("submit", (event) => {
+  event.preventDefault();
+  location.href = `/devices?${new URLSearchParams({ q: $("search").value.trim() })}`;
+});

@@ -20,6 +20,7 @@ from preservarium.registry.relay import RelayService
 from preservarium.stores import connections
 from preservarium.stores.base import Move
 from preservarium.stores.connections import Link, NeedsSession, look, session
+from preservarium.stores.device_reads import DeviceReads
 from preservarium.stores.event_tables import EventStore
 from preservarium.stores.migrate.files import MigrationError
 from preservarium.stores.migrate.postgres import connect_postgres
@@ -169,10 +170,12 @@ async def test_pages_the_registry_and_events_work_through_it(tmp_path: Path, emp
     with pgbouncer(tmp_path, empty, "transaction") as pooled:
         settings = live(postgres={"url": pooled})
         views, lookup = Views(lambda: settings().postgres), DeviceLookup(lambda _p, _k: None, settings)
+        reads = DeviceReads(settings)
         events = EventStore(ALARM_EVENTS, settings, sink="sink-alarms")
         try:
-            found = await asyncio.gather(*(views.devices(q="", after="", limit=10) for _ in range(8)))
+            found = await asyncio.gather(*(reads.devices(limit=10) for _ in range(8)))
             assert all(one["devices"] == [] for one in found)
+            assert (await views.alarms(active=None, before=None, limit=10))["alarms"] == []
             async with views._pool.acquire() as connection:
                 assert await connection.fetchval("SHOW timezone") == "UTC"
                 assert await connection.fetchval("SHOW transaction_read_only") == "on"
@@ -182,6 +185,7 @@ async def test_pages_the_registry_and_events_work_through_it(tmp_path: Path, emp
             await events.prune()
         finally:
             await views.close()
+            await reads.close()
             await lookup.close()
             await events.close()
     # Nothing of a transaction stays with the server's connection.

@@ -17,6 +17,7 @@ from preservarium import metrics
 from preservarium.breaker import Breaker
 from preservarium.clock import ManualClock
 from preservarium.console import health, samples
+from preservarium.console.devices import DeviceViews
 from preservarium.console.operators import Operators
 from preservarium.console.replies import LIMIT_MAX
 from preservarium.console.tables import TableReader
@@ -36,15 +37,17 @@ class Reads:
         self.down = False
         self.ids = [f"dev-{n:04}" for n in range(450)]
 
-    async def devices(self, *, q, after, limit):
+    async def devices(self, *, q, after, limit, **wanted):
         if self.down:
             raise Retry("PostgreSQL: refused")
-        found = [i for i in self.ids if i > after and q in i]
+        self.wanted = wanted
+        found = [i for i in self.ids if (after is None or i > after[1]) and q in i]
         page = [
             {"device_id": i, "name": EVIL, "type": "t", "enabled": True, "last_seen": 1, "values": []}
             for i in found[:limit]
         ]
-        return {"devices": page, "next": page[-1]["device_id"] if len(found) > limit else None, "total": len(self.ids)}
+        last = page[-1]["device_id"] if len(found) > limit else None
+        return {"devices": page, "next": last and (last, last), "total": len(self.ids), "refreshed_at": 5}
 
     async def alarms(self, *, active, before, limit, **wanted):
         if self.down:
@@ -121,11 +124,11 @@ async def client(host, reads):
             }
         )
     }
-    console = Console(
-        host, reads, TableReader(lambda: tables, lambda key: {b"a"[0]: 0, b"b"[0]: 1, b"B"[0]: 1}.get(key[0], 2))
-    )
+    reader = TableReader(lambda: tables, lambda key: {b"a"[0]: 0, b"b"[0]: 1, b"B"[0]: 1}.get(key[0], 2))
+    console = Console(host, reader)
     application = web.Application()
     console.mount(application)
+    DeviceViews(host, reads, reader).mount(application)
     Operators(host, Desk(Board(), host.publish, host.clock), reads).mount(application)
 
     # As Faust does: it too adds a view for `/`, after ours.
@@ -162,6 +165,13 @@ async def test_the_page_is_ours_and_loads_nothing_from_elsewhere(client):
         "/console/console.css": "text/css",
         "/console/console.js": "text/javascript",
         "/console/common.js": "text/javascript",
+        "/devices": "text/html",
+        "/console/devices.js": "text/javascript",
+        "/devices/any%2Fone": "text/html",
+        "/console/device.js": "text/javascript",
+        "/console/plots.js": "text/javascript",
+        "/refusals": "text/html",
+        "/console/refusals.js": "text/javascript",
         "/alarms": "text/html",
         "/console/alarms.js": "text/javascript",
     }.items():
@@ -271,7 +281,9 @@ async def test_unexpected_errors_tell_the_caller_nothing(client, reads, monkeypa
         raise ZeroDivisionError("secret detail")
 
     monkeypatch.setattr(reads, "devices", broken)
-    assert await body(client, "/api/devices", 500) == {"error": "internal error"}
+    said = await body(client, "/api/devices", 500)
+    assert (said["error"], said["status"]) == ("internal error", 500)
+    assert "secret" not in str(said)
 
 
 # --- tables ---

@@ -15,9 +15,12 @@ from prometheus_client import REGISTRY
 from preservarium import metrics
 from preservarium.clock import ManualClock
 from preservarium.console.commands import Commands
+from preservarium.console.devices import DeviceViews
 from preservarium.console.follower import BoardFollower
 from preservarium.console.openapi import DOCUMENT
 from preservarium.console.operators import BODY_BYTES_MAX, Operators
+from preservarium.console.refusals import RefusalViews
+from preservarium.console.tables import TableReader
 from preservarium.domain.alarms.action import ACTIONS, ActionDoc, AnswerDoc
 from preservarium.domain.alarms.line import StandingDoc
 from preservarium.domain.alarms.machine import TRANSITIONS, State
@@ -25,6 +28,7 @@ from preservarium.errors import Retry
 from preservarium.notices.links import acknowledge_link
 from preservarium.operations.alarm_board import ANSWERS_MAX, SORTS, STANDING_MAX, STATES, Board, Desk, Filter, sort_key
 from preservarium.operations.command_desk import REQUEST_FIELDS, CommandDesk
+from preservarium.operations.refusals import Refusals
 from preservarium.settings import Web, load
 
 T = 1_760_000_000_000_000
@@ -112,6 +116,8 @@ async def client(host, board, reads):
     application = web.Application()
     Operators(host, Desk(board, host.publish, host.clock), reads).mount(application)
     Commands(host, CommandDesk(host.publish, host.clock), reads).mount(application)
+    DeviceViews(host, reads, TableReader(dict, lambda key: 0)).mount(application)
+    RefusalViews(host, Refusals(), lambda: None).mount(application)
     async with TestClient(TestServer(application)) as client:
         client.application = application
         yield client
