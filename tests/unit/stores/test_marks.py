@@ -21,7 +21,7 @@ BOUNDS = Bounds(
 
 def marks(rows: list[tuple[int, int]]):
     """Of rows as (series, timestamp)."""
-    return marks_of([at for _, at in rows], [(PREFIX.pack(4, series, 8), at) for series, at in rows], BOUNDS)
+    return marks_of([PREFIX.pack(4, series, 8) for series, _ in rows], [at for _, at in rows], BOUNDS)
 
 
 def covered(made, series: int, at: int) -> bool:
