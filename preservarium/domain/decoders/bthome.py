@@ -1,7 +1,7 @@
 """BTHome version 2, unencrypted: device information byte, then object id and value, again and again (bthome.io/format).
 
 A second object of one kind gets the next pin: two temperatures are pins "1" and "2"; a single one has no pin. Objects have no length of their own: where one
-is not known, what stands before it is read, and it and the rest are refused. A MAC address before the objects (bit 1 of the device information) is no
+is not known, what stands before it is read, and it and the rest are refused; what is cut off is refused as a whole. A MAC address before the objects (bit 1 of the device information) is no
 measurement.
 """
 
@@ -110,7 +110,7 @@ class BThomeDecoder:
         """The objects of an advertisement, and why the rest cannot be read.
 
         Raises:
-            Reject: DECODE_FAILED: encrypted, of another version, or nothing of it can be read.
+            Reject: DECODE_FAILED: encrypted, of another version, cut off, or nothing of it is known.
         """
         data = payload_bytes(raw["payload"])
         data = data[2:] if data.startswith(_UUID) else data
@@ -126,13 +126,14 @@ class BThomeDecoder:
         found: list[tuple[str, Value, str | None]] = []
         position = 1 + (_MAC_BYTES if data[0] & _HAS_MAC else 0)
         refused: list[Reject] = []
-        try:
-            while position < len(data):
-                position = self._object(data, position, found)
-        except Reject as e:
-            if not found:
-                raise
-            refused.append(e)
+        while position < len(data):
+            if not _known(data[position]):
+                message = f"object {data[position]:#04x} at byte {position} is not known"
+                refused.append(failed(message))
+                break
+            position = self._object(data, position, found)
+        if refused and not found:
+            raise refused[0]
         names = [name for name, _, _ in found]
         seen: dict[str, int] = {}
         out: list[Decoded | Reject] = [*refused]
@@ -165,8 +166,11 @@ class BThomeDecoder:
                 else ("raw", value.hex(), None)
             )
             return position + 1 + size
-        message = f"object {kind:#04x} at byte {position - 1} is not known"
-        raise failed(message)
+        raise AssertionError(kind)
+
+
+def _known(kind: int) -> bool:
+    return kind in NUMBERS or kind in STATES or kind in {_DIMMER, _TEXT, _RAW}
 
 
 def _take(data: bytes, position: int, size: int) -> bytes:

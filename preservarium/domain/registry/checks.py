@@ -327,12 +327,18 @@ def check_meaning(
             _check_rule(file, "device", i, where, merged, datatype, doc.get("outages"))
 
 
+#: Network servers, by whose names their codecs are called.
+_NETWORKS: Final = frozenset({"ttn", "tts", "chirpstack", "thingpark", "helium"})
+
+
 def _check_parsers(file: RegistryFile) -> None:
     known = {*KINDS, *SCRIPT_KINDS}
     for i, doc in enumerate(file.documents.get("parser", ())):
         if doc["kind"] not in known:
             close = resembling(doc["kind"], known)
             hint = f"did you mean {close}?" if close else f"there are {', '.join(sorted(known))}"
+            if doc["kind"].lower() in _NETWORKS:
+                hint = "a codec of that network is of kind javascript; what the network has decoded itself, of kind network"
             file.problem("parser", i, ("kind",), f"no such kind of parser; {hint}")
         elif doc["kind"] in KINDS:
             # Scripts run in the sandbox only; `preservarium decoders test` runs their examples there.

@@ -117,7 +117,7 @@ async def site(kafka: str, mosquitto: str, topic_prefix: str) -> AsyncIterator[S
         mqtt=Mqtt(
             url=SecretStr(mosquitto),
             client_id=f"connector-{unique}",
-            subscriptions=f"{unique}/devices/{{device}}/up, $share/g/{unique}/net/+/up, {unique}/{{mode}}/{{device}}/p/{{port}}",
+            subscriptions=f"{unique}/devices/{{device}}/up, $share/g/{unique}/net/+/up, {unique}/{{mode}}/{{device}}/p/{{port}}, {unique}/zigbee2mqtt/#",
         ),
     )
     await topics_admin.create(settings)
@@ -148,7 +148,11 @@ async def test_topics_name_device_mode_and_port_and_uplinks_name_themselves(site
         await device.publish(
             f"{site.root}/net/x/up", b'[{"device":"d4","payload":1},{"device":"d5","payload_b64":"AQ=="}]', qos=1
         )
-    found = await site.read(topics.RAW, lambda f: len(f) >= 6)
+        # Topics of a platform: a name with a slash, and what says nothing of a device.
+        await device.publish(f"{site.root}/zigbee2mqtt/bridge/state", b'{"state":"online"}', qos=1)
+        await device.publish(f"{site.root}/zigbee2mqtt/kitchen/lamp/availability", b"offline", qos=1)
+        await device.publish(f"{site.root}/zigbee2mqtt/kitchen/climate", b'{"temperature":21.4}', qos=1)
+    found = await site.read(topics.RAW, lambda f: len(f) >= 8)
     lines = {line["device"]: line for _, line in found}
     assert {d: (x["mode"], x.get("port"), x.get("payload", x.get("payload_b64"))) for d, x in lines.items()} == {
         "d1": ("MQTT", None, {"t": 21.5}),
@@ -157,6 +161,8 @@ async def test_topics_name_device_mode_and_port_and_uplinks_name_themselves(site
         "0101010101010101": ("LoRaWAN", 3, "AQI="),
         "d4": ("MQTT", None, 1),
         "d5": ("MQTT", None, "AQ=="),
+        "kitchen/lamp": ("MQTT", None, {"online": False}),
+        "kitchen/climate": ("MQTT", None, {"temperature": 21.4}),
     }
     assert lines["d1"]["topic"] == f"{site.root}/devices/d1/up"
     assert all(key == line["device"].encode() for key, line in found)

@@ -136,6 +136,23 @@ def test_the_plain_file_reads_what_its_comment_shows(tmp_path):
     assert readings(documents, sends) == {"air_temperature": (21.4, "°C", at), "humidity": (48, "%", at)}
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("ttn", "of kind javascript"),
+        ("ChirpStack", "of kind network"),
+        ("jsn", "did you mean json"),
+        ("x", "there are bthome"),
+    ],
+)
+def test_a_kind_of_parser_that_is_none_is_told_what_to_write(kind, said, tmp_path):
+    path = tmp_path / "registry.yaml"
+    path.write_text(f"parsers: [{{name: c, kind: {kind}, source: {{}}}}]\n", encoding="utf-8")
+    file = read(path)
+    check(file)
+    assert any(said in problem.message for problem in file.errors)
+
+
 def test_init_writes_the_file_once_and_touches_no_other(tmp_path):
     assert OFFERED == STARTS
     path = tmp_path / "first.yaml"
