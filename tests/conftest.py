@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
+import hypothesis
 import pytest
 import structlog
 from thread_support import in_thread
@@ -52,6 +53,10 @@ if TYPE_CHECKING:
     from preservarium.embedded.kafka import Kafka
     from preservarium.embedded.mosquitto import Mosquitto
     from preservarium.embedded.postgres import Postgres
+
+# A busy machine must not decide a property: neither how long an example takes nor how long it takes to make one.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 # A developer's own settings must not decide a test: neither the environment nor a .env in the checkout.
 for _name in [*os.environ]:

@@ -1,7 +1,7 @@
 """What people read of devices: the list of all, one device with its registry and series, its curves, its readings.
 
 Read only, bounded in rows and time, on connections of its own, so that a curve of five years keeps no list waiting. The one thing that
-is written is `device_overview`, a table made of others (migrations/postgres/0020), and only while somebody looks at a list.
+is written is `device_overview`, a table made of others (migrations/postgres/0020_device_overview.sql), and only while somebody looks at a list.
 """
 
 import asyncio
