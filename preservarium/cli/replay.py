@@ -139,6 +139,10 @@ async def _reset(
                 f"Generation {done.generation}: {done.records:,} raw records became {done.messages:,} records and {done.errors:,} error "
                 "lines. The stages are working on them: `preservarium sync status`, and the lag on the console, say how far."
             )
+            if done.gone:
+                click.echo(
+                    f"{done.gone:,} offsets had no record any more: Kafka's retention has deleted them meanwhile, or they never had one."
+                )
             return
         if made.moves and not (made.way is operation.Way.GROUP and made.members):
             _ask(yes, "Move these positions?")

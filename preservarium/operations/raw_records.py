@@ -59,6 +59,8 @@ class Records:
             **kafka_clients.reading(self._settings.kafka),
             group_id=None,
             enable_auto_commit=False,
+            # What is deleted under our hands is passed over, and what follows it is read: by itself it would go to the end.
+            auto_offset_reset="earliest",
             max_partition_fetch_bytes=self._settings.kafka.fetch_bytes_max,
             fetch_max_wait_ms=200,
         )

@@ -470,6 +470,7 @@ class Sent:
     passed: int = 0  #: raw records of a replay before: not replayed
     messages: int = 0  #: records of standardized messages
     errors: int = 0  #: error lines
+    gone: int = 0  #: offsets without a record by now: deleted by Kafka's retention meanwhile, or never one
 
     def document(self) -> dict[str, int]:
         """As JSON."""
@@ -479,6 +480,7 @@ class Sent:
             "passed": self.passed,
             "messages": self.messages,
             "errors": self.errors,
+            "gone": self.gone,
         }
 
 
@@ -575,6 +577,7 @@ async def send(
                     progress(done.records + done.passed, total, f"raw {partition}:{some[-1].offset}")
                     if rate is not None:
                         await asyncio.sleep(max(0.0, began_s + done.records / rate - monotonic()))
+            done.gone = total - done.records - done.passed
         await positions.close_replay(
             connection, made.generation, {k: v for k, v in done.document().items() if k != "generation"},
             actor=actor, at_us=clock.now_us(),

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import asyncpg
 import orjson
+from cachetools import TTLCache
 
 from preservarium.domain.readings.address import canonical_address, spellings
 from preservarium.domain.registry.device import datatype_of
@@ -35,6 +36,10 @@ OVERVIEW_AGE_S: Final = 20.0
 OVERVIEW_REST: Final = 50.0
 #: A list that was never made is waited for so long.
 OVERVIEW_FIRST_S: Final = 4.0
+
+#: How many devices a filter finds is counted this often at most, of so many filters: half of what a page of the list costs.
+TOTAL_AGE_S: Final = 5.0
+TOTALS_MAX: Final = 200
 
 #: Nothing received for so long: silent. Most devices send at least every quarter of an hour.
 SILENT_S: Final = 3_600
@@ -62,11 +67,11 @@ _FIRST_US: Final = 946_684_800 * US
 _LAST_US: Final = 4_102_444_800 * US
 
 #: Word of a filter -> condition. Of one device exactly one holds.
-_SENDING: Final = "o.enabled AND o.last_seen >= now() - make_interval(secs => 3600)"
+_SENDING: Final = f"o.enabled AND o.last_seen >= now() - make_interval(secs => {SILENT_S})"
 STATES: Final[Mapping[str, str]] = {
     "sending": f"{_SENDING} AND o.quality <> 4",
     "failing": f"{_SENDING} AND o.quality = 4",
-    "silent": "o.enabled AND o.last_seen < now() - make_interval(secs => 3600)",
+    "silent": f"o.enabled AND o.last_seen < now() - make_interval(secs => {SILENT_S})",
     "never": "o.enabled AND o.last_seen IS NULL",
     "off": "NOT o.enabled",
 }
@@ -75,12 +80,13 @@ _SORTS: Final[Mapping[str, tuple[str, str]]] = {
     "device": ("o.device_id", "text"),
     "name": ("coalesce(o.name, o.device_id)", "text"),
     "type": ("o.type", "text"),
-    "seen": ("coalesce(extract(epoch FROM o.last_seen) * 1000000, -1)::bigint", "bigint"),
+    "seen": ("coalesce(o.last_seen, '1970-01-01 00:00+00')", "timestamptz"),
     "quality": ("CASE o.quality WHEN 4 THEN 4 WHEN 3 THEN 3 WHEN 9 THEN 2 WHEN 2 THEN 1 WHEN 1 THEN 0 ELSE -1 END", "bigint"),
 }  # fmt: skip
 SORTS: Final = tuple(_SORTS)
 
-_MATCHING: Final = "($1 = '' OR o.words LIKE lower($2) OR o.device_id = ANY ($3)) AND ($4 = '' OR o.type = $4)"
+#: The pattern is made once, and not for each row.
+_MATCHING: Final = "($1 = '' OR o.words LIKE (SELECT lower($2)) OR o.device_id = ANY ($3)) AND ($4 = '' OR o.type = $4)"
 _VALUES: Final = """
 SELECT s.device_id, s.series_id, s.component_type, s.pin_position, l.value, l.value_text, s.unit, l.timestamp, l.received_at, l.quality
 FROM series s JOIN latest l USING (series_id) WHERE s.device_id = ANY ($1)
@@ -221,6 +227,8 @@ class DeviceReads:
             idle_s=60.0,
         )
         self._refreshing: asyncio.Task[None] | None = None
+        #: condition, text and type -> devices
+        self._totals: TTLCache[tuple[str, str, str], int] = TTLCache(TOTALS_MAX, TOTAL_AGE_S)
 
     # --- the list ---
 
@@ -247,7 +255,8 @@ class DeviceReads:
             limit: most devices.
 
         Returns:
-            `devices`; `next`: `after` of the next page or None; `total`: devices that are wanted; `refreshed_at`. Instants in µs.
+            `devices`; `next`: `after` of the next page or None; `total`: devices that are wanted, some seconds old; `refreshed_at`.
+            Instants in µs.
 
         Raises:
             Retry: PostgreSQL cannot be asked, or has not been migrated.
@@ -262,13 +271,15 @@ class DeviceReads:
         sign, way = ("<", "DESC") if descending else (">", "ASC")
         wanted = (q, _containing(q), await self._spelled(q), type_name)
         at, device_id = after or (None, None)
-        rows = await self._fetch(
+        if kind == "timestamptz" and at is not None:
+            at = _instant(at)
+        page_of = self._fetch(
             f"SELECT o.device_id, o.name, o.type, o.enabled, o.last_seen, o.quality, {key} AS key FROM device_overview o"
             f" WHERE {where} AND ($5::{kind} IS NULL OR ({key}, o.device_id) {sign} ($5, $6))"
             f" ORDER BY {key} {way}, o.device_id {way} LIMIT $7",
             *wanted, at, device_id, limit + 1,
         )  # fmt: skip
-        total = await self._fetch(f"SELECT count(*) FROM device_overview o WHERE {where}", *wanted)
+        rows, total = await asyncio.gather(page_of, self._total(where, wanted))
         page = rows[:limit]
         found = {row["device_id"]: _document(row) | {"values": []} for row in page}
         for value in await self._fetch(_VALUES, [*found], VALUES_MAX):
@@ -281,10 +292,20 @@ class DeviceReads:
             del device["key"]
         return {
             "devices": [*found.values()],
-            "next": (page[-1]["key"], page[-1]["device_id"]) if len(rows) > limit else None,
-            "total": total[0][0],
+            "next": (last["key"], last["device_id"])
+            if (last := _document(page[-1]) if len(rows) > limit else None)
+            else None,
+            "total": total,
             "refreshed_at": refreshed_at,
         }
+
+    async def _total(self, where: str, wanted: tuple[Any, ...]) -> int:
+        """How many devices are wanted, some seconds old: whoever turns pages or looks on asks for the same again."""
+        asked = (where, wanted[0], wanted[3])
+        if (known := self._totals.get(asked)) is None:
+            rows = await self._fetch(f"SELECT count(*) FROM device_overview o WHERE {where}", *wanted)
+            known = self._totals[asked] = rows[0][0]
+        return known
 
     async def fleet(self) -> dict[str, Any]:
         """How many devices there are in each of `STATES`, and of each type; as old as `refreshed_at`, µs.
@@ -432,7 +453,7 @@ class DeviceReads:
                     "min": None, "max": None, "n": None, "quality": [r["quality"] for r in rows],
                 }  # fmt: skip
         if circular is not None and level.name == "1m":
-            # Minutes of directions are read from the readings anyway, which reach less far back than minutes do.
+            # Minutes of directions are read from the readings anyway, and reach as far back as these.
             raw = levels(self._settings().sink.retention_days)[0]
             level = raw if from_us >= now_us - raw.kept_us else levels(self._settings().sink.retention_days)[2]
             width_us = max(width_us, level.width_us)

@@ -350,6 +350,7 @@ async def test_the_page_shows_what_the_views_say_on_one_screen(page, site):
     refused_ = await page.js("document.getElementById('refused').innerText")
     assert "decode_failed" in refused_
     assert EVIL in refused_
+    await shot(page, "overview.png")
     assert await page.js("document.documentElement.scrollHeight <= 900"), await page.js(
         "document.documentElement.scrollHeight"
     )
@@ -497,7 +498,7 @@ async def test_the_other_workers_show_with_their_age_and_one_that_is_gone_is_mar
     says("two:22", 2, "open", blown=True)
     says("three:33", 600)
     await page.until("document.querySelectorAll('#workers article').length === 3")
-    cards = await page.js("[...document.querySelectorAll('#workers article')].map(a => a.innerText)")
+    cards = await page.js("[...document.querySelectorAll('#workers article')].map(a => a.textContent)")
     # What is wrong first; what is well is folded.
     assert ["gone" in card for card in cards] == [True, False, False]
     assert "said nothing for 10 min" in cards[0]

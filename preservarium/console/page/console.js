@@ -208,7 +208,7 @@ function drawAlarms(page) {
   $("alarms-note").textContent = page.note || "";
   refill($("alarms"), ...(page.alarms.length ? page.alarms.map((a) => el("li", { class: a.severity },
     el("div", { class: "line" }, severityMark(a.severity, a.state), el("span", { class: "quiet", text: age(a.occurred_at, nowUs) })),
-    el("div", {}, el("a", { href: deviceUrl(a.device_id) }, el("b", { text: a.device_name || a.device_id })), " ", el("span", { class: "quiet", text: STATE_TEXT[a.state] || a.state })),
+    el("div", { class: "clip" }, el("a", { href: deviceUrl(a.device_id) }, el("b", { text: a.device_name || a.device_id })), " ", el("span", { class: "quiet", text: STATE_TEXT[a.state] || a.state })),
     el("div", { class: "clip", text: a.message || `${a.rule}: ${a.component_type ?? ""}` })))
     : [el("li", { class: "none", text: page.counts ? "None: no reading meets a rule now. Rules are in the registry." : "not known" })]));
   const more = page.total - page.alarms.length;

@@ -1,7 +1,7 @@
 // Curves drawn with uPlot: series of one unit in one plot, all plots with one span and one cursor. Colours are the page's own.
 "use strict";
 
-const PLOT_HEIGHT = 190;
+const PLOT_HEIGHT = 200;
 const LINES = ["--line-1", "--line-2", "--line-3", "--line-4", "--line-5", "--line-6", "--line-7", "--line-8"];
 const SUSPECT = 3;
 const FAIL = 4;
@@ -107,7 +107,7 @@ class Plot {
     this.plot = new uPlot({
       tzDate: (s) => uPlot.tzDate(new Date(s * 1000), "UTC"), width: this.width(), height: PLOT_HEIGHT, legend: { show: false }, series, bands,
       scales: { x: { time: true }, y: { range: (u, least, greatest) => this.range(least, greatest) } },
-      axes: [{ ...axis, size: 40, space: 70, values: (u, ticks, at, space, step) => ticks.map((t, i) => tick(t, step, ticks[i - 1])) }, { ...axis, size: 62, values: (u, ticks) => ticks.map((v) => number(v)) }],
+      axes: [{ ...axis, size: 48, space: 70, values: (u, ticks, at, space, step) => ticks.map((t, i) => tick(t, step, ticks[i - 1])) }, { ...axis, size: 62, values: (u, ticks) => ticks.map((v) => number(v)) }],
       cursor: {
         sync: { key: "curves", setSeries: false }, drag: { x: true, y: false, setScale: false }, points: { size: 7 },
         bind: {

@@ -302,7 +302,14 @@ async def test_a_new_generation_brings_in_what_a_bound_had_refused(world: Any) -
         "replay", "reset", "--stage", "validate", "--to", "earliest", "--yes", "--json", "--actor", "ann"
     )
     assert done_["generation"] == 1
-    assert done_["sent"] == {"generation": 1, "records": MESSAGES, "passed": 0, "messages": MESSAGES, "errors": 0}
+    assert done_["sent"] == {
+        "generation": 1,
+        "records": MESSAGES,
+        "passed": 0,
+        "messages": MESSAGES,
+        "errors": 0,
+        "gone": 0,
+    }
     (opened,) = await command("replay", "list", "--json")
     assert (opened["generation"], opened["actor"], opened["records"]) == (1, "ann", MESSAGES)
     assert opened["sent_at"] is not None
