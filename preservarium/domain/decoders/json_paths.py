@@ -29,7 +29,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -416,25 +416,27 @@ def _read(
     out: list[Decoded | Reject],
 ) -> None:
     is_object = isinstance(part, dict)
+    around = _Around(part, at, name, unit, out)
     for field in fields:
         if field.many:
             for value, index in find_all(part, field.steps):
-                _take(field, value, part, at, name, pin or index, unit, out)
+                _take(field, value, pin or index, around)
             continue
         value = part.get(field.key) if is_object and field.key is not None else find(part, field.steps)
-        _take(field, value, part, at, name, pin, unit, out)
+        _take(field, value, pin, around)
 
 
-def _take(
-    field: _Field,
-    value: Any,
-    part: Any,
-    at: int | None,
-    name: str | None,
-    pin: str | None,
-    unit: str | None,
-    out: list[Decoded | Reject],
-) -> None:
+class _Around(NamedTuple):
+    """Where fields are read: the object, its instant, the name and unit that it gives them, and what is made of them."""
+
+    part: Any
+    at: int | None
+    name: str | None
+    unit: str | None
+    out: list[Decoded | Reject]
+
+
+def _take(field: _Field, value: Any, pin: str | None, around: _Around) -> None:
     if value is None:
         if field.required:
             message = f"{_joined(field.steps)} is missing"
@@ -446,25 +448,17 @@ def _take(
             for i, element in enumerate(value):
                 if element is not None:
                     index = str(i) if pin is None else f"{pin}.{i}"
-                    _take_one(field, element, part, at, name, index, unit, out)
+                    _take_one(field, element, index, around)
             return
         if len(value) == 1:
             (value,) = value
-    _take_one(field, value, part, at, name, pin, unit, out)
+    _take_one(field, value, pin, around)
 
 
-def _take_one(
-    field: _Field,
-    value: Any,
-    part: Any,
-    at: int | None,
-    name: str | None,
-    pin: str | None,
-    unit: str | None,
-    out: list[Decoded | Reject],
-) -> None:
+def _take_one(field: _Field, value: Any, pin: str | None, around: _Around) -> None:
     if value is None:
         return
+    part, at, name, unit, out = around
     if isinstance(value, dict | list):
         message = f"{_joined(field.steps)} is {'an object' if isinstance(value, dict) else 'a list'}, not a value"
         out.append(failed(message))
