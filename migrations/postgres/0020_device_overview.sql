@@ -19,6 +19,9 @@ COMMENT ON COLUMN device_overview.quality IS 'The worst of the last values: fail
 -- last_seen has none, so that what changes with every reading is changed in place.
 CREATE INDEX device_overview_rev ON device_overview (rev);
 
+-- A device is named by any spelling of its address, on every page and in every command: stores/registry.py, SPELLED.
+CREATE INDEX devices_spelled ON devices (lower(translate(device_id, '-:. ', '')));
+
 CREATE UNLOGGED TABLE device_overview_state (
   one          boolean PRIMARY KEY DEFAULT true CHECK (one),
   refreshed_at timestamptz NOT NULL,

@@ -59,6 +59,8 @@ DAY_US: Final = 86_400 * S_US
 SPAN_US_MAX: Final = 5 * 366 * DAY_US
 #: Instants that a query may name: the years 1970 to 2100.
 INSTANT_MAX: Final = 4_102_444_800 * S_US
+#: The ids of series are 32 bits.
+SERIES_ID_MAX: Final = 2**31 - 1
 #: A file of 200,000 readings takes ten seconds or so; who reads it slowly holds a connection of the console for so long.
 EXPORT_TIMEOUT_S: Final = 120.0
 #: Files at the same time; curves and lists have connections of their own use left.
@@ -105,6 +107,8 @@ class DeviceViews:
             if len(cursor) != 4 or cursor[:2] != [sort, order] or not isinstance(cursor[3], str):
                 bad("cursor is not one of ours, or of another order")
             if type(cursor[2]) not in (int, str) or "\0" in str(cursor[2]) + cursor[3]:
+                bad("cursor is not one of ours")
+            if isinstance(cursor[2], int) and not -1 <= cursor[2] <= INSTANT_MAX:
                 bad("cursor is not one of ours")
             after = (cursor[2], cursor[3])
         note = None
@@ -163,7 +167,9 @@ class DeviceViews:
         """Readings with their flags, parser and coordinates, newest first."""
         cursor, before = cursor_of(request), None
         if cursor is not None:
-            if len(cursor) != 2 or any(type(each) is not int or not 0 <= each <= INSTANT_MAX for each in cursor):
+            if len(cursor) != 2 or any(type(each) is not int for each in cursor):
+                bad("cursor is not one of ours")
+            if not 0 <= cursor[0] <= INSTANT_MAX or not 0 <= cursor[1] <= SERIES_ID_MAX:
                 bad("cursor is not one of ours")
             before = (cursor[0], cursor[1])
         from_us = instant_of(request, "from", 0)

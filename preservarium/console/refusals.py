@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import Callable, Mapping
+from time import monotonic
 from typing import Any, Final
 
 from aiohttp import web
@@ -23,7 +24,7 @@ from preservarium.streaming.following import Follower
 
 #: A page asks every few seconds; a tab that is hidden for so long is read anew when it is looked at.
 IDLE_S: Final = 120.0
-#: The first question waits so long for what is being read.
+#: The first questions wait so long for what is being read.
 FIRST_S: Final = 3.0
 #: Original bytes in a list, and of one refusal.
 SAMPLE_BYTES_MAX: Final = 2_048
@@ -92,6 +93,7 @@ class RefusalViews:
         self._refusals = refusals
         self._asked = asked
         self._looks = asyncio.Semaphore(LOOKS_MAX)
+        self._began_s: float | None = None  #: when somebody began to wait for the first reading, monotonic
 
     def mount(self, application: web.Application) -> None:
         """Add the routes to an aiohttp application that has not started."""
@@ -107,9 +109,7 @@ class RefusalViews:
             bad("cursor is not one of ours")
         self._asked()
         refusals = self._refusals
-        if not refusals.ready.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(refusals.ready.wait(), FIRST_S)
+        await self._read()
         page, following = refusals.newest(
             stage=stage, code=code, device_id=device, before=(cursor[0], cursor[1]) if cursor else None, limit=limit
         )
@@ -128,6 +128,17 @@ class RefusalViews:
                 "at": now_us,
             }
         )
+
+    async def _read(self) -> None:
+        """Wait for the first reading, of all who ask together no longer than `FIRST_S`: a page asks again."""
+        if self._refusals.ready.is_set():
+            self._began_s = None
+            return
+        now_s = monotonic()
+        if self._began_s is None:
+            self._began_s = now_s
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._refusals.ready.wait(), max(0.0, self._began_s + FIRST_S - now_s))
 
     def _note(self) -> str | None:
         if not self._refusals.ready.is_set():

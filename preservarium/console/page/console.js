@@ -5,8 +5,8 @@ const STATUS_INTERVAL_MS = 1000;
 const LIST_INTERVAL_MS = 2000;
 const FLEET_INTERVAL_MS = 10000;
 const REFUSALS_INTERVAL_MS = 5000;
-const ALARMS_SHOWN = 4;
-const REFUSALS_SHOWN = 4;
+const ALARMS_SHOWN = 3;
+const REFUSALS_SHOWN = 3;
 // Lag above which a stage is drawn as behind: some seconds of a busy pipeline.
 const LAG_WARN_RECORDS = 20000;
 const STAGES = {

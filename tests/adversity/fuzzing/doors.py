@@ -40,8 +40,9 @@ ALARM: Final = {
 }  # fmt: skip
 #: Fields of queries, with values that some route takes.
 QUERIES: Final = {
-    "device": ["d1", "70B3D57ED0000001"], "port": ["2", "255"], "mode": ["LoRaWAN"], "limit": ["5", "200"], "cursor": ["WzEsIjYxIl0", "WyJkMSJd", "WyJ1cmdlbmN5IiwxXQ"], "q": ["temp"], "state": ["standing", "waiting", "cleared", "all", "sent,done"],
-    "severity": ["major", "minor,critical"], "rule": ["hot"], "sort": ["urgency", "time"], "has": ["x"], "precision": ["ns", "s", ""], "db": ["machines"], "token": ["WzFd.x.y"], "from": ["2024-06-01T00:00:00Z"], "to": ["2024-06-02"], "component_type": ["t"], "bucket": ["1h"],
+    "device": ["d1", "70B3D57ED0000001"], "port": ["2", "255"], "mode": ["LoRaWAN"], "limit": ["5", "200"], "cursor": ["WzEsIjYxIl0", "WyJkMSJd", "WyJ1cmdlbmN5IiwxXQ"], "q": ["temp"], "state": ["standing", "waiting", "cleared", "all", "sent,done", "silent"],
+    "series": ["1,2"], "points": ["100"], "order": ["asc", "desc"], "type": ["box"], "code": ["unknown_device"], "stage": ["normalize"],
+    "severity": ["major", "minor,critical"], "rule": ["hot"], "sort": ["urgency", "time", "seen", "name"], "has": ["x"], "precision": ["ns", "s", ""], "db": ["machines"], "token": ["WzFd.x.y"], "from": ["2024-06-01T00:00:00Z", "1717243200000000"], "to": ["2024-06-02"], "component_type": ["t"], "bucket": ["1h"],
 }  # fmt: skip
 #: An answer is waited for as long as these say: no input may make the run wait.
 WAITS: Final = ("0", "x", "-1", "nan", "26", "1e999", "")

@@ -244,8 +244,6 @@ async def test_many_readings_are_put_into_bins_with_the_worst_quality_of_each(re
 
 
 async def test_roll_ups_have_mean_least_and_greatest_at_every_level(reads, connection):
-    if await connection.fetchval("SELECT storage_engine()") != "plain":
-        pytest.skip("roll-ups are filled by hand on plain PostgreSQL only")
     hours, _ = await curve(reads, "temperature", NOW_US - 2 * DAY_US, NOW_US, points=48)
     assert (hours["level"], hours["width_us"], hours["quality"]) == ("1h", HOUR_US, None)
     assert sum(hours["n"]) == 2850
@@ -257,6 +255,8 @@ async def test_roll_ups_have_mean_least_and_greatest_at_every_level(reads, conne
     assert sum(n * mean for n, mean in zip(hours["n"], hours["mean"], strict=True)) / sum(hours["n"]) == pytest.approx(
         exact
     )
+    if await connection.fetchval("SELECT storage_engine()") != "plain":
+        return  # years of readings are put into the roll-ups by hand, which a continuous aggregate does not take
     years, _ = await curve(reads, "temperature", NOW_US - 5 * 365 * DAY_US, NOW_US)
     assert (years["level"], years["width_us"]) == ("1d", 2 * DAY_US)
     assert 740 < len(years["at"]) < 760
@@ -272,12 +272,8 @@ async def test_every_span_can_be_drawn_of_every_series(reads, span_us):
             await curve(reads, name, NOW_US - span_us, NOW_US, points=points)
 
 
-async def test_a_direction_has_the_mean_of_its_directions_and_no_extremes(reads, connection):
-    plain = await connection.fetchval("SELECT storage_engine()") == "plain"
-    for span_us, points, level in (
-        (2 * HOUR_US, 30, "raw"),
-        *(((2 * DAY_US, 48, "1h"), (2 * DAY_US, 10, "1h")) if plain else ()),
-    ):
+async def test_a_direction_has_the_mean_of_its_directions_and_no_extremes(reads):
+    for span_us, points, level in ((2 * HOUR_US, 30, "raw"), (2 * DAY_US, 48, "1h"), (2 * DAY_US, 10, "1h")):
         found, _ = await curve(reads, "wind", NOW_US - span_us, NOW_US, points=points)
         assert (found["level"], found["min"], found["max"]) == (level, None, None)
         # 350° and 20° are 5° on average, and not 185°; a bin at an edge may have one more of either.

@@ -125,7 +125,8 @@ def cursor(*position):
         "/api/devices/d/series?points=99999", "/api/devices/d/series?from=5&to=5", "/api/devices/d/series?from=yesterday",
         "/api/devices/d/series?from=2026-01-01T00:00:00", f"/api/devices/d/series?from=0&to={SPAN_US_MAX + 1}", "/api/devices/d/series?to=999999999999999999",
         "/api/devices/d/series?to=1e9999", f"/api/devices/d/readings?cursor={cursor(1)}", f"/api/devices/d/readings?cursor={cursor('a', 'b')}",
-        f"/api/devices/d/readings?cursor={cursor(-1, 2)}", "/api/devices/d/readings?from=-5", "/api/devices/d/readings.csv?from=9&to=8",
+        f"/api/devices/d/readings?cursor={cursor(-1, 2)}", f"/api/devices/d/readings?cursor={cursor(5, 2**31)}",
+        f"/api/devices?sort=seen&cursor={cursor('seen', 'desc', 2**60, 'd')}", f"/api/devices?sort=seen&cursor={cursor('seen', 'desc', -2, 'd')}", "/api/devices/d/readings?from=-5", "/api/devices/d/readings.csv?from=9&to=8",
     ],
 )  # fmt: skip
 async def test_a_bad_question_is_a_problem_with_a_reason_and_asks_no_database(client, reads, path):
