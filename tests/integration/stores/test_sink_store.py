@@ -136,9 +136,9 @@ async def test_a_second_value_that_another_writer_stores_meanwhile_is_told(dsn, 
 
 
 @pytest.mark.parametrize("statement", [*timescale._LOOK, *timescale._LOOK.values(), timescale._CORRECT_LATEST])
-async def test_what_stands_is_looked_up_by_its_key(dsn, statement):
+async def test_what_stands_is_looked_up_by_its_key(plain, statement):
     """Whatever is known of the temporary table: a join may read every partition for one row."""
-    connection = await asyncpg.connect(dsn)
+    connection = await asyncpg.connect(plain)
     await connection.execute(f"CREATE TEMP TABLE {timescale.STAGING}")
     plan = await connection.fetch(f"EXPLAIN {statement}", at(NOW_US - DAY_US), at(NOW_US))
     await connection.close()
