@@ -123,6 +123,9 @@ CONNECTOR_RECONNECTS = _counter(
 # --- state ---
 STATE_DAMAGED = _counter("state_damaged_total", "Local stores that were damaged, set aside and restored.", "table")
 STATE_FENCED = _counter("state_fenced_total", "Writes of state that were not this worker's to make any more.", "table")
+RESTORES_ANEW = _counter(
+    "restores_anew_total", "Times that restoring tables began anew: a step failed or took too long."
+)
 STATE_REPAIRED = _counter("state_repaired_total", "Values written again over those of a stale worker.", "table")
 
 # --- stores ---

@@ -709,7 +709,9 @@ class GroupFeed:
         tp = TopicPartition(self.kafka_topic, lane.partition)
         # Also where the store says nothing: a poll may have passed over records meanwhile.
         if start is None:
-            start = await consumer.committed(tp)
+            # A consumer that was stopped meanwhile never answers.
+            async with asyncio.timeout(COMMIT_TIMEOUT_S):
+                start = await consumer.committed(tp)
         if lane.revoked or consumer is not self._consumer:
             return False
         if start is None:

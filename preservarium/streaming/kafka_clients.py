@@ -213,6 +213,16 @@ async def commits(consumer: Any, partitions: Sequence[Any]) -> dict[Any, Any]:
     return {tp: at for tp, at in found.items() if at.offset >= 0}
 
 
+def stay_active(consumer: Any) -> None:
+    """Have a consumer count as asked for records just now.
+
+    One that nobody has asked for `max_poll_interval` leaves its group, and joins none again before somebody asks: a worker
+    that waits for its partitions before it asks would wait for ever. From any thread.
+    """
+    # Hook: aiokafka's own note of the last call. tests/contract holds it.
+    consumer._subscription._last_fetch_ended = monotonic()
+
+
 def hang_up(consumer: Any) -> None:
     """Cut the connections on which a started consumer fetches; they are made anew when they are needed.
 

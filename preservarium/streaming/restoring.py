@@ -8,11 +8,13 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final
 
 import structlog
+from aiokafka.errors import KafkaError
 from faust.tables.manager import TableManager
-from faust.tables.recovery import Recovery
+from faust.tables.recovery import RebalanceAgain, Recovery, ServiceStopped
 from faust.types import TP
 
-from preservarium.errors import Retry
+from preservarium import metrics
+from preservarium.errors import Retry, reason
 from preservarium.streaming.state import StateTable
 
 log = structlog.get_logger(__name__)
@@ -23,6 +25,38 @@ RETRY_S: Final = 0.5
 
 class FencedRecovery(Recovery):
     """Faust's recovery of tables, of partitions that are fenced before it looks how far to read."""
+
+    async def _wait(self, coro: Any, timeout: Any = None) -> None:
+        """A step: to its end, or until a rebalance or stop. One that fails is no reason to give up: all begin anew.
+
+        Raises:
+            RebalanceAgain: recovery begins anew.
+            ServiceStopped: the worker stops.
+        """
+        # Hook: each step of recovery. Faust takes a time-out for a stop, and mode a cancelled future for the end of the task:
+        # either ended recovery for good, silently, and the worker stayed in its group without ever working again.
+        try:
+            waited = await self.wait_first(coro, self.signal_recovery_start, timeout=timeout)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            why = "what it waited for was cancelled"
+        except (KafkaError, OSError, TimeoutError) as e:
+            why = reason(e)
+        else:
+            if self.should_stop:
+                raise ServiceStopped
+            if self.signal_recovery_start in waited.done:
+                raise RebalanceAgain
+            if not waited.stopped:
+                return
+            why = f"it took longer than {timeout} s"
+        log.warning("restoring_begins_anew", reason=why)
+        metrics.RESTORES_ANEW.inc()
+        await asyncio.sleep(RETRY_S)
+        self.signal_recovery_start.set()
+        raise RebalanceAgain
 
     async def _build_highwaters(self, consumer: Any, tps: set[TP], destination: Any, title: str) -> None:
         # Hook: the first thing that recovery asks of the partitions that it is to restore.

@@ -109,6 +109,11 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         await consumer.commit(foreign)
         return {ensure_TP(tp): (offset, ends[tp]) for tp, offset in foreign.items() if ends[tp] > offset}
 
+    def stay_active(self) -> None:
+        """Say that the worker goes on, though it asks for no records now."""
+        if self._consumer is not None:
+            kafka_clients.stay_active(self._consumer)
+
     def highwater(self, tp: TP) -> int | None:
         """Where a partition ends, of what may be read, as its last fetch said; None: it did not, or it is not ours."""
         # Hook: Faust's version takes the end of transactions under way, and fails for a partition that was just revoked.
@@ -211,7 +216,8 @@ class BatchConsumer(driver.Consumer):
             while not stopping():
                 self.fetched_s = monotonic()
                 if not self.flow_active:
-                    await self.wait(self.can_resume_flow)
+                    self._thread.stay_active()
+                    await self.wait(self.can_resume_flow, timeout=FETCH_S)
                     continue
                 turn = self._turn
                 fetch = await self._wait_fetch()
@@ -248,6 +254,7 @@ class BatchConsumer(driver.Consumer):
         lanes = self._stages
         ready = {tp for tp in active if _fetchable(lanes.lanes(tp))}
         if not ready:
+            self._thread.stay_active()
             self._room.clear()
             try:
                 async with asyncio.timeout(PARTIAL_FETCH_S):

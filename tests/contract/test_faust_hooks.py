@@ -7,6 +7,7 @@ import asyncio
 import importlib.metadata
 import inspect
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import aiokafka
@@ -34,6 +35,7 @@ from faust.transport.consumer import Consumer, ThreadDelegateConsumer
 from faust.transport.consumer import Fetcher as FaustFetcher
 from faust.transport.drivers import TRANSPORTS
 from faust.transport.drivers import aiokafka as driver
+from mode.services import Service
 from mode.threads import QueueServiceThread
 
 from preservarium.streaming import kafka_clients
@@ -378,6 +380,33 @@ def test_recovery_can_be_fenced() -> None:
     assert completed.index("call") < completed.index("consumer.resume_partitions(")
     assert "self._recovery is None" in source(TableManager.recovery.fget)
     assert "self.tables.recovery" not in source(Recovery.__init__)
+
+
+def test_recovery_gives_up_for_good_where_a_step_takes_too_long() -> None:
+    """Why restoring.py has its own wait: Faust's takes a time-out for a stop, and each step of recovery goes through it."""
+    wait, loop, first = source(Recovery._wait), source(Recovery._restart_recovery), source(Service.wait_first)
+    assert "if wait_result.stopped: # service was stopped. raise ServiceStopped()" in wait
+    assert "except ServiceStopped as exc:" in loop
+    assert "break # service was stopped" in loop
+    assert "return WaitResults([], [], True)" in first
+    steps = ("_build_highwaters", "_build_offsets", "_seek_offsets", "on_recovery_completed")
+    assert all(
+        f"await self._wait( T(self.{step})" in loop or f"await self._wait(T(self.{step})" in loop for step in steps
+    )
+    assert "if await self.wait_for_stopped( self.signal_recovery_start" in loop
+
+
+async def test_a_consumer_that_nobody_asks_joins_no_group() -> None:
+    """Why the fetch loop says that it is at work while it waits for its partitions."""
+    join = source(GroupCoordinator.ensure_active_group)
+    assert "idle_time >= self._max_poll_interval: await asyncio.sleep" in join
+    idle = source(SubscriptionState.fetcher_idle_time.fget)
+    assert "time.monotonic() - self._last_fetch_ended" in idle
+    subscriptions = SubscriptionState()
+    subscriptions._last_fetch_ended -= 1_000
+    assert subscriptions.fetcher_idle_time > 999
+    kafka_clients.stay_active(SimpleNamespace(_subscription=subscriptions))
+    assert subscriptions.fetcher_idle_time < 100
 
 
 def test_our_store_is_the_one_that_tables_get() -> None:
