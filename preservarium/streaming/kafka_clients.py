@@ -11,9 +11,10 @@ from time import monotonic
 from typing import Any, Final, NamedTuple
 
 from aiokafka import TopicPartition
-from aiokafka.client import ConnectionGroup
+from aiokafka.client import AIOKafkaClient, ConnectionGroup
 from aiokafka.conn import AIOKafkaConnection, CloseReason
-from aiokafka.errors import IllegalStateError, KafkaConnectionError
+from aiokafka.errors import IllegalStateError, KafkaConnectionError, for_code
+from aiokafka.protocol.commit import OffsetFetchRequest
 
 from preservarium import tls
 from preservarium.errors import reason
@@ -48,6 +49,28 @@ def _closed_is_broken(send: Callable[..., Any]) -> Callable[..., Any]:
 # Hook: the two ways in which aiokafka writes to a connection, of every client in this process; tests/contract holds them.
 AIOKafkaConnection.send = _closed_is_broken(AIOKafkaConnection.send)
 AIOKafkaConnection._send_sasl_token = _closed_is_broken(AIOKafkaConnection._send_sasl_token)
+
+
+def _offsets_or_error(send: Callable[..., Any]) -> Callable[..., Any]:
+    """Have an answer without offsets be an error, where it says why it has none.
+
+    A broker that has just started has not read its groups yet. It says so for the whole answer (OffsetFetch from version 2
+    on), and aiokafka looks at single partitions only: a group that stands somewhere was taken for one that has never
+    committed, and read everything again from the beginning.
+    """
+
+    @functools.wraps(send)
+    async def sent(client: Any, node_id: Any, request: Any, **kwargs: Any) -> Any:
+        response = await send(client, node_id, request, **kwargs)
+        if isinstance(request, OffsetFetchRequest) and (code := getattr(response, "error_code", 0)):
+            raise for_code(code)
+        return response
+
+    return sent
+
+
+# Hook: the way of every request of clients, consumers and administrators among them; tests/contract holds it.
+AIOKafkaClient.send = _offsets_or_error(AIOKafkaClient.send)
 
 
 async def stop(client: Any, within_s: float = STOP_S) -> None:

@@ -13,14 +13,17 @@ from typing import Any
 import aiokafka
 import faust
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.client import AIOKafkaClient
 from aiokafka.conn import AIOKafkaConnection
 from aiokafka.consumer.consumer import AIOKafkaConsumer
 from aiokafka.consumer.fetcher import Fetcher, FetchResult, PartitionRecords
 from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.consumer.subscription_state import Assignment, SubscriptionState, TopicPartitionState
+from aiokafka.errors import for_code
 from aiokafka.producer.message_accumulator import BatchBuilder, MessageAccumulator
 from aiokafka.producer.sender import Sender
+from aiokafka.protocol.commit import OffsetFetchRequest, OffsetFetchResponse_v3
 from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from aiokafka.record.memory_records import MemoryRecords
@@ -407,6 +410,26 @@ async def test_a_consumer_that_nobody_asks_joins_no_group() -> None:
     assert subscriptions.fetcher_idle_time > 999
     kafka_clients.stay_active(SimpleNamespace(_subscription=subscriptions))
     assert subscriptions.fetcher_idle_time < 100
+
+
+@pytest.mark.parametrize("code", [14, 15, 16, 30])
+async def test_a_broker_that_has_not_read_its_groups_is_asked_again(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offsets that a broker cannot say are not taken for offsets that there are none of."""
+    assert "group_id, partitions" in source(AIOKafkaAdminClient.list_consumer_group_offsets)
+    for asked in (AIOKafkaAdminClient._send_request, GroupCoordinator._send_req):
+        assert "await self._client.send(" in source(asked)
+    request = OffsetFetchRequest("g", [("t", [0])])
+    answer = OffsetFetchResponse_v3(throttle_time_ms=0, topics=[], error_code=code)
+
+    async def send(client: Any, node_id: Any, request: Any, **kwargs: Any) -> Any:
+        return answer
+
+    heeding = kafka_clients._offsets_or_error(send)
+    with pytest.raises(for_code(code)):
+        await heeding(None, 1, request)
+    answer = OffsetFetchResponse_v3(throttle_time_ms=0, topics=[("t", [(0, 7, "", 0)])], error_code=0)
+    assert await heeding(None, 1, request) is answer
+    assert AIOKafkaClient.send.__wrapped__, "every client's"  # type: ignore[attr-defined]
 
 
 def test_our_store_is_the_one_that_tables_get() -> None:
