@@ -92,10 +92,10 @@ async def _fill(dsn):
         await connection.execute(REGISTRY)
         for statement in (READINGS, FAST, ALARMS):
             await connection.execute(statement, NOW)
-        if await connection.fetchval("SELECT storage_engine()") == "plain":
-            await connection.execute(ROLLED, NOW)
-            await connection.execute("SELECT refresh_rollups()")
-            await connection.execute(OLD, NOW)
+        await connection.execute(ROLLED, NOW)
+        while await connection.fetchval("SELECT refresh_rollups(5000, INTERVAL '1 hour')"):
+            pass
+        await connection.execute(OLD, NOW)
     finally:
         await connection.close()
 
