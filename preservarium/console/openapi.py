@@ -1,6 +1,7 @@
 """The description of the API of devices and operators (OpenAPI 3.1), served at /api/openapi.json.
 
-A literal document: a test holds its paths, parameters and fields equal to the routes and types.
+A literal document: a test holds its paths, parameters and fields equal to the routes and types. It is one file, although a long
+one: all of it is data, and whoever looks for a path searches in one place.
 """
 
 from typing import Any, Final
