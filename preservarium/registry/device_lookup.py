@@ -39,6 +39,8 @@ QUERY_DEVICES_MAX: Final = 200
 QUERY_TIMEOUT_S: Final = 5.0
 #: One query at a time is the rule, since waiting callers share it; a second for another agent.
 CONNECTIONS_MAX: Final = 2
+#: Where nobody has asked for so long, nobody knows whether the database was back meanwhile: it is waited for anew.
+AWAY_FORGOTTEN_S: Final = 600.0
 #: An idle connection is given back: in the steady state there is no query at all.
 CONNECTION_IDLE_S: Final = 60.0
 
@@ -74,8 +76,9 @@ class DeviceLookup:
         self._found: TTLCache[str, DeviceDoc] = TTLCache(REMEMBERED_MAX, normalize.config_cache_ttl_s, timer=now_s)
         #: canonical addresses that the database does not know either
         self._unknown: TTLCache[str, None] = TTLCache(REMEMBERED_MAX, normalize.unknown_cache_ttl_s, timer=now_s)
-        #: since when the database cannot be asked, s on the monotonic clock
+        #: since when the database cannot be asked, and when it was asked last, s on the monotonic clock
         self._away_since_s: float | None = None
+        self._away_last_s = 0.0
         self._flights: dict[str, asyncio.Task[dict[str, DeviceDoc] | None]] = {}
         self._listeners: list[Callable[[str], None]] = []
         self._breaker = Breaker("registry", lambda: settings().breaker, clock=self._clock, server="postgres")
@@ -188,8 +191,9 @@ class DeviceLookup:
     def _is_patient(self) -> bool:
         """Whether the database is away for so short a time that it is waited for."""
         now_s = self._clock.monotonic_s()
-        if self._away_since_s is None:
+        if self._away_since_s is None or now_s - self._away_last_s > AWAY_FORGOTTEN_S:
             self._away_since_s = now_s
+        self._away_last_s = now_s
         return now_s - self._away_since_s < self._settings().normalize.registry_wait_s
 
     def _landed(self, device_ids: Sequence[str]) -> None:

@@ -114,6 +114,23 @@ async def test_a_database_that_is_restarted_is_waited_for_and_one_that_stays_awa
         lookup.changed(EUI)
 
 
+async def test_an_outage_long_ago_takes_nothing_from_the_patience_with_the_next_one():
+    """Nobody need ask for a stranger between two outages, so no answer tells that the first one is over."""
+    clock = ManualClock(0)
+    lookup = Lookup({}, {EUI: document(EUI)}, clock=clock)
+    lookup.is_down = True
+    with pytest.raises(Retry):
+        await lookup.lookup(PARTITION, EUI)
+    clock.advance(load().normalize.registry_wait_s)
+    assert await lookup.lookup(PARTITION, EUI) is None
+    clock.advance(5 * 3_600)
+    with pytest.raises(Retry):
+        await lookup.lookup(PARTITION, EUI)
+    lookup.is_down = False
+    clock.advance(load().breaker.open_max_s * 2)
+    assert await lookup.lookup(PARTITION, EUI) == document(EUI)
+
+
 async def test_what_the_database_does_not_know_is_asked_for_again_soon():
     clock = ManualClock(0)
     lookup = Lookup({}, clock=clock)
