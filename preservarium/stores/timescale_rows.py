@@ -154,7 +154,8 @@ class Encoded:
             if any(others):
                 self._latest = latest_of([self.rows(), *others], self.bounds)
             else:
-                self._latest = Latest.of(_newest_of(self._ordered()), marks_of(self.plain, self.times, self.bounds))
+                newest = _newest_of(self._ordered())
+                self._latest = Latest.of(newest, marks_of(self.plain, self.times, newest, self.bounds))
         return self._latest
 
     def others(self) -> tuple[Rows, Rows, Rows]:
@@ -458,6 +459,9 @@ def staged(part: Rows) -> tuple[CopyMessage, list[int]]:
 
 #: Ranges of changed minutes in one write; beyond it hours are marked, then days: a clock that is ahead may touch many.
 _RANGES_MAX: Final = 64
+#: A write of so few minutes or hours marks all of them, whatever its rows are.
+_MINUTES_WHOLE: Final = 3
+_HOURS_WHOLE: Final = 2
 #: Pairs of series and hour in one row of `rollup_dirty`.
 _PAIRS_MAX: Final = 1_000
 _MINUTE_US: Final = 60_000_000
@@ -485,28 +489,45 @@ class Marks:
 _SERIES_OF: Final = itemgetter(slice(4, 8))
 
 
-def marks_of(rows: Sequence[bytes], times: Sequence[int], bounds: Bounds) -> Marks:
+def marks_of(rows: Sequence[bytes], times: Sequence[int], series: Collection[bytes], bounds: Bounds) -> Marks:
     """The marks of rows.
+
+    A write of one or two hours marks them for each of its series: that asks nothing of the single row, and to make an hour again
+    that has not changed is cheap. More hours (a back-fill) are marked for the series that have a row in them.
 
     Args:
         rows: each row, or the prefix that it begins with.
         times: their timestamps, µs since the epoch.
+        series: the prefixes of the rows, each once, in order.
         bounds: what is current, and what is of today.
     """
-    minutes = {timestamp // _MINUTE_US for timestamp in times}
+    if not times:
+        return Marks([], [], [], [])
+    oldest, newest = min(times), max(times)
     first = bounds.current // _MINUTE_US
-    if not minutes or min(minutes) >= first:
+    current = first * _MINUTE_US
+    minutes: Collection[int] = ()
+    if newest >= current:
+        begin, end = max(oldest // _MINUTE_US, first), newest // _MINUTE_US + 1
+        minutes = range(begin, end)
+        if len(minutes) > _MINUTES_WHOLE:
+            minutes = {m for m in map(floordiv, times, repeat(_MINUTE_US)) if m >= first}
+    if oldest >= current:
         return Marks(_ranges(minutes), [], [], [])
-    # Functions of C over whole columns: half the time of a loop, and all rows of a back-fill come here.
-    found = zip(map(floordiv, times, repeat(_HOUR_US)), map(_SERIES_OF, rows), strict=True)
-    if max(minutes) >= first:
-        current = first * _MINUTE_US
-        pairs = sorted({pair for pair, at in zip(found, times, strict=True) if at < current})
+    late = range(oldest // _HOUR_US, min(newest, current - 1) // _HOUR_US + 1)
+    if len(late) <= _HOURS_WHOLE:
+        numbers = [prefix[4:8] for prefix in series]
+        pairs = [(hour, number) for hour in late for number in numbers]
     else:
-        pairs = sorted(set(found))
+        # Functions of C over whole columns: half the time of a loop, and all rows of a back-fill come here.
+        found = zip(map(floordiv, times, repeat(_HOUR_US)), map(_SERIES_OF, rows), strict=True)
+        if newest >= current:
+            pairs = sorted({pair for pair, at in zip(found, times, strict=True) if at < current})
+        else:
+            pairs = sorted(set(found))
     origin = TIMESTAMP_MIN_US // _HOUR_US
     hours = [hour - origin for hour, _ in pairs]
-    series = list(struct.unpack(f">{len(pairs)}i", b"".join([number for _, number in pairs])))
+    numbers_of = list(struct.unpack(f">{len(pairs)}i", b"".join([number for _, number in pairs])))
     # Some are shown by the views at once: they stand in rows of their own.
     old = bisect_left(hours, bounds.today // _HOUR_US - origin)
     slices = [
@@ -514,7 +535,7 @@ def marks_of(rows: Sequence[bytes], times: Sequence[int], bounds: Bounds) -> Mar
         for start, end, shown in ((0, old, False), (old, len(hours), True))
         for begin in range(start, end, _PAIRS_MAX)
     ]
-    return Marks(_ranges({m for m in minutes if m >= first}), series, hours, slices)
+    return Marks(_ranges(minutes), numbers_of, hours, slices)
 
 
 def _ranges(minutes: Collection[int]) -> list[tuple[int, int]]:
@@ -553,4 +574,6 @@ def latest_of(parts: Sequence[Rows], bounds: Bounds) -> Latest:
     """Of the rows of the live table and `Encoded.others`; of two of one key that of the last part counts."""
     live, _, *others = parts  # what is staged is marked when it is merged: until then it is in no roll-up
     keys = [key for part in (live, *others) for key in part]
-    return Latest.of(_newest(parts), marks_of([prefix for prefix, _ in keys], [at for _, at in keys], bounds))
+    prefixes = [prefix for prefix, _ in keys]
+    marks = marks_of(prefixes, [at for _, at in keys], sorted(set(prefixes)), bounds)
+    return Latest.of(_newest(parts), marks)
