@@ -160,6 +160,7 @@ class App(faust.App):
         #: topic of the shared feed -> partitions that it has, where that is not what is declared
         self._misfits: dict[str, int] = {}
         self._started_s = self._beat_s = monotonic()
+        self._taking_over = reports.TakingOver()
         self._suspect_until_s = 0.0
         #: Faust's command line gives --datadir in the environment, and it wins.
         self._datadir_given = bool(os.environ.get("F_DATADIR"))
@@ -718,8 +719,18 @@ class App(faust.App):
             await self.sleep(GAUGES_S)
             try:
                 self._set_gauges()
+                self._taking_s()
             except Exception:
                 log.exception("gauges_failed")
+
+    def _taking_s(self) -> float:
+        """For how long partitions have been taken over without a step forward; while Kafka is away that says nothing."""
+        busy = bool(self.rebalancing) or bool(getattr(self, "in_recovery", False))
+        step = None
+        if busy and self.kafka_watch.state != "down":
+            recovery = self.tables.recovery
+            step = self.consumer_generation_id, len(recovery.active_tps), sum(recovery.active_offsets.values())
+        return self._taking_over.look(step, monotonic())
 
     def _set_gauges(self) -> None:
         seen: set[tuple[str, ...]] = set()
@@ -760,6 +771,7 @@ class App(faust.App):
             self._consumer,
             assigned=bool(assignment),
             kafka_answers=self.kafka_watch.state != "down",
+            taking_s=self._taking_s(),
         )
         declared = self.live().kafka.partitions
         return {

@@ -19,6 +19,9 @@ from preservarium.streaming.runner import Runner
 STUCK_GRACE_S: Final = 15.0
 #: A fetch or poll loop that has not turned for so long is stuck; a turn takes a second, a rebalance up to a minute.
 LOOP_STUCK_S: Final = 90.0
+#: Partitions that are taken over bring a step forward (a generation of the group, a record restored) at least so often: a
+#: rebalance may take a minute, and a step of recovery has limits of its own. Beyond, the worker stands in its group and works not.
+TAKING_STUCK_S: Final = 300.0
 
 
 def connected(consumer: Any) -> bool:
@@ -82,6 +85,28 @@ def assignment_of(consumer: Any) -> dict[str, list[int]]:
     return assignment
 
 
+class TakingOver:
+    """For how long a worker takes partitions over without getting on with it."""
+
+    def __init__(self) -> None:
+        self._step: Any = None
+        self._since_s: float | None = None
+
+    def look(self, step: Any, now_s: float) -> float:
+        """Look at it, now and then.
+
+        Args:
+            step: how far it is, in anything that can be compared; None: nothing is being taken over.
+            now_s: monotonic time.
+
+        Returns:
+            Seconds since the last step forward; 0 where nothing is being taken over.
+        """
+        if step is None or step != self._step or self._since_s is None:
+            self._step, self._since_s = step, now_s
+        return 0.0 if step is None else now_s - self._since_s
+
+
 def problems_of(
     reports: Mapping[str, Mapping[str, Any]],
     feeds: Mapping[str, GroupFeed],
@@ -89,6 +114,7 @@ def problems_of(
     *,
     assigned: bool,
     kafka_answers: bool,
+    taking_s: float = 0.0,
 ) -> list[str]:
     """What a restart could mend.
 
@@ -98,6 +124,7 @@ def problems_of(
         consumer: of the shared feed.
         assigned: whether it has partitions.
         kafka_answers: where it does not, loops stand still for want of it, and a restart would mend nothing.
+        taking_s: for how long partitions have been taken over without a step forward (`TakingOver`).
     """
     now_s = monotonic()
     problems: list[str] = []
@@ -112,6 +139,8 @@ def problems_of(
         ]
     if not kafka_answers:
         return problems
+    if taking_s > TAKING_STUCK_S:
+        problems.append(f"partitions are being taken over, without a step forward for {taking_s:.0f} s")
     if assigned and consumer.flow_active and now_s - consumer.fetched_s > LOOP_STUCK_S:
         problems.append(f"the fetch loop stands still for {now_s - consumer.fetched_s:.0f} s")
     for name, feed in feeds.items():
