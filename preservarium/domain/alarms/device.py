@@ -9,13 +9,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from preservarium.domain.alarms.action import Action
+from preservarium.domain.alarms.calm import stays_calm, waits
 from preservarium.domain.alarms.machine import NEW, Alarm, Event, Occasion, Point, Refusal, State
-from preservarium.domain.alarms.observation import observe, pass_time, wait_anew
+from preservarium.domain.alarms.observation import observe, pass_time, usable, wait_anew
 from preservarium.domain.alarms.rule import NO_DEVICE, DeviceRules
 from preservarium.domain.alarms.state import (
     STATE_VERSION,
     Generation,
     held,
+    is_watched,
     oldest_held,
     stands,
     stands_without_rule,
@@ -46,6 +48,9 @@ class DeviceAlarms:
         #: of the last message
         self._as_received = True
         self._turn_before: Turn | None = None
+        #: the rules by which it was asked whether the device is calm, and its live generation where it is (calm.py)
+        self._asked_calm: DeviceRules | None = None
+        self._calm: dict[str, Any] | None = None
 
     def document(self) -> dict[str, Any]:
         """The state as JSON-able data."""
@@ -109,6 +114,14 @@ class DeviceAlarms:
         self._as_received = as_received
         if outcome is None:
             outcome = Outcome()
+        if rules is not None and rules.calm is not None and not self._generations:
+            kept = self._calm if self._asked_calm is rules else self._ask_calm(rules)
+            if kept is not None and message["generation"] == GENERATION_LIVE:
+                evaluated = stays_calm(message, rules.calm, kept, usable)
+                if evaluated is not None:
+                    outcome.duplicate = evaluated < 0
+                    outcome.evaluated += max(evaluated, 0)
+                    return outcome
         state = self._generations.get(message["generation"]) or self._generation(message["generation"])
         if not take(state.kept["m"], message):
             outcome.duplicate = True
@@ -223,6 +236,14 @@ class DeviceAlarms:
         """Whether such an alarm is not watched any more; as of `document`."""
         kept = self._document["g"].get(str(GENERATION_LIVE))
         return kept is not None and stands_without_rule(kept, rules or NO_DEVICE)
+
+    def _ask_calm(self, rules: DeviceRules) -> dict[str, Any] | None:
+        """The live generation, where nothing of it waits for time or other rules; as long as nothing of it is unpacked."""
+        self._asked_calm = rules
+        kept: dict[str, Any] | None = self._document["g"].get(str(GENERATION_LIVE))
+        is_calm = kept is not None and "due" not in self._document and not waits(kept) and is_watched(kept, rules)
+        self._calm = kept if is_calm else None
+        return self._calm
 
     def _generation(self, number: int) -> Generation:
         state = self._generations.get(number)

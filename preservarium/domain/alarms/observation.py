@@ -107,7 +107,7 @@ def _straight(turn: Turn, message: Mapping[str, Any], rule_set: RuleSet) -> None
     evaluated = 0
     for reading in readings:
         watching = by_type.get(reading["component_type"])
-        if watching is None or not _usable(reading):
+        if watching is None or not usable(reading):
             continue
         evaluated += 1
         value = reading["value"]
@@ -340,7 +340,7 @@ def _instant(reading: Mapping[str, Any], message_at: int) -> int:
     return message_at if at is None else at
 
 
-def _usable(reading: Mapping[str, Any]) -> bool:
+def usable(reading: Mapping[str, Any]) -> bool:
     """Whether a reading says something of the process."""
     if reading.get("value") is None or reading.get("quality", 0) >= _QUALITY_UNUSABLE or reading.get("revised"):
         return False
@@ -358,7 +358,7 @@ def _samples(message: Mapping[str, Any], rule_set: RuleSet) -> Iterator[_Sample]
     partition, offset, index = _coordinates(message)
     for reading in message["readings"]:
         component_type = reading["component_type"]
-        if (component_type in by_type or component_type in several) and _usable(reading):
+        if (component_type in by_type or component_type in several) and usable(reading):
             pin, value = reading["pin_position"], reading["value"]
             at = _instant(reading, message_at)
             yield _Sample(at, component_type, pin, value, received_at, partition, offset, index)

@@ -132,6 +132,8 @@ class DeviceRules:
     sets: tuple[RuleSet, ...] = ()
     no_data: tuple[Rule, ...] = ()
     groups: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
+    #: for the short way of readings that change nothing (calm.py); None: there is none
+    calm: Mapping[str, tuple[tuple[str, str | None, int, float], ...]] | None = None
     #: why rules that the registry has for the device do not watch it; "" names the device itself
     left_out: Mapping[str, Gone] = field(default_factory=dict)
 

@@ -7,6 +7,7 @@ A rule that cannot be used is left out and said to be: the others watch on. What
 from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
+from preservarium.domain.alarms.calm import calm_rules
 from preservarium.domain.alarms.gone import Gone
 from preservarium.domain.alarms.rule import KINDS, SEVERITIES, THRESHOLDS, DeviceRules, Level, Rule, RuleSet
 from preservarium.domain.alarms.rule_fields import duration_us, number_of, refuse
@@ -96,6 +97,7 @@ def compile_rules(
         sets=sets,
         no_data=tuple(one for one in compiled.values() if one.kind == "no_data"),
         groups=groups,
+        calm=calm_rules(sets),
         left_out=left_out,
     )
 

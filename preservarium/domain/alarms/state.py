@@ -30,7 +30,7 @@ ALARMS_PER_DEVICE_MAX: Final = 500
 _Row = list[Any]
 
 #: Lengths of a row: with nothing but the watch, and of a normal alarm at most.
-_ROW_PLAIN, _ROW_NORMAL_MAX = 3, 4
+ROW_PLAIN, _ROW_NORMAL_MAX = 3, 4
 
 
 @dataclass(slots=True)
@@ -164,7 +164,7 @@ def _pack(live: Live) -> _Row:
 
 def unpack(row: _Row) -> Live:
     """The state of a point as the document has it."""
-    if len(row) == _ROW_PLAIN:
+    if len(row) == ROW_PLAIN:
         return Live(Watch(row[0], bool(row[1]), row[2]), NEW)
     more: dict[str, Any] = row[-1] if len(row) in (4, 16) else {}
     watch = Watch(
@@ -196,6 +196,11 @@ def stands(kept: Mapping[str, Any]) -> bool:
     return False
 
 
+def is_watched(kept: Mapping[str, Any], rules: DeviceRules) -> bool:
+    """Whether a rule watches every row of the generation; of what was packed."""
+    return next(_gone(kept, rules), None) is None
+
+
 def stands_without_rule(kept: Mapping[str, Any], rules: DeviceRules) -> bool:
     """Whether an alarm of the generation is not normal and not watched any more; of what was packed."""
     return any(standing for *_, standing in _gone(kept, rules))
@@ -207,7 +212,7 @@ def _gone(kept: Mapping[str, Any], rules: DeviceRules) -> Iterator[tuple[str, st
         rule = rules.by_name.get(name)
         anywhere = rule is not None and rule.pin_position is None
         for pin, row in pins.items():
-            if anywhere and len(row) == _ROW_PLAIN:
+            if anywhere and len(row) == ROW_PLAIN:
                 continue  # normal and watched: so are most
             more = row[-1] if len(row) in (4, 16) else {}
             why = rules.gone(name, pin, more.get("y", ""))
