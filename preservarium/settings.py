@@ -86,6 +86,12 @@ class Kafka(_Section):
     )
     replication: int = Field(1, ge=1, le=9, description="Replicas of every topic; 3 in production.")
     session_timeout_s: float = Field(20.0, gt=1, description="A silent worker is replaced after this time.")
+    static_membership: bool = Field(
+        False,
+        description="A worker that is started again takes its partitions back at once, also after a kill, and no other worker has them "
+        "meanwhile; one that is stopped for good is replaced only after session_timeout_s. Its name in the group is kept in its "
+        "directory under data_dir, which must not be copied to another worker.",
+    )
     commit_interval_s: float = Field(1.0, gt=0, description="Acknowledged offsets are committed this often.")
     linger_ms: int = Field(
         20,

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import IO, Any, Final, NoReturn, Protocol, TypeVar
+from uuid import UUID, uuid4
 
 import faust
 import structlog
@@ -438,9 +439,28 @@ class App(faust.App):
     async def on_first_start(self) -> None:
         """Take a data directory, and set a limit to the tables' memory, before they open theirs."""
         self._take_slot()
+        self._take_name()
         self._share_memory()
         await self._make_changelogs()
         await super().on_first_start()
+
+    def _take_name(self) -> None:
+        """The worker's name in its groups, where it is to be known again: kept where its tables are."""
+        if not self.live().kafka.static_membership:
+            return
+        path = Path(self.conf.datadir) / "instance"
+        try:
+            name = str(UUID(path.read_text(encoding="ascii").strip()))
+        except (OSError, ValueError):
+            name = str(uuid4())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(name + "\n", encoding="ascii")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AlreadyConfiguredWarning)
+            self.conf.consumer_group_instance_id = name
+        for feed in self.group_feeds.values():
+            feed.instance = name
+        log.info("member_named", instance=name, action="a worker that is gone for good is replaced after its session")
 
     async def _make_changelogs(self) -> None:
         """Before this worker joins the group: its leader assigns the partitions of topics that it knows, and no others."""

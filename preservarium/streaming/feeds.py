@@ -146,6 +146,8 @@ class GroupFeed:
         self.topic = topic  #: declared name
         self.kafka_topic = kafka_topic  #: name in the cluster
         self.group = group
+        #: the worker's name in the group, by which it is known again after a restart; None: it has none
+        self.instance: str | None = None
         self.runner = runner
         self.lanes: dict[int, GroupLane] = {}
         #: monotonic time of the poll loop's last turn; None while not running
@@ -219,6 +221,7 @@ class GroupFeed:
             **kafka_clients.reading(settings),
             client_id=f"{settings.group}-{self.name}",
             group_id=self.group,
+            group_instance_id=self.instance,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             max_partition_fetch_bytes=settings.fetch_bytes_max,

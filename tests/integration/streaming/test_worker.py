@@ -242,3 +242,52 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2() -> None:
     assert result.returncode == 2
     assert result.stderr.strip().count("\n") == 0
     assert "PRESERVARIUM_KAFKA__PARTITIONS" in result.stderr
+
+
+async def test_a_worker_that_is_known_again_waits_for_no_session_of_its_own(worker: Worker) -> None:
+    await worker.make_topics()
+    keys = 3_000
+    await worker.publish([Send(topics.RAW, b"k%d" % i, b"v%d" % i) for i in range(keys)])
+
+    def holds(count: int) -> bool:
+        return sum(worker.report().get("tables", {}).get("states", {}).values()) == count
+
+    # Without a name it would wait out the session of the one that was killed.
+    session_s = 60
+    named = {"PRESERVARIUM_KAFKA__STATIC_MEMBERSHIP": "true", "PRESERVARIUM_KAFKA__SESSION_TIMEOUT_S": str(session_s)}
+    killed = await worker.ready("state", **named)
+    await until(lambda: holds(keys), 30, lambda: str(worker.report()))
+    name = (worker.directory / "data" / "worker-0" / "instance").read_text()
+    worker.workers.signal(killed, signal.SIGKILL)
+    await worker.workers.ended(killed)
+
+    again = await worker.ready("state", **named)
+    assert ready_after_s(worker.workers.log(again)) < session_s / 2
+    assert (worker.directory / "data" / "worker-0" / "instance").read_text() == name
+    await worker.publish([Send(topics.RAW, b"n%d" % i, b"v") for i in range(300)])
+    await until(lambda: holds(keys + 300), 30, lambda: str(worker.report()))
+    await worker.stop(again)
+
+    # Stopped, it stays a member: started again it goes on at once.
+    last = await worker.ready("state", **named)
+    assert ready_after_s(worker.workers.log(last)) < session_s / 2
+    await worker.stop(last)
+
+
+async def test_so_does_a_stage_with_a_group_of_its_own(worker: Worker) -> None:
+    await worker.make_topics()
+    named = {"PRESERVARIUM_KAFKA__STATIC_MEMBERSHIP": "true", "PRESERVARIUM_KAFKA__SESSION_TIMEOUT_S": "60"}
+    killed = await worker.ready("group", **named)
+    await worker.publish([Send(topics.STANDARDIZED, b"k", b"1")])
+    await until(lambda: worker.stage("keep").get("lag") == 0, 20, lambda: str(worker.report()))
+    worker.workers.signal(killed, signal.SIGKILL)
+    await worker.workers.ended(killed)
+
+    again = await worker.ready("group", **named)
+    await worker.publish([Send(topics.STANDARDIZED, b"k%d" % i, b"2") for i in range(30)])
+    await until(
+        lambda: worker.stage("keep").get("partitions") == [0, 1, 2] and worker.stage("keep")["lag"] == 0,
+        30,
+        lambda: str(worker.report()),
+    )
+    await worker.stop(again)
