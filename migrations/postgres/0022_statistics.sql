@@ -11,8 +11,7 @@ CREATE VIEW series_statistics AS
          l.timestamp AS latest_record
   FROM (SELECT series_id, min(bucket) AS first_day, sum(records)::bigint AS records, sum(n)::bigint AS n, sum(sum) AS sum, min(min) AS min, max(max) AS max
         FROM measurement_1d
-        -- A comparison, so that the index by time answers.
-        WHERE bucket >= (SELECT date_bin('1 day', min(timestamp), '2000-01-01 00:00+00') FROM measurements WHERE timestamp > '-infinity')
+        WHERE bucket >= (SELECT min(range_start) FROM measurement_chunks)
         GROUP BY series_id) r
   JOIN series s USING (series_id)
   LEFT JOIN latest l USING (series_id);
