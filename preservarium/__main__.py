@@ -35,6 +35,8 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "extract",
     "doctor",
     "db",
+    "adopt",
+    "storage",
     "alarms",
     "alarms_analysis",
     "notices",

@@ -236,7 +236,10 @@ class Rederiver:
         for i, (stored, record) in enumerate(rows):
             if i % 200 == 199:
                 await asyncio.sleep(0)
-            if record is None:
+            if stored.parser == legacy.SQL_PARSER:
+                # Before anything else: its coordinates are nobody's, and a record of others may stand there.
+                verdicts[i] = Verdict(Status.UNVERIFIABLE, Unverifiable.NO_RAW)
+            elif record is None:
                 verdicts[i] = Verdict(Status.UNVERIFIABLE, Unverifiable.RAW_GONE)
             elif stored.parser == legacy.PARSER:
                 verdicts[i] = _legacy(stored, record)

@@ -33,7 +33,7 @@ from preservarium.domain.readings.lineage import GENERATION_LIVE, GENERATIONS_MA
 from preservarium.errors import PreservariumError, reason
 from preservarium.operations.raw_records import Records
 from preservarium.operations.sync_status import STAGES as SYNC_STAGES
-from preservarium.operations.sync_status import group_positions
+from preservarium.operations.sync_status import full_name, group_positions
 from preservarium.registry.catalogue import Catalogue
 from preservarium.sandbox.pool import Limits, SandboxPool
 from preservarium.settings import LiveSettings, Settings
@@ -236,7 +236,7 @@ async def plan(
     if generation is not None and way is not Way.GENERATION:
         message = f"stage {stage} has no generations of its own: leave --generation out"
         raise ReplayError(message)
-    full = settings.normalize.decoded_topic if topic is topics.DECODED else topic.full(settings.kafka.topic_prefix)
+    full = full_name(settings, topic)
     made = Plan(stage, way, topic.name, str(target), {})
     now: Mapping[int, int | None] = {}
     if way is not Way.GENERATION:
@@ -404,13 +404,13 @@ async def move(settings: Settings, connection: Any, made: Plan, *, skip: bool = 
     if made.way is Way.DATABASE:
         await positions.move(connection, made.stage, made.topic, settings.sink.generation, to)
         topic = SINKS[made.stage]
-        full = settings.normalize.decoded_topic if topic is topics.DECODED else topic.full(settings.kafka.topic_prefix)
+        full = full_name(settings, topic)
         # Who has nothing to write does not look at its position.
         return await _share_out_anew(settings, made.group, full) if made.members else False
     if made.members:
         message = f"group {made.group} has {made.members} members: stop the workers first"
         raise ReplayError(message)
-    full = SYNCS[made.stage].full(settings.kafka.topic_prefix)
+    full = full_name(settings, SYNCS[made.stage])
     consumer = AIOKafkaConsumer(**kafka_clients.reading(settings.kafka), group_id=made.group, enable_auto_commit=False)
     try:
         async with asyncio.timeout(ASK_S):

@@ -32,6 +32,7 @@ from preservarium.domain.readings.reading import Quality, RawMessage
 from preservarium.errors import Fatal, PreservariumError, Reject, Retry
 from preservarium.operations.raw_records import Records
 from preservarium.operations.rederive import LEARNT_US, Configuration, Derived, Rederiver, Verdict
+from preservarium.operations.sync_status import full_name
 from preservarium.settings import Settings
 from preservarium.stores import lineage
 from preservarium.stores.clickhouse import ClickHouseStore
@@ -105,13 +106,16 @@ class Tracer:
         await self._past.prepare(stored.received_at - 2 * LEARNT_US)
         topic = topics.DECODED if stored.parser == legacy.PARSER else topics.RAW
         full = full_name(self._settings, topic)
-        async with Records(self._settings) as records:
-            record, gone = await self._record(records, full, topic, stored.raw)
+        if stored.parser == legacy.SQL_PARSER:
+            record, gone = None, legacy.BY_SQL
+        else:
+            async with Records(self._settings) as records:
+                record, gone = await self._record(records, full, topic, stored.raw)
         clickhouse = asyncio.ensure_future(self._in_clickhouse(stored))
         try:
             verdict = await self._rederiver.verify(stored, record)
             configuration = verdict.derived.configuration if verdict.derived is not None else None
-            if configuration is None and topic is topics.RAW:
+            if configuration is None and topic is topics.RAW and stored.parser != legacy.SQL_PARSER:
                 found = await self._rederiver.configuration(stored.device_id, stored.received_at, stored.parser)
                 configuration = found if isinstance(found, Configuration) else None
             raw = self._raw(record, stored.raw, topic.name, gone)
@@ -375,13 +379,6 @@ class Tracer:
         return {"asked": True, "row": row, "same": not other, "differs_in": sorted(other)}
 
 
-def full_name(settings: Settings, topic: topics.Topic) -> str:
-    """A topic's name in the cluster; that of the replaced service is a setting."""
-    if topic is topics.DECODED:
-        return settings.normalize.decoded_topic
-    return topic.full(settings.kafka.topic_prefix)
-
-
 # --- what is said of each step
 
 
@@ -550,6 +547,7 @@ def _quality(quality: int) -> str:
 
 _WHY: Final[Mapping[Unverifiable, str]] = {
     Unverifiable.RAW_GONE: "Kafka has the raw record no more",
+    Unverifiable.NO_RAW: legacy.BY_SQL,
     Unverifiable.OTHER_MESSAGES: "other messages decided it, too: a later verdict, or what a counter consumed since its last state",
     Unverifiable.NO_CONFIGURATION: "the registry has not what read it",
     Unverifiable.NO_SANDBOX: "its parser is a script, and the sandbox does not start here",
