@@ -32,6 +32,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "commands",
     "sync",
     "backup",
+    "archive",
     "extract",
     "doctor",
     "db",

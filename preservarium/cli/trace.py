@@ -157,7 +157,8 @@ def _print_raw(out: _Out, raw: dict[str, Any]) -> None:
         return
     shown = raw.get("text", raw.get("b64", ""))
     cut = shown if len(shown) <= RAW_CHARS_MAX else shown[:RAW_CHARS_MAX] + "…"
-    out.line("raw bytes", f"{where}  {raw['bytes']:,} bytes, SHA-256 {raw['sha256']}".strip())
+    archived = ", from the archive" if raw.get("source") == "archive" else ""
+    out.line("raw bytes", f"{where}  {raw['bytes']:,} bytes, SHA-256 {raw['sha256']}{archived}".strip())
     out.line("", cut if "text" in raw else f"base64: {cut}")
     if "connector" in raw:
         way = ", ".join(
