@@ -34,9 +34,7 @@ from preservarium.operations.raw_records import Records, source_of
 from preservarium.operations.rederive import LEARNT_US, Configuration, Derived, Rederiver, Verdict
 from preservarium.settings import Settings
 from preservarium.stores import lineage
-from preservarium.stores.clickhouse import ClickHouseStore
 from preservarium.stores.registry_past import Past
-from preservarium.streaming.publish import partition_of
 from preservarium.streaming.records import attempt_of, generation_of, original_line, parse_raw, received_ms
 
 #: Bytes of a raw message that are shown; all of them count for the hash.
@@ -82,7 +80,7 @@ class Tracer:
         clickhouse: where ClickHouse is; None: it is not asked.
     """
 
-    def __init__(self, settings: Settings, connection: Any, clickhouse: ClickHouseStore | None = None) -> None:
+    def __init__(self, settings: Settings, connection: Any, clickhouse: lineage.Asked | None = None) -> None:
         self._settings = settings
         self._connection = connection
         self._clickhouse = clickhouse
@@ -279,6 +277,9 @@ class Tracer:
         if not there:
             return [], True
         count = len(there)
+        # With Kafka's producer, which nothing else of a trace needs.
+        from preservarium.streaming.publish import partition_of
+
         places = {partition_of(key.encode(), count) for key in keys} & there
         # A second before: the clocks of brokers and connectors differ.
         begins = await records.since(full, places, since_us - 1_000_000)

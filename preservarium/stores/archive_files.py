@@ -224,13 +224,19 @@ class Files:
         try:
             fs.delete_file(self._full(path))
         except FileNotFoundError:
-            return
+            pass
         except OSError as e:
-            if self.size(path) is None:
-                return
-            raise self._error(e, "was not deleted", path) from None
+            if self.size(path) is not None:
+                raise self._error(e, "was not deleted", path) from None
         if self._is_folder:
             _prune(Path(self._full(path)).parent, Path(self._place()[1]))
+
+    def clear(self, path: str) -> None:
+        """Take away what a crash in the middle of writing a file has left beside it. Stores other than folders leave nothing."""
+        if self._is_folder:
+            full = Path(self._full(path))
+            for part in full.parent.glob(f"{full.name}.*{PART}"):
+                part.unlink(missing_ok=True)
 
     def list(self) -> Iterator[tuple[str, int]]:
         """(path below the URL, bytes) of every file that has the suffix of ours, or is a part of one.

@@ -355,6 +355,7 @@ class Archiver:
     async def _settle(self, held: Lease, planned: Segment) -> Lease:
         """A file was planned and not recorded: record it where it is whole, else take it away. Gives the lease as it is now."""
         whole = False
+        await asyncio.to_thread(self.files.clear, planned.path)
         if planned.first == held.next:
             size = await asyncio.to_thread(self.files.size, planned.path)
             if size == planned.file_bytes:

@@ -58,10 +58,17 @@ class Restored:
     records: int = 0
     bytes: int = 0
     there: int = 0  #: files that the other place had already
+    empty: int = 0  #: records with neither key nor value: our client cannot send such, and they say nothing
 
     def document(self) -> dict[str, int]:
         """As JSON."""
-        return {"files": self.files, "records": self.records, "bytes": self.bytes, "there": self.there}
+        return {
+            "files": self.files,
+            "records": self.records,
+            "bytes": self.bytes,
+            "there": self.there,
+            "empty": self.empty,
+        }
 
 
 async def select(settings: Settings, wanted: Wanted) -> list[Segment]:
@@ -144,6 +151,9 @@ async def to_topic(
                 while (group := await asyncio.to_thread(next, groups, None)) is not None:
                     for record in group:
                         if not wanted.takes(record.timestamp):
+                            continue
+                        if record.key is None and record.value is None:
+                            done.empty += 1
                             continue
                         origin = (ORIGIN_HEADER, f"{segment.partition}:{record.offset}".encode())
                         flight.append(
