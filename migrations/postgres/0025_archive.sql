@@ -10,14 +10,14 @@ CREATE TABLE archive_positions (
   plan         jsonb,
   owner        text,
   leased_until timestamptz,
-  archived_at  timestamptz NOT NULL DEFAULT now(),
+  archived_at  timestamptz,
   PRIMARY KEY (topic, epoch, partition));
 COMMENT ON TABLE archive_positions IS 'How far each partition is archived, and who is at it.';
 COMMENT ON COLUMN archive_positions.epoch IS 'archive.epoch: another one since the topic was made anew.';
 COMMENT ON COLUMN archive_positions.next_offset IS 'The first offset that is in no file yet.';
 COMMENT ON COLUMN archive_positions.day IS 'Of the last file: days do not go back.';
 COMMENT ON COLUMN archive_positions.plan IS 'The file that is being uploaded; whoever finds it makes its row, or takes the file away.';
-COMMENT ON COLUMN archive_positions.archived_at IS 'When the partition was last archived to its end.';
+COMMENT ON COLUMN archive_positions.archived_at IS 'When the partition was last archived to its end; NULL: never.';
 
 CREATE TABLE archive_segments (
   topic        text NOT NULL,

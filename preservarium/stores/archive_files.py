@@ -6,6 +6,7 @@ partition and day are in its path. Its metadata says the range that it covers, a
 PyArrow is imported when it is needed: a worker that does not archive does not pay for it (docs/decisions/0012-archive.md has the figures).
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -404,9 +405,11 @@ class Writer:
 
     def abandon(self) -> None:
         """Leave it; nothing is kept."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            # Why it is left is told already: a full disk, say, which the end of a file meets as well.
+            with contextlib.suppress(Exception):
+                writer.close()
 
 
 class Reader:

@@ -47,7 +47,7 @@ class Standing:
     """How far a partition is archived."""
 
     next: int
-    archived_at: int  #: when it was last at its end, µs since the epoch, UTC
+    archived_at: int | None  #: when it was last at its end, µs since the epoch, UTC; None: never
     leased: bool  #: somebody is at it
 
 
@@ -104,7 +104,7 @@ async def standings(connection: Any, topic: str, epoch: int) -> dict[int, Standi
         " WHERE topic = $1 AND epoch = $2",
         topic, epoch,
     )  # fmt: skip
-    return {r["partition"]: Standing(r["next_offset"], _us(r["archived_at"]) or 0, r["leased"]) for r in rows}
+    return {r["partition"]: Standing(r["next_offset"], _us(r["archived_at"]), r["leased"]) for r in rows}
 
 
 async def begin(connection: Any, topic: str, epoch: int, partitions: dict[int, int]) -> None:

@@ -47,8 +47,6 @@ LOOK_S: Final = 30.0
 RENEW_S: Final = 60.0
 #: Uploading one file: less than a lease, which is renewed just before.
 UPLOAD_S: Final = 0.8 * index.LEASE_S
-#: Records between two turns of the event loop.
-TURN: Final = 500
 #: Waits after a failure, which double.
 BACKOFF_S: Final = 2.0
 BACKOFF_MAX_S: Final = 120.0
@@ -61,6 +59,9 @@ SPOOL: Final = "archive-"
 EXPECTED: Final = (PreservariumError, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
 Progress = Callable[[int, int, str], None]  #: (records done, records to do as of the look, where)
+
+#: Local files of this process that are being written or uploaded.
+_in_use: set[Path] = set()
 
 
 def archived_topics(settings: Settings) -> list[Topic]:
@@ -176,18 +177,25 @@ class Archiver:
             await asyncio.to_thread(self._prepare)
             self._checked = True
         done = Done()
+        wrong: ArchiveError | None = None
         async with Records(settings, archived=False) as records:
             for topic in archived_topics(settings):
-                await self._topic(records, topic, done, now, progress)
+                try:
+                    await self._topic(records, topic, done, now, progress)
+                except ArchiveError as e:
+                    wrong = wrong or e  # the others go on
         await self._expire(done)
+        if wrong is not None:
+            raise wrong
         return done
 
     def _prepare(self) -> None:
         self._spool.mkdir(parents=True, exist_ok=True)
         for left in self._spool.glob(f"{SPOOL}*"):
-            # Two workers with one data directory do not run: it is locked. A command beside a worker has its own process id.
+            # Of a process that is gone; in a container, also of one that had our id.
             pid = left.name.removeprefix(SPOOL).partition("-")[0]
-            if pid == str(os.getpid()) or not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
+            ours = pid == str(os.getpid())
+            if left not in _in_use and (ours or not (pid.isdigit() and Path(f"/proc/{pid}").exists())):
                 left.unlink(missing_ok=True)
         self.files.check()
 
@@ -204,10 +212,10 @@ class Archiver:
                 await index.begin(connection, topic.name, archive.epoch, fresh)
                 standing = await index.standings(connection, topic.name, archive.epoch)
         waiting = {p: at.end - standing[p].next for p, at in spans.items()}
-        now_us = time_ns() // 1_000
-        ages = {p: max(0.0, (now_us - standing[p].archived_at) / 1e6) for p, n in waiting.items() if n > 0}
+        ages = {p: _age_s(standing[p].archived_at) for p, n in waiting.items() if n > 0}
         metrics.ARCHIVE_LAG_RECORDS.labels(topic.name).set(sum(n for n in waiting.values() if n > 0))
-        metrics.ARCHIVE_LAG_SECONDS.labels(topic.name).set(max(ages.values(), default=0.0))
+        longest_s = max((age for age in ages.values() if age is not None), default=0.0)
+        metrics.ARCHIVE_LAG_SECONDS.labels(topic.name).set(longest_s)
         if wrong := sorted(p for p, n in waiting.items() if n < 0):
             p = wrong[0]
             message = (
@@ -218,7 +226,7 @@ class Archiver:
         due = [
             p
             for p, n in waiting.items()
-            if n > 0 and (now or n >= archive.segment_records_max or ages[p] >= archive.interval_s)
+            if n > 0 and (now or n >= archive.segment_records_max or _is_due(ages[p], archive.interval_s))
         ]
         total, before = sum(waiting[p] for p in due), done.records
         progress(0, total, topic.name)
@@ -227,7 +235,7 @@ class Archiver:
             progress(min(total, done.records - before), total, where)
 
         # Who waits longest comes first: where a worker ends in the middle, none is left behind for ever.
-        for partition in sorted(due, key=lambda p: -ages[p]):
+        for partition in sorted(due, key=lambda p: -(ages[p] or float("inf"))):
             await self._partition(records, topic, full, partition, spans[partition].end, done, tell)
 
     async def _partition(
@@ -281,7 +289,7 @@ class Archiver:
 
     async def _segment(self, records: Records, full: str, held: Lease, end: int, done: Done) -> Lease:
         """Archive the next file of a partition."""
-        local = Path((await asyncio.to_thread(tempfile.mkstemp, prefix=f"{SPOOL}{os.getpid()}-", dir=self._spool))[1])
+        local = await asyncio.to_thread(self._local)
         try:
             segment = await self._make(records, full, held, end, local)
             if segment is None:
@@ -297,6 +305,13 @@ class Archiver:
             return after
         finally:
             await asyncio.to_thread(local.unlink, True)
+            _in_use.discard(local)
+
+    def _local(self) -> Path:
+        number, name = tempfile.mkstemp(prefix=f"{SPOOL}{os.getpid()}-", dir=self._spool)
+        os.close(number)
+        _in_use.add(Path(name))
+        return Path(name)
 
     async def _record(self, held: Lease, segment: Segment) -> Lease:
         try:
@@ -335,6 +350,9 @@ class Archiver:
                     break
                 if writer.full:
                     await asyncio.to_thread(writer.flush)
+                else:
+                    # What was fetched comes without a wait, and a worker has other things to do.
+                    await asyncio.sleep(0)
                 if monotonic() - renewed_s > RENEW_S:
                     renewed_s = monotonic()
                     async with self._pool.acquire() as connection:
@@ -374,7 +392,9 @@ class Archiver:
         archive = self._settings().archive
         if not archive.keep_days:
             return
-        for name in archive.topic_names:
+        async with self._pool.acquire() as connection:
+            names = sorted({summary.topic for summary in await index.summaries(connection)})
+        for name in names:
             async with self._pool.acquire() as connection:
                 over = await index.expire(connection, name, archive.keep_days)
             for segment in over:
@@ -382,3 +402,13 @@ class Archiver:
                 async with self._pool.acquire() as connection:
                     await index.forget(connection, segment)
                 done.deleted += 1
+
+
+def _age_s(archived_at: int | None) -> float | None:
+    """Seconds since a partition was archived to its end; None: it never was."""
+    return None if archived_at is None else max(0.0, time_ns() / 1e9 - archived_at / 1e6)
+
+
+def _is_due(age_s: float | None, interval_s: float) -> bool:
+    """What was never archived may be about to be deleted."""
+    return age_s is None or age_s >= interval_s

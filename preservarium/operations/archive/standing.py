@@ -86,7 +86,7 @@ async def _lag(settings: Settings, pool: Any, records: Records, topic: topics.To
         anew = anew or count < 0
         waiting += max(0, count)
         lost += max(0, span.begin - at.next) if at is not None else 0
-        if count > 0 and at is not None:
+        if count > 0 and at is not None and at.archived_at is not None:
             oldest = max(oldest, (now_us - at.archived_at) / 1e6)
     kept_ms = retention_ms(topic, settings)
     return {
