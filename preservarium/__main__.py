@@ -3,7 +3,7 @@
 import importlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import click
@@ -32,6 +32,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "commands",
     "sync",
     "backup",
+    "archive",
     "extract",
     "doctor",
     "db",
@@ -41,6 +42,13 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "alarms_analysis",
     "notices",
 )
+
+#: Modules of a command that is not in the module of its name, or not in that alone. What is found in neither is looked for in all.
+MODULES_OF: Final[Mapping[str, tuple[str, ...]]] = {
+    "lineage": ("trace",),
+    "decoders": ("decode",),
+    "alarms": ("alarms", "alarms_analysis"),
+}
 
 #: Commands that ask no server, and so no running system.
 LOCAL: Final = frozenset({"up", "decode", "decoders"})
@@ -66,15 +74,17 @@ def _not_text(args: Sequence[str]) -> str:
 
 
 class _Group(click.Group):
-    """Loads the command modules on first use and turns expected errors into one line."""
+    """Loads each command's module on first use and turns expected errors into one line."""
 
-    _loaded = False
+    def __init__(self, *args: Any, **extra: Any) -> None:
+        super().__init__(*args, **extra)
+        self._loaded: set[str] = set()
 
-    def _load(self) -> None:
-        if self._loaded:
-            return
-        self._loaded = True
-        for name in CLI_MODULES:
+    def _load(self, modules: Iterable[str]) -> None:
+        for name in modules:
+            if name in self._loaded:
+                continue
+            self._loaded.add(name)
             module = importlib.import_module(f"preservarium.cli.{name}")
             for command in module.commands:
                 if command.name not in LOCAL:
@@ -83,13 +93,17 @@ class _Group(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of all commands, sorted."""
-        self._load()
+        self._load(CLI_MODULES)
         return super().list_commands(ctx)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name."""
-        self._load()
-        return super().get_command(ctx, cmd_name)
+        """The command of that name; the modules of the others are not imported, which takes longer than most commands."""
+        own = cmd_name.replace("-", "_")
+        self._load(MODULES_OF.get(cmd_name, (own,) if own in CLI_MODULES else ()))
+        if (found := super().get_command(ctx, cmd_name)) is None:
+            self._load(CLI_MODULES)
+            found = super().get_command(ctx, cmd_name)
+        return found
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
         """Run; an expected error becomes one line on stderr and an exit code."""

@@ -138,6 +138,19 @@ STORAGE_JOBS_RUN = _counter(
     "outcome",
 )
 
+# --- archive ---
+# Each worker that archives looks at all partitions: take the maximum of the lags over the workers, not the sum.
+ARCHIVE_RECORDS = _counter("archive_records_total", "Records that are in the archive's files.", "topic")
+ARCHIVE_BYTES = _counter("archive_bytes_total", "Bytes of the archive's files, compressed.", "topic")
+ARCHIVE_LAG_RECORDS = _gauge("archive_lag_records", "Records in Kafka that are in no file yet.", "topic")
+ARCHIVE_LAG_SECONDS = _gauge(
+    "archive_lag_seconds",
+    "How long ago the partition that waits longest was archived to its end; 0 where none has records to archive.",
+    "topic",
+)
+ARCHIVE_LOST = _counter("archive_lost_total", "Offsets that Kafka had deleted before they were archived.", "topic")
+ARCHIVE_FAILURES = _counter("archive_failures_total", "Turns of the archive that failed; each is tried again.")
+
 # --- dashboards ---
 DASHBOARD_ANSWERS = _counter(
     "dashboard_answers_total",

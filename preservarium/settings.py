@@ -85,6 +85,11 @@ class Kafka(_Section):
         12, ge=1, le=1000, description="Partitions of every topic; tables and streams need them equal."
     )
     replication: int = Field(1, ge=1, le=9, description="Replicas of every topic; 3 in production.")
+    raw_retention_hours: int = Field(
+        24,
+        ge=1,
+        description="Hours that Kafka keeps `iot_raw_data`, given to the topic when it is made: the hot tier. Longer: archive.url.",
+    )
     session_timeout_s: float = Field(20.0, gt=1, description="A silent worker is replaced after this time.")
     static_membership: bool = Field(
         False,
@@ -437,6 +442,114 @@ class Sync(_Section):
     query_ttl_s: float = Field(2.0, ge=0, le=3600, description="A dashboard's answer is given again for so long.")
     query_cache_bytes_max: int = Field(16_777_216, ge=0, description="Bytes of answers that a worker keeps.")
     query_cache_rows_max: int = Field(10_000, ge=0, description="An answer of more rows is not kept.")
+
+
+class Archive(_Section):
+    """Raw records as Parquet files, for longer than Kafka keeps them: the cold tier."""
+
+    url: str = Field(
+        "",
+        description="Folder, `s3://bucket/folder`, or what fsspec knows by another scheme; empty: nothing is archived.",
+    )
+    topics: str = Field(
+        "iot_raw_data",
+        description="Topics that are archived, by their declared names, separated by commas; compacted ones cannot be.",
+    )
+    in_worker: bool = Field(True, description="Workers archive; off where `preservarium archive run --follow` does.")
+    interval_s: float = Field(
+        3_600.0,
+        ge=1,
+        le=86_400,
+        json_schema_extra=RELOAD,
+        description="A partition's records are archived after this time at the latest; shorter makes smaller files.",
+    )
+    segment_records_max: int = Field(
+        250_000,
+        ge=1,
+        le=5_000_000,
+        json_schema_extra=RELOAD,
+        description="Records of one file, and at so many at once.",
+    )
+    segment_bytes_max: int = Field(
+        268_435_456,
+        ge=1_048_576,
+        le=4_294_967_296,
+        json_schema_extra=RELOAD,
+        description="Bytes of the records of one file, before they are compressed.",
+    )
+    keep_days: int = Field(
+        0, ge=0, json_schema_extra=RELOAD, description="Files whose records are all older are deleted; 0: none ever is."
+    )
+    epoch: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="Raise it when an archived topic was made anew, so that its offsets began again.",
+    )
+    s3_endpoint: str = Field("", description="http(s)://host:port of an S3-compatible store; empty: that of AWS.")
+    s3_region: str = Field("", description="Region of the bucket; empty: what the environment of AWS says.")
+    s3_access_key: str = Field("", description="Access key; empty: AWS's own ways (environment, profile, role).")
+    s3_secret_key: SecretStr = Field(
+        SecretStr(""), description="Its secret; better in PRESERVARIUM_ARCHIVE__S3_SECRET_KEY_FILE."
+    )
+
+    @property
+    def topic_names(self) -> tuple[str, ...]:
+        """Entries of `topics`, each once."""
+        return tuple(dict.fromkeys(name for entry in self.topics.split(",") if (name := entry.strip())))
+
+    @field_validator("url")
+    @classmethod
+    def _url(cls, url: str) -> str:
+        url = url.strip()
+        scheme, mark, rest = url.partition("://")
+        if not mark:
+            return url
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
+            message = f"{scheme!r} is no scheme: a folder, or s3://bucket/folder"
+            raise ValueError(message)
+        place = rest.partition("/")[0]
+        if "@" in place:
+            message = "holds a user or password: give them in s3_access_key and s3_secret_key, or as the store's own variables"
+            raise ValueError(message)
+        if scheme == "s3" and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", place):
+            message = f"{place!r} is no bucket: s3://bucket/folder"
+            raise ValueError(message)
+        return url
+
+    @field_validator("topics")
+    @classmethod
+    def _topics(cls, topics: str) -> str:
+        for name in (entry.strip() for entry in topics.split(",")):
+            if name and not re.fullmatch(r"[A-Za-z0-9._-]{1,249}", name):
+                message = f"{name!r} is no topic"
+                raise ValueError(message)
+        return topics
+
+    @field_validator("s3_endpoint")
+    @classmethod
+    def _endpoint(cls, s3_endpoint: str) -> str:
+        if s3_endpoint:
+            urls.read(s3_endpoint, "http", "https")
+        return s3_endpoint
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        given = [
+            name
+            for name in ("s3_endpoint", "s3_region", "s3_access_key", "s3_secret_key")
+            if _given(getattr(self, name))
+        ]
+        if given and not self.url.startswith("s3://"):
+            message = f"{given[0]} is given, but url is not of s3://"
+            raise ValueError(message)
+        if _given(self.s3_access_key) != _given(self.s3_secret_key):
+            message = "s3_access_key and s3_secret_key belong together"
+            raise ValueError(message)
+        if self.url and not self.topic_names:
+            message = "topics names none: leave url empty where nothing is to be archived"
+            raise ValueError(message)
+        return self
 
 
 class Extract(_Section):
@@ -858,6 +971,7 @@ class Settings(BaseSettings):
     anomaly: Anomaly = Anomaly()
     sink: Sink = Sink()
     sync: Sync = Sync()
+    archive: Archive = Archive()
     extract: Extract = Extract()
     fuse: Fuse = Fuse()
     breaker: Breaker = Breaker()

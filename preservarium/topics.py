@@ -36,7 +36,7 @@ RAW = Topic(
     "raw message, one a line",
     24 * HOUR_MS,
     writers="connectors, `dlq redrive`",
-    readers="`trace`, `lineage verify`, `replay reset`",
+    readers="`trace`, `lineage verify`, `replay reset`, the archive",
 )
 STANDARDIZED = Topic(
     "iot_standardized_data",

@@ -19,6 +19,8 @@ NOT_RUN: Final = {
     ("docs/EXTRACT.md", "preservarium extract again"): "likewise",
     ("docs/REPLAY.md", "preservarium trace --device"): "its device and instant are examples; tests/integration/operations/test_lineage.py "
     "traces one",
+    ("docs/OPERATING.md", "preservarium archive reindex"): "of a back-up that is older than the archive; "
+    "tests/integration/archive/test_archive.py runs it",
     ("docs/OPERATING.md", "preservarium backup"): "needs a directory of its own, and empty servers for the restore; "
     "tests/integration/operations/test_backup.py has both",
 }  # fmt: skip

@@ -174,7 +174,7 @@ def _print_plan(made: "Plan") -> None:
     for text in made.says:
         out.print(escape(text), soft_wrap=True)
     table = Table(box=None, pad_edge=False)
-    names = ("partition", "Kafka holds", "stands at", "to", "again")
+    names = ("partition", "there is", "stands at", "to", "again")
     for name in names:
         table.add_column(name, justify="right")
     of_generation = made.generation is not None

@@ -45,6 +45,7 @@ DEFAULTS: Final = {
     "kafka": {"session_timeout_s": "10"},
     "anomaly": {"enabled": "true"},
     "aggregate": {"windows": "30s,1h,24h", "lateness_s": "5", "horizon_s": "600"},
+    "archive": {"interval_s": "300"},
 }
 #: A line of progress this often; on a terminal it is one line that changes.
 LINE_S: Final = 1.0
@@ -188,6 +189,8 @@ class Up:
         for section, values in DEFAULTS.items():
             if not getattr(given, section).model_fields_set & values.keys():
                 self._environment |= {f"{PREFIX}{section}__{name}".upper(): value for name, value in values.items()}
+        if "url" not in given.archive.model_fields_set:
+            self._environment[f"{PREFIX}ARCHIVE__URL"] = str((ensemble.directory / "archive").absolute())
         os.environ.update(self._environment)
         return ensemble
 

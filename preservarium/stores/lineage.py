@@ -6,13 +6,12 @@ which there is no index. Functions work on a connection of asyncpg that the call
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from preservarium.domain.quality.rederivation import StoredReading
 from preservarium.domain.readings.address import canonical_address, spellings
 from preservarium.domain.readings.lineage import Coordinates
 from preservarium.domain.readings.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US
-from preservarium.stores.clickhouse import ClickHouseStore
 from preservarium.stores.events import instant, microseconds
 from preservarium.stores.registry import SPELLED
 
@@ -262,7 +261,19 @@ WHERE device_id = {device:String} AND component_type = {component:String} AND pi
 LIMIT 1"""
 
 
-async def clickhouse_row(store: ClickHouseStore, stored: StoredReading) -> dict[str, Any] | None:
+class Asked(Protocol):
+    """ClickHouse, as far as it is asked here."""
+
+    async def ask(self, text: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
+        """Rows of a query.
+
+        Raises:
+            Retry: it cannot be asked.
+        """
+        ...
+
+
+async def clickhouse_row(store: Asked, stored: StoredReading) -> dict[str, Any] | None:
     """The row of a reading in ClickHouse, by its natural key; None where there is none. Instants in µs.
 
     Raises:
