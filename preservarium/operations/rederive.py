@@ -15,6 +15,7 @@ import structlog
 from preservarium import topics
 from preservarium.domain.decoders.base import Decoded, sorted_out
 from preservarium.domain.decoders.scripts import ScriptParser
+from preservarium.domain.quality import correction
 from preservarium.domain.quality.checks import DeviceChecks, compile_checks
 from preservarium.domain.quality.rederivation import (
     Difference,
@@ -236,7 +237,9 @@ class Rederiver:
         for i, (stored, record) in enumerate(rows):
             if i % 200 == 199:
                 await asyncio.sleep(0)
-            if record is None:
+            if not correction.FLAGS.isdisjoint(stored.flags):
+                verdicts[i] = Verdict(Status.UNVERIFIABLE, Unverifiable.CORRECTED)
+            elif record is None:
                 verdicts[i] = Verdict(Status.UNVERIFIABLE, Unverifiable.RAW_GONE)
             elif stored.parser == legacy.PARSER:
                 verdicts[i] = _legacy(stored, record)
