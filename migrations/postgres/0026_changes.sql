@@ -62,6 +62,18 @@ CREATE TABLE change_windows (
 CREATE INDEX change_windows_due ON change_windows (due_at) WHERE NOT settled;
 COMMENT ON COLUMN change_windows.step IS '0: to be looked at. 1: PostgreSQL has it. 2: and ClickHouse.';
 
+-- What the aggregate stage tells of a window that a change has touched does not know of the change (and is of a lower revision: 1,000,000 and more are those
+-- made of the rows). So the window is made once more, when the reading that it tells of is stored as well.
+CREATE INDEX change_windows_by_window ON change_windows (device_id, component_type, window_start);
+CREATE FUNCTION change_window_again() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  UPDATE change_windows w SET settled = false, due_at = now() + INTERVAL '2 minutes'
+  WHERE w.device_id = NEW.device_id AND w.component_type = NEW.component_type AND w.window_start = NEW.window_start AND w.pin_position = NEW.pin_position
+    AND w.connector_mode = NEW.connector_mode AND w.unit = NEW.unit AND w.size_s = NEW.size_s AND w.hop_s = NEW.hop_s;
+  RETURN NEW;
+END $$;
+CREATE TRIGGER change_window_again BEFORE INSERT ON aggregates FOR EACH ROW WHEN (NEW.revision < 1000000) EXECUTE FUNCTION change_window_again();
+
 -- As they stood before a change first touched them. (As `aggregates`, `alarm_events` and `alarms` are: a test holds their columns together.)
 CREATE TABLE change_window_rows (change_id integer NOT NULL REFERENCES changes ON DELETE CASCADE, LIKE aggregates, PRIMARY KEY (change_id, window_id));
 CREATE TABLE change_alarm_events (

@@ -8,7 +8,7 @@ Nothing is told of what is refused but its count: the live stages have told it.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 from preservarium import topics
@@ -25,7 +25,7 @@ from preservarium.domain.readings.address import canonical_address
 from preservarium.domain.readings.lineage import GENERATION_LIVE
 from preservarium.domain.readings.normalize import CompiledDevice, has_payload, normalize, require_enabled, standardize
 from preservarium.domain.readings.reading import RawMessage
-from preservarium.domain.registry.device import DeviceDoc
+from preservarium.domain.registry.device import DeviceDoc, DeviceTypeDoc
 from preservarium.errors import Reject
 from preservarium.registry.catalogue import Catalogue
 from preservarium.sandbox.pool import Call, SandboxPool
@@ -75,14 +75,28 @@ class Configuration:
         self._normalizer = Normalizer(_NoDevices(), catalogue, SystemClock(), LiveSettings(settings))
         self._compiler = CheckCompiler(catalogue.datatype)
         self._alarms = alarms
+        self._shared: dict[str, DeviceRules] = {}
 
     def of(self, device: DeviceDoc) -> Reading:
         """How this device's messages are read."""
         kind = self._catalogue.type(device["type"])
-        rules = compile_rules(device, kind, self._catalogue.rule, self._catalogue.datatype) if self._alarms else None
-        if rules is not None and not rules.by_name:
-            rules = None
-        return Reading(self._normalizer.compiled(device), self._compiler.device(device, kind), rules)
+        return Reading(
+            self._normalizer.compiled(device), self._compiler.device(device, kind), self._rules_of(device, kind)
+        )
+
+    def _rules_of(self, device: DeviceDoc, kind: DeviceTypeDoc | None) -> DeviceRules | None:
+        """Its alarm rules; those of a type's devices that say nothing of their own are compiled once."""
+        if not self._alarms:
+            return None
+        shares = not any(device.get(name) is not None for name in ("rules", "outages", "datatypes")) and device.get(
+            "enabled", True
+        )
+        rules = self._shared.get(device["type"]) if shares else None
+        if rules is None:
+            rules = compile_rules(device, kind, self._catalogue.rule, self._catalogue.datatype)
+            if shares:
+                self._shared[device["type"]] = rules
+        return replace(rules, device_name=device.get("name") or device["device_id"]) if rules.by_name else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +218,7 @@ class Deriver:
         """
         work: list[tuple[_Device, RawMessage, Reading]] = []
         counts, span = self.counts, self._span
+        from_us, to_us = span.from_us, span.to_us
         for record in records:
             counts.records += 1
             messages, errors = parse_raw(record, topics.RAW.name, partition, payload_bytes_max=self._payload_bytes_max)
@@ -214,7 +229,9 @@ class Deriver:
                 device = self._device(raw["device"])
                 if device is None or (not raw["payload"] and not has_payload(raw)):
                     continue
-                work.append((device, raw, await self._reading(device, raw["received_at"])))
+                at = raw["received_at"]
+                reading = device.candidate if from_us <= at < to_us else device.standing
+                work.append((device, raw, reading or await self._reading(device, at)))
         counts.messages += len(work)
         ran = await self._run_scripts(work)
         for n, (device, raw, reading) in enumerate(work):

@@ -1,7 +1,7 @@
 """Windows that follow a change: made anew of the stored readings, by the code that makes them live.
 
-A window that a change touches is made at once where it is over, and once more when the aggregate stage can correct it no longer: whatever came late has
-its part then. What comes out of the readings as it stands is left as it is, so all of this may be done again at any time. Records of such windows
+A window that a change touches is made at once where it is over, once more when the aggregate stage has told of it (by a trigger of its table), and
+when that can correct it no longer: whatever came late has its part then. What comes out of the readings as it stands is left as it is, so all of this may be done again at any time. Records of such windows
 have a revision above all that the stage gives (`MADE_REVISION`), because the stage's own state knows nothing of the change.
 """
 
@@ -140,7 +140,7 @@ class Follower:
     async def settle(self) -> int:
         """Make those once more that the aggregate stage can correct no longer, and have done with them; how many were looked at."""
         rows = await self._connection.fetch(
-            f"SELECT w.change_id, {_KEY}, w.step, c.kind FROM change_windows w JOIN changes c USING (change_id)"
+            f"SELECT w.change_id, {_KEY}, w.step, w.due_at, c.kind FROM change_windows w JOIN changes c USING (change_id)"
             f" WHERE NOT w.settled AND w.due_at <= now() AND c.state IN ('promoted', 'rolled_back') ORDER BY {_KEY} LIMIT $1",
             SETTLED_MAX,
         )
@@ -149,9 +149,10 @@ class Follower:
         ):
             part = list(some)
             await self._make(part, kind)
+            # Where something was told of it meanwhile, it is due again.
             await self._connection.executemany(
-                f"UPDATE change_windows SET settled = true WHERE change_id = $1 AND ({_KEY}) = ($2, $3, $4, $5, $6, $7, $8, $9)",
-                [(row["change_id"], *(row[name] for name in _WINDOW)) for row in part],
+                f"UPDATE change_windows SET settled = true WHERE change_id = $1 AND ({_KEY}) = ($2, $3, $4, $5, $6, $7, $8, $9) AND due_at = $10",
+                [(row["change_id"], *(row[name] for name in _WINDOW), row["due_at"]) for row in part],
             )
         return len(rows)
 
@@ -206,13 +207,16 @@ class Follower:
             )
         }  # fmt: skip
         made = []
-        kept_since = await self._connection.fetchval(
-            "SELECT now() - make_interval(days => $1)", self._settings.sink.retention_days
-        )
+        kept_since, told_by = await self._connection.fetchrow(
+            "SELECT now() - make_interval(days => $1), now() - make_interval(secs => $2)",
+            self._settings.sink.retention_days, self._plan.lateness_us / 1e6 + self._settings.aggregate.silence_s,
+        )  # fmt: skip
         for mark in marks:
             if mark["window_start"] < kept_since:
                 continue  # of what retention has dropped in part, no window is to be made
             stands = standing.get((mark["size_s"], mark["hop_s"], mark["window_start"]))
+            if stands is None and mark["window_start"] + timedelta(seconds=mark["size_s"]) > told_by:
+                continue  # the aggregate stage tells of it first, and then it is due again
             start_us = microseconds(mark["window_start"])
             record = of_stored(
                 _between(readings, ats, start_us, start_us + mark["size_s"] * 1_000_000), about, Spec(mark["size_s"], mark["hop_s"]),

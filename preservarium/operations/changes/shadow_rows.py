@@ -39,6 +39,8 @@ class Encoder:
     def __init__(self, change_id: int, side: int) -> None:
         self._begin = _COUNT + struct.pack(">iiih", 4, change_id, 2, side)
         self._prefixes: dict[tuple[str, str, str, str, str], bytes] = {}
+        #: topic, parser, revision, experiment of messages
+        self._origins: dict[tuple[Any, ...], bytes] = {}
         self._parts: list[bytes] = []
         self.rows = 0  #: waiting
         self.left_out = 0
@@ -46,65 +48,56 @@ class Encoder:
     def take(self, message: Mapping[str, Any]) -> None:
         """Add the readings of a validated message."""
         device_id, mode, message_at = message["device_id"], message["connector_mode"], message["timestamp"]
+        origin = message["topic"], message["parser"], message["config_rev"], message.get("experiment_id")
         try:
-            tail = (
-                _text(message["topic"] or "")
-                + _text(message["parser"])
-                + struct.pack(">iq", 8, message["config_rev"])
-                + _text(message.get("experiment_id") or "")
-                + _TAIL(
-                    8,
-                    message["received_at"],
-                    4,
-                    message["raw_partition"],
-                    8,
-                    message["raw_offset"],
-                    4,
-                    message["raw_index"],
+            said = self._origins.get(origin)
+            if said is None:
+                if len(self._origins) >= PREFIXES_MAX:
+                    self._origins.clear()
+                said = self._origins[origin] = (
+                    _text(origin[0] or "")
+                    + _text(origin[1])
+                    + struct.pack(">iq", 8, origin[2])
+                    + _text(origin[3] or "")
                 )
+            tail = said + _TAIL(
+                8,
+                message["received_at"],
+                4,
+                message["raw_partition"],
+                8,
+                message["raw_offset"],
+                4,
+                message["raw_index"],
             )
         except (struct.error, UnicodeEncodeError):
             self.left_out += len(message["readings"])
             return
         prefixes, add = self._prefixes, self._parts.append
+        rows = 0
         for reading in message["readings"]:
-            value, text, flags = reading.get("value"), reading.get("value_text"), reading.get("flags")
-            at = reading.get("timestamp")
-            if at is None:
-                at = message_at
-            key = device_id, mode, reading["component_type"], reading["pin_position"], reading["unit"] or ""
-            prefix = prefixes.get(key)
-            if prefix is None:
-                if len(prefixes) >= PREFIXES_MAX:
-                    prefixes.clear()
-                try:
-                    prefix = prefixes[key] = self._begin + b"".join(map(_text, key))
-                except UnicodeEncodeError:
-                    self.left_out += 1
-                    continue
+            text, flags, at = reading.get("value_text"), reading.get("flags"), reading.get("timestamp", message_at)
+            key = device_id, mode, reading["component_type"], reading["pin_position"], reading["unit"]
             try:
-                if value is not None and text is None and not flags:
-                    add(
-                        prefix
-                        + _PLAIN(8, at, 8, value, -1, -1, 2, reading.get("quality", 2), 1, "revised" in reading)
-                        + tail
-                    )
+                prefix = prefixes.get(key)
+                if prefix is None:
+                    if len(prefixes) >= PREFIXES_MAX:
+                        prefixes.clear()
+                    prefix = prefixes[key] = self._begin + b"".join([_text(part or "") for part in key])
+                if not TIMESTAMP_MIN_US <= at < TIMESTAMP_MAX_US:
+                    continue
+                if text is None and not flags and (value := reading["value"]) is not None:
+                    add(prefix + _PLAIN(8, at, 8, value, -1, -1, 2, reading["quality"], 1, "revised" in reading) + tail)
+                elif text is None or "\0" not in text:
+                    rare = _rare(reading.get("value"), text, flags)
+                    add(prefix + _AT(8, at) + rare + _END(2, reading["quality"], 1, "revised" in reading) + tail)
                 else:
-                    add(
-                        prefix
-                        + _AT(8, at)
-                        + _rare(value, text, flags)
-                        + _END(2, reading.get("quality", 2), 1, "revised" in reading)
-                        + tail
-                    )
+                    continue
+                rows += 1
             except (struct.error, UnicodeEncodeError, OverflowError):
-                self.left_out += 1
                 continue
-            if not TIMESTAMP_MIN_US <= at < TIMESTAMP_MAX_US or b"\0" in (text or "").encode("utf-8", "replace"):
-                self._parts.pop()
-                self.left_out += 1
-                continue
-            self.rows += 1
+        self.rows += rows
+        self.left_out += len(message["readings"]) - rows
 
     def message(self) -> BytesIO:
         """The COPY of what waits, which waits no longer."""
