@@ -8,7 +8,8 @@ import structlog
 
 from preservarium import metrics, topics
 from preservarium.breaker import Breaker
-from preservarium.errors import Retry
+from preservarium.errors import PreservariumError, Retry
+from preservarium.operations.changes.settling import settle
 from preservarium.stages.sink import EventSink, LegacySink, ReadingSink
 from preservarium.stores.event_tables import EventStore, EventTable
 from preservarium.stores.journal import ALARM_OPERATIONS, Journal
@@ -23,6 +24,8 @@ _log = structlog.get_logger(__name__)
 UPKEEP_S = 30.0
 #: TimescaleDB's jobs that its own workers do not run.
 JOBS_S = 60.0
+#: Windows of changes are looked at this often; most of the time there are none.
+CHANGES_S = 60.0
 
 _pool = app.resource(PostgresPool(app.live, temporary=STAGING))
 _ping = app.resource(PostgresPing(app.live))
@@ -109,6 +112,15 @@ async def sink_upkeep() -> None:
     metrics.STORAGE_JOBS_FAILING.set(len(failing))
     if failing:
         _log.warning("storage jobs fail", jobs=failing)
+
+
+@app.timer(interval=CHANGES_S)
+async def sink_changes() -> None:
+    """Windows of changes that were promoted, made once more where nothing can come to them any more."""
+    try:
+        await settle(app.live(), _pool)
+    except PreservariumError as e:
+        _log.warning("windows of changes put off", error=str(e))
 
 
 @app.timer(interval=JOBS_S)

@@ -28,6 +28,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "dlq",
     "trace",
     "replay",
+    "changes",
     "devices",
     "commands",
     "sync",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from preservarium.cli import changes
 from preservarium.cli.instants import iso, shown, when
 from preservarium.cli.output import bar, console, print_json
 from preservarium.cli.system import load
@@ -190,13 +191,18 @@ def _print_plan(made: "Plan") -> None:
 @replay.command("list")
 @_json
 def list_(as_json: bool) -> None:
-    """List the generations that were opened by `replay reset`."""
-    found = asyncio.run(_list(load()))
+    """List the generations that were opened by `replay reset`, and the shadow replays."""
+    settings = load()
+    found = asyncio.run(_list(settings))
+    shadows = asyncio.run(changes.listed(settings, "replay"))
     if as_json:
-        print_json(found)
+        print_json([*found, *(one.document() for one in reversed(shadows))])
         return
+    if shadows:
+        changes.print_changes(shadows)
     if not found:
-        click.echo("No generation was opened yet.")
+        if not shadows:
+            click.echo("No generation was opened yet.")
         return
     from rich.table import Table
 
@@ -232,5 +238,8 @@ async def _list(settings: "Settings") -> list[dict[str, Any]]:
     finally:
         await connection.close(timeout=5)
 
+
+for _command in changes.of_replay:
+    replay.add_command(_command)
 
 commands: list[click.Command] = [replay]

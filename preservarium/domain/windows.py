@@ -751,3 +751,86 @@ def _record(
     if nature is not None and nature.counts:
         record["consumption"] = beside
     return record
+
+
+# --- windows of stored rows ------------------------------------------------------------------------------------------
+
+#: Revisions of windows that were made anew of stored rows begin here: no correction of the stage comes to so many, so none of a state that knows
+#: nothing of the change overwrites them.
+MADE_REVISION: Final = 1_000_000
+
+
+class Stored(NamedTuple):
+    """A stored reading, as far as windows ask."""
+
+    at: int  #: µs since the epoch, UTC
+    value: float | None
+    quality: int
+    flags: tuple[str, ...] = ()
+    revised: bool = False  #: a later message brought this verdict
+    eaten: float | None = None  #: of a counter: what was consumed up to it
+
+
+def counts(reading: Stored) -> bool:
+    """Whether windows take a stored reading in, as `observe` does.
+
+    A verdict that came later takes no reading out again, so what failed by one is in.
+    """
+    value = reading.value
+    return (
+        value is not None
+        and -VALUE_MAX < value < VALUE_MAX
+        and (reading.revised or reading.quality not in _LEFT_OUT)
+        and "unit_unknown" not in reading.flags
+    )
+
+
+def of_stored(
+    readings: Iterable[Stored],
+    about: tuple[str, str, str, str, str],
+    spec: Spec,
+    start_s: int,
+    natures: NatureLookup,
+    *,
+    generation: int,
+    revision: int,
+    why: str,
+) -> dict[str, Any] | None:
+    """A window made of stored readings: what `observe` makes of the same ones, bit by bit, whatever their order.
+
+    Args:
+        readings: of one series in one unit; those outside of the window are left out.
+        about: device, connector mode, component type, pin, unit.
+        spec: size and hop.
+        start_s: when it begins, s since the epoch, UTC.
+        natures: what the component type is.
+        generation: of the record.
+        revision: of the record.
+        why: its `closed_by`.
+
+    Returns:
+        The record; None where no reading counts.
+    """
+    device_id, *rest = about
+    hop = spec.hop_s * _SECOND_US
+    begin, end = start_s * _SECOND_US, (start_s + spec.size_s) * _SECOND_US
+    period = _period(natures, about[2])
+    panes: dict[int, Pane] = {}
+    for reading in readings:
+        if not begin <= reading.at < end or not counts(reading):
+            continue
+        assert reading.value is not None
+        value = reading.value + 0.0
+        start = reading.at // hop * hop // _SECOND_US
+        pane = panes.get(start)
+        if pane is None:
+            panes[start] = _pane(spec.hop_s, start, reading.at, value, reading.eaten, period)
+        else:
+            _take(pane, reading.at, value)
+            _eat(pane, reading.eaten)
+    if not panes:
+        return None
+    chosen = [panes[start] for start in sorted(panes)]
+    return _record(
+        device_id, generation, "\t".join(rest), spec.size_s, spec.hop_s, start_s, chosen, revision, why, natures
+    )

@@ -15,6 +15,7 @@ import structlog
 from preservarium import topics
 from preservarium.domain.decoders.base import Decoded, sorted_out
 from preservarium.domain.decoders.scripts import ScriptParser
+from preservarium.domain.quality import correction
 from preservarium.domain.quality.checks import DeviceChecks, compile_checks
 from preservarium.domain.quality.rederivation import (
     Difference,
@@ -239,6 +240,8 @@ class Rederiver:
             if stored.parser == legacy.SQL_PARSER:
                 # Before anything else: its coordinates are nobody's, and a record of others may stand there.
                 verdicts[i] = Verdict(Status.UNVERIFIABLE, Unverifiable.NO_RAW)
+            elif not correction.FLAGS.isdisjoint(stored.flags):
+                verdicts[i] = Verdict(Status.UNVERIFIABLE, Unverifiable.CORRECTED)
             elif record is None:
                 verdicts[i] = Verdict(Status.UNVERIFIABLE, Unverifiable.RAW_GONE)
             elif stored.parser == legacy.PARSER:

@@ -38,7 +38,7 @@ from preservarium.registry.catalogue import Catalogue
 from preservarium.sandbox.pool import Limits, SandboxPool
 from preservarium.settings import LiveSettings, Settings
 from preservarium.stages.normalize import Normalizer
-from preservarium.stores import positions, registry
+from preservarium.stores import changes, positions, registry
 from preservarium.stores.tables import EVENT_TABLES
 from preservarium.streaming import kafka_clients
 from preservarium.streaming.publish import Publisher
@@ -305,7 +305,10 @@ async def _plan_generation(connection: Any, made: Plan, generation: int | None) 
         }
         made.generation = generation
         return
-    highest = max([*known, await _highest(connection)], default=GENERATION_LIVE)
+    # Changes have generations of the same numbers (operations/changes).
+    highest = max(
+        [*known, await _highest(connection), await changes.highest_generation(connection)], default=GENERATION_LIVE
+    )
     made.generation = highest + 1 if generation is None else generation
     if not GENERATION_LIVE < made.generation <= GENERATION_MAX:
         message = f"a generation is a number from 1 to {GENERATION_MAX}"

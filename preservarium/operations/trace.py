@@ -560,6 +560,7 @@ _WHY: Final[Mapping[Unverifiable, str]] = {
     Unverifiable.NO_RAW: legacy.BY_SQL,
     Unverifiable.OTHER_MESSAGES: "other messages decided it, too: a later verdict, or what a counter consumed since its last state",
     Unverifiable.NO_CONFIGURATION: "the registry has not what read it",
+    Unverifiable.CORRECTED: "people have corrected it: `preservarium correct list` shows what stood there",
     Unverifiable.NO_SANDBOX: "its parser is a script, and the sandbox does not start here",
 }
 

@@ -333,6 +333,10 @@ class Normalizer:
             self._changed = [other for other in self._changed if other is not changed]
         return found
 
+    def compiled(self, device: DeviceDoc) -> CompiledDevice | Reject:
+        """A device's configuration by the catalogue as it is, or why there is none; parsers and mappings are shared."""
+        return self._compile(device)
+
     def _compile(self, device: DeviceDoc) -> CompiledDevice | Reject:
         try:
             kind = self._type(device["type"])

@@ -89,7 +89,7 @@ SORTS: Final = tuple(_SORTS)
 _MATCHING: Final = "($1 = '' OR o.words LIKE (SELECT lower($2)) OR o.device_id = ANY ($3)) AND ($4 = '' OR o.type = $4)"
 _VALUES: Final = """
 SELECT s.device_id, s.series_id, s.component_type, s.pin_position, l.value, l.value_text, s.unit, l.timestamp, l.received_at, l.quality
-FROM series s JOIN latest l USING (series_id) WHERE s.device_id = ANY ($1)
+FROM series s JOIN latest l ON l.series_id = s.series_id AND l.timestamp > '2000-01-01 00:00+00' WHERE s.device_id = ANY ($1)
 ORDER BY s.device_id, s.component_type, s.pin_position LIMIT $2
 """
 _STATE: Final = """
@@ -109,7 +109,7 @@ WHERE d.device_id = ANY ($1) LIMIT 1
 _SERIES: Final = """
 SELECT s.series_id, s.device_id, s.connector_mode, s.component_type, s.pin_position, s.unit, s.circular, s.first_seen,
        l.timestamp, l.received_at, l.value, l.value_text, l.quality
-FROM series s LEFT JOIN latest l USING (series_id) WHERE s.device_id = ANY ($1)
+FROM series s LEFT JOIN latest l ON l.series_id = s.series_id AND l.timestamp > '2000-01-01 00:00+00' WHERE s.device_id = ANY ($1)
 ORDER BY s.component_type, s.pin_position, s.connector_mode LIMIT $2
 """
 _DATATYPES: Final = "SELECT name, kind, unit, doc::text AS doc FROM datatypes WHERE name = ANY ($1)"

@@ -236,7 +236,10 @@ async def all_rows(
 
 async def drawn_series(connection: Any, limit: int) -> list[tuple[int, int]]:
     """Some series, drawn by chance, each with the instant of its newest row."""
-    rows = await connection.fetch("SELECT series_id, timestamp FROM latest ORDER BY random() LIMIT $1", limit)
+    rows = await connection.fetch(
+        "SELECT series_id, timestamp FROM latest WHERE timestamp > '2000-01-01 00:00+00' ORDER BY random() LIMIT $1",
+        limit,
+    )
     return [(row["series_id"], microseconds(row["timestamp"])) for row in rows]
 
 
