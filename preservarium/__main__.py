@@ -19,6 +19,7 @@ from preservarium.settings import SettingsError
 CLI_MODULES: Final[tuple[str, ...]] = (
     "migrate",
     "registry",
+    "events",
     "topics",
     "config",
     "up",

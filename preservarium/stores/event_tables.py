@@ -307,10 +307,20 @@ class EventStore(OffsetStore):
     async def _insert(self, connection: Any, items: list[tuple[tuple[Any, ...], tuple[int, tuple[Any, ...]]]]) -> int:
         # By key: two writers in opposite orders would wait for each other.
         columns = map(list, zip(*(row for _, (_, row) in sorted(items, key=lambda item: item[0])), strict=True))
-        if not self.declared.then:
+        tells = type(self)._inserted is not EventStore._inserted
+        if not self.declared.then and not tells:
             return count_of(await connection.execute(self.declared.insert, *columns))
-        new = {tuple(found) for found in await connection.fetch(self.declared.insert, *columns)}
-        if new:
+        returning = "" if self.declared.then else f" RETURNING {', '.join(self.declared.key)}"
+        new = {tuple(found) for found in await connection.fetch(f"{self.declared.insert}{returning}", *columns)}
+        if new and self.declared.then:
             keys = [key for key, _ in items if key in new]
             await connection.execute(self.declared.then, *map(list, zip(*keys, strict=True)))
+        if new and tells:
+            await self._inserted(connection, [row for key, (_, row) in items if key in new])
         return len(new)
+
+    async def _inserted(self, connection: Any, rows: list[tuple[Any, ...]]) -> None:
+        """Called with rows that were not there before, in the order of the topic and in their transaction, where it is overridden.
+
+        Not together with `revision`.
+        """
