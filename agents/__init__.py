@@ -22,6 +22,7 @@ AGENTS: Final = (
     "downlink",
     "sink",
     "sync",
+    "lineage",
     "extract",
 )
 

@@ -102,6 +102,7 @@ async def sink_upkeep() -> None:
         await store.maintain()
         for events in event_stores:
             await events.prune()
+        await store.prune_lineage()
         failing = await store.failing_jobs()
     except Retry as e:
         _log.warning("storage upkeep put off", error=str(e))

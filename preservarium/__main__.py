@@ -28,6 +28,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "decode",
     "dlq",
     "trace",
+    "lineage_graph",
     "replay",
     "devices",
     "commands",

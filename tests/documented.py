@@ -21,6 +21,10 @@ NOT_RUN: Final = {
     ("docs/EXTRACT.md", "preservarium extract again"): "likewise",
     ("docs/REPLAY.md", "preservarium trace --device"): "its device and instant are examples; tests/integration/operations/test_lineage.py "
     "traces one",
+    ("docs/REPLAY.md", "preservarium lineage openlineage"): "needs a server of that protocol; tests/integration/stores/"
+    "test_lineage_graph.py writes a file",
+    ("docs/REPLAY.md", "preservarium lineage up generation:1"): "no replay was opened there; tests/integration/stores/"
+    "test_lineage_graph.py has one",
     ("docs/OPERATING.md", "preservarium backup"): "needs a directory of its own, and empty servers for the restore; "
     "tests/integration/operations/test_backup.py has both",
 }  # fmt: skip

@@ -16,6 +16,7 @@ import orjson
 
 from preservarium.breaker import Breaker
 from preservarium.clock import Clock
+from preservarium.domain.lineage_graph import Edge, event_edges
 from preservarium.domain.readings.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US
 from preservarium.errors import ReasonCode
 from preservarium.settings import Settings
@@ -29,6 +30,7 @@ from preservarium.stores.base import (
     timestamp_code,
 )
 from preservarium.stores.events import instant as to_datetime
+from preservarium.stores.lineage_graph import add, moved_of
 from preservarium.stores.postgres import DATA_ERRORS, OffsetStore, PostgresPool, count_of
 from preservarium.topics import Topic
 
@@ -146,6 +148,8 @@ class EventTable:
     kept_days: Callable[[Settings], int] = lambda _: 0
     #: Tables that `then` writes, with the column by which their rows are deleted alike; where it is NULL a row is kept.
     kept_with: tuple[tuple[str, str], ...] = ()
+    #: The edge of the lineage that leads to what an event is about, of its line; None: there is none.
+    edge: Callable[[Line], Edge | None] | None = None
 
     def __post_init__(self) -> None:
         names = [column.name for column in self.columns]
@@ -278,10 +282,28 @@ class EventStore(OffsetStore):
         async with self._pool.acquire() as connection, self._fence(connection, moves), connection.transaction():
             await self._move(connection, moves)
             accepted = await self._store(connection, list(rows.items()), rejected)
+            if self._settings().sink.lineage_days:
+                await self._trace(connection, lines, [index for index, _ in rows.values()], moves, rejected)
             rejected.sort(key=lambda r: r.message)
             if before_commit is not None:
                 await before_commit(rejected)
         return WriteResult(accepted, len(lines) - accepted - len(rejected), rejected)
+
+    async def _trace(
+        self,
+        connection: Any,
+        lines: Sequence[Line],
+        kept: Sequence[int],
+        moves: Moves,
+        rejected: Sequence[Rejected],
+    ) -> None:
+        """Write the edges of the lineage: of the batch, and of its events where they have some."""
+        edges = event_edges(self.sink, moved_of(moves))
+        if self.declared.edge is not None:
+            refused = {each.message for each in rejected}
+            found = (self.declared.edge(lines[index]) for index in kept if index not in refused)
+            edges += dict.fromkeys(edge for edge in found if edge is not None)
+        await add(connection, edges)
 
     async def _store(
         self,
