@@ -23,6 +23,7 @@ AGENTS: Final = (
     "sink",
     "sync",
     "archive",
+    "lineage",
     "extract",
 )
 

@@ -12,7 +12,7 @@ from preservarium.errors import PreservariumError, Retry
 from preservarium.operations.changes.settling import settle
 from preservarium.stages.sink import EventSink, LegacySink, ReadingSink
 from preservarium.stores.event_tables import EventStore, EventTable
-from preservarium.stores.journal import ALARM_OPERATIONS, Journal
+from preservarium.stores.journal import TOLD, Journal
 from preservarium.stores.postgres import PostgresPing, PostgresPool
 from preservarium.stores.tables import EVENT_TABLES
 from preservarium.stores.timescale import STAGING, TimescaleStore
@@ -64,8 +64,8 @@ app.group_stage(
 def _event_stage(suffix: str, declared: EventTable) -> EventStore:
     """A stage and a consumer group of its own for one topic of events."""
     name = f"sink-{suffix}"
-    # What operators did goes into the event store, too.
-    kind = Journal if declared is ALARM_OPERATIONS else EventStore
+    # What operators did and what became of commands goes into the event store, too.
+    kind = Journal if declared.table in TOLD else EventStore
     events = kind(declared, app.live, sink=name, pool=_pool, clock=app.clock, breaker=_breaker)
     stage = EventSink(name, declared.topic.name, events, app.publisher.publish, app.live, clock=app.clock)
     app.group_stage(
@@ -105,6 +105,7 @@ async def sink_upkeep() -> None:
         await store.maintain()
         for events in event_stores:
             await events.prune()
+        await store.prune_lineage()
         failing = await store.failing_jobs()
     except Retry as e:
         _log.warning("storage upkeep put off", error=str(e))

@@ -19,6 +19,7 @@ from preservarium.settings import SettingsError
 CLI_MODULES: Final[tuple[str, ...]] = (
     "migrate",
     "registry",
+    "events",
     "topics",
     "config",
     "up",
@@ -27,6 +28,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "decode",
     "dlq",
     "trace",
+    "lineage_graph",
     "replay",
     "changes",
     "devices",

@@ -137,6 +137,31 @@ STORAGE_JOBS_RUN = _counter(
     "Background jobs of TimescaleDB that a worker ran, because the server did not: done, failed.",
     "outcome",
 )
+CANARY_MESSAGES = _counter(
+    "canary_messages_total",
+    "Messages that a canary's candidate and what is in force made readings of: same, different.",
+    "canary",
+    "outcome",
+)
+CANARY_DECISIONS = _counter(
+    "canary_decisions_total", "What limits decided of canaries: step, promote, rollback.", "canary", "action"
+)
+LINEAGE_TURNS = _counter(
+    "lineage_samples_total", "Samples of stored readings that were to be derived again: done, failed.", "outcome"
+)
+LINEAGE_VERIFIED = _counter(
+    "lineage_verified_total",
+    "Stored readings that a worker derived again from their bytes: identical, different, unverifiable.",
+    "outcome",
+)
+LINEAGE_VERIFIED_RATIO = _gauge(
+    "lineage_verified_ratio",
+    "Share of them that came out bit by bit identical, of those that could be verified since the worker began; 1 is what it has to be.",
+)
+LINEAGE_TRACKING_SECONDS = _histogram(
+    "lineage_tracking_latency_seconds",
+    "Time to follow a stored reading back to its raw bytes and derive it again, as the mean of a sample.",
+)
 
 # --- archive ---
 # Each worker that archives looks at all partitions: take the maximum of the lags over the workers, not the sum.

@@ -423,6 +423,19 @@ class Sink(_Section):
     generation: int = Field(
         0, ge=0, description="Offsets are kept for each; raise it to write what the topics hold once more."
     )
+    lineage_days: int = Field(
+        30,
+        ge=0,
+        json_schema_extra=RELOAD,
+        description="The graph of batches (`data_lineage`) is kept so many days; 0: none is written.",
+    )
+    lineage_samples: int = Field(
+        20,
+        ge=0,
+        le=10_000,
+        json_schema_extra=RELOAD,
+        description="Stored readings that each worker derives again from their bytes, a minute; 0: none.",
+    )
 
     @property
     def transaction_rows_max(self) -> int:

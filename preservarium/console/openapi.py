@@ -532,9 +532,27 @@ _DEVICE_PATHS: Final[dict[str, Any]] = {
             "summary": "What was refused within the last day: causes over time, and the newest with their original bytes",
             "parameters": [
                 _query("stage", "Refused by this stage", _TEXT), _query("code", "With this reason code", _TEXT),
-                _query("device", "Of this device", _TEXT), _LIMIT, _CURSOR,
+                _query("device", "Of this device", _TEXT), _query("parser", "Of this parser, by name or name@version", _TEXT),
+                _query("since", "Refused then or later: µs, or ISO 8601", _TEXT), _query("until", "Refused then or earlier", _TEXT),
+                _LIMIT, _CURSOR,
             ],
             "responses": _answers("Causes and a page", _ref("Refusals"), 400, 401, 503, problems=True),
+        }
+    },
+    "/api/refusals/redrive": {
+        "post": {
+            "operationId": "redriveRefusals",
+            "summary": "Send inputs again to the stage that failed, each once; asked again, it goes on",
+            "requestBody": {"required": True, "content": {"application/json": {"schema": _ref("RefusalSelection")}}},
+            "responses": _answers("What was done", _ref("Redriven"), 400, 401, 403, 413, 415, 503, problems=True),
+        }
+    },
+    "/api/refusals/discard": {
+        "post": {
+            "operationId": "discardRefusals",
+            "summary": "Say, with a reason, that nothing more is to be done about inputs: an event of the stream dlq/discards",
+            "requestBody": {"required": True, "content": {"application/json": {"schema": _ref("RefusalSelection")}}},
+            "responses": _answers("What was done", _ref("Discarded"), 400, 401, 403, 413, 415, 503, problems=True),
         }
     },
     "/api/refusals/{refusal_id}": {
@@ -646,6 +664,24 @@ _DEVICE_SCHEMAS: Final[dict[str, Any]] = {
         next_cursor={"type": ["string", "null"]},
     ),
     "Refusal": _REFUSAL,
+    "RefusalSelection": {
+        **_object(
+            (),
+            stage=_TEXT, code=_TEXT, device=_TEXT, parser={**_TEXT, "description": "Name, or name@version"}, since=_INSTANT, until=_INSTANT,
+            ids={"type": "array", "items": _TEXT}, limit={"type": "integer", "minimum": 1},
+            dry_run={**_FLAG, "description": "Only count"}, discarded={**_FLAG, "description": "redrive: what was discarded, too"},
+            reason={**_TEXT, "description": "discard: why; needed"}, actor={**_NAME, "description": "Who; needed unless the token proves a name"},
+        ),
+        "description": "At least one of stage, code, device, parser, since, until and ids",
+    },
+    "Redriven": _object(
+        ("matched", "sent", "already", "unusable", "dry_run", "more"),
+        **{name: {"type": "integer"} for name in ("matched", "sent", "already", "unusable")}, dry_run=_FLAG, more=_FLAG,
+    ),
+    "Discarded": _object(
+        ("matched", "discarded", "already", "version", "dry_run", "more"),
+        **{name: {"type": "integer"} for name in ("matched", "discarded", "already")}, version={"type": ["integer", "null"]}, dry_run=_FLAG, more=_FLAG,
+    ),
     "Refusals": _object(
         ("causes", "span_s", "bucket_s", "refusals", "next_cursor", "unknown_devices", "since", "complete", "note", "at"),
         causes={

@@ -109,6 +109,7 @@ class Kept:
     cause: tuple[str, str]  #: (stage, code)
     device: str  #: canonical address; "" where none is known
     value: bytes
+    parser: str = ""  #: name@version that read the message; "" where none is known
 
     @property
     def place(self) -> tuple[int, int]:
@@ -161,7 +162,10 @@ class Refusals:
                 continue
             device = canonical_address(str(line.get("device_id") or ""))
             self._number += 1
-            kept = Kept(self._number, f"{record.partition}:{record.offset}", at_us, (stage, code), device, record.value)
+            kept = Kept(
+                self._number, f"{record.partition}:{record.offset}", at_us, (stage, code), device, record.value,
+                str(line.get("parser") or ""),
+            )  # fmt: skip
             if kept.id in self._ids:
                 continue
             self.since_us = at_us if self.since_us is None else min(self.since_us, at_us)
@@ -226,7 +230,16 @@ class Refusals:
         return found
 
     def newest(
-        self, *, stage: str = "", code: str = "", device_id: str = "", before: tuple[int, int] | None = None, limit: int
+        self,
+        *,
+        stage: str = "",
+        code: str = "",
+        device_id: str = "",
+        parser: str = "",
+        since_us: int | None = None,
+        until_us: int | None = None,
+        before: tuple[int, int] | None = None,
+        limit: int,
     ) -> tuple[list[Kept], tuple[int, int] | None]:
         """Lines that are kept, newest first, and `before` of the next page.
 
@@ -234,6 +247,9 @@ class Refusals:
             stage: of this stage; "" for all.
             code: of this code; "" for all.
             device_id: of this device, in any spelling; "" for all.
+            parser: of this parser, by name in any version, or by name@version; "" for all.
+            since_us: refused then or later, µs.
+            until_us: refused then or earlier, µs.
             before: (instant, number) of the last one of the page before.
             limit: most lines.
         """
@@ -250,7 +266,12 @@ class Refusals:
         found = [
             kept
             for kept in lines
-            if (before is None or kept.place < before) and stage in ("", kept.cause[0]) and code in ("", kept.cause[1])
+            if (before is None or kept.place < before)
+            and stage in ("", kept.cause[0])
+            and code in ("", kept.cause[1])
+            and parser in ("", kept.parser, kept.parser.rpartition("@")[0])
+            and (since_us is None or kept.at_us >= since_us)
+            and (until_us is None or kept.at_us <= until_us)
         ]
         newest = heapq.nlargest(limit + 1, found, key=lambda kept: kept.place)
         page = newest[:limit]

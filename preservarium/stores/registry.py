@@ -322,14 +322,7 @@ async def commit(connection: Any, planned: Plan, *, actor: str, at_us: int) -> C
             await connection.execute("SELECT pg_advisory_xact_lock($1)", COMMIT_LOCK_KEY)
             new = [events.NewEvent(c.stream, c.expected_version, c.event, c.data, c.after) for c in changes]
             versions = await events.append(connection, new, actor=actor, at_us=at_us)
-            # Taken under the lock: the revision of a later commit is larger.
-            rows = await connection.fetch("SELECT nextval('registry_rev') FROM generate_series(1, $1)", len(changes))
-            revisions = {c.stream: int(r[0]) for c, r in zip(changes, rows, strict=True)}
-            for kind in SECTIONS.values():
-                await _project(
-                    connection, kind, [c for c in changes if c.kind == kind], versions, revisions, actor, at_us
-                )
-            ids = await _outbox(connection, changes, revisions)
+            revisions, ids = await put(connection, changes, versions, actor=actor, at_us=at_us)
             await _check_parsers(connection)
     except asyncpg.ForeignKeyViolationError as e:
         message = f"a reference does not hold: {e.detail or e}"
@@ -338,6 +331,29 @@ async def commit(connection: Any, planned: Plan, *, actor: str, at_us: int) -> C
         message = f"another change of the registry has been under way for more than {COMMIT_LOCK_WAIT_S} s"
         raise RegistryError(message) from e
     return Committed(revisions, ids)
+
+
+async def put(
+    connection: Any, changes: Sequence[Change], versions: Mapping[str, int], *, actor: str, at_us: int
+) -> tuple[dict[str, int], list[int]]:
+    """Write the current state of documents and what workers are told of it. Within a transaction that holds `COMMIT_LOCK_KEY`.
+
+    Args:
+        connection: any.
+        changes: documents as they are to stand.
+        versions: stream -> version of its last event.
+        actor: for `updated_by`.
+        at_us: for `updated_at`, µs.
+
+    Returns:
+        Revisions by stream, and the rows of the outbox.
+    """
+    # Taken under the lock: the revision of a later commit is larger.
+    rows = await connection.fetch("SELECT nextval('registry_rev') FROM generate_series(1, $1)", len(changes))
+    revisions = {c.stream: int(r[0]) for c, r in zip(changes, rows, strict=True)}
+    for kind in SECTIONS.values():
+        await _project(connection, kind, [c for c in changes if c.kind == kind], versions, revisions, actor, at_us)
+    return revisions, await _outbox(connection, changes, revisions)
 
 
 async def _project(

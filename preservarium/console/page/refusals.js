@@ -3,9 +3,10 @@
 
 const LIST_INTERVAL_MS = 5000;
 const LIMIT = 20;
+const DO_TIMEOUT_MS = 130000;
 
 const parameters = new URLSearchParams(location.search);
-const wanted = { stage: parameters.get("stage") || "", code: parameters.get("code") || "", device: parameters.get("device") || "" };
+const wanted = { stage: parameters.get("stage") || "", code: parameters.get("code") || "", device: parameters.get("device") || "", parser: parameters.get("parser") || "" };
 let shown = "";
 
 function change(changes) {
@@ -43,7 +44,8 @@ function draw(found) {
       $("remedy").replaceChildren(el("p", {}, el("b", { text: "Why: " }), `${cause.meaning}.`), el("p", {}, el("b", { text: "What to do: " }), ...worded(cause.remedy)));
     }
   }
-  $("which").textContent = [wanted.code, wanted.stage ? `at ${wanted.stage}` : "", wanted.device ? `of ${wanted.device}` : ""].filter(Boolean).join(" ");
+  $("doing").hidden = !wanted.code && !wanted.device && !wanted.parser;
+  $("which").textContent = [wanted.code, wanted.stage ? `at ${wanted.stage}` : "", wanted.device ? `of ${wanted.device}` : "", wanted.parser ? `read by ${wanted.parser}` : ""].filter(Boolean).join(" ");
   $("all").hidden = !wanted.code;
   const text = JSON.stringify(found.refusals.map((r) => r.id));
   if (text !== shown) {
@@ -80,6 +82,48 @@ async function list() {
   }
 }
 
+// Redrive or discard what is chosen. It is counted first and asked about: what goes on is not undone by a click.
+async function ask(path, body) {
+  const response = await fetch(path, { method: "POST", headers: authorized({ "Content-Type": "application/json", Accept: "application/json" }), body: JSON.stringify(body), signal: AbortSignal.timeout(DO_TIMEOUT_MS) });
+  const said = await response.json();
+  if (!response.ok) throw new Error(response.status === 401 ? "an operator token is needed" : said.error || `refused (${response.status})`);
+  return said;
+}
+
+let confirming = "";
+async function settle(what) {
+  const path = `/api/refusals/${what}`;
+  const chosen = Object.fromEntries(Object.entries(wanted).filter(([, v]) => v));
+  const body = { ...chosen, actor: $("doing-actor").value.trim() || undefined };
+  if (what === "discard") body.reason = $("doing-reason").value.trim();
+  if (what === "discard" && !body.reason) { $("doing-said").textContent = "Why? The reason is kept."; $("doing-reason").focus(); return; }
+  stored.set(localStorage, "operator", body.actor || "");
+  const key = JSON.stringify([what, body]);
+  for (const id of ["redrive", "discard"]) $(id).disabled = true;
+  try {
+    if (confirming !== key) {
+      const would = await ask(path, { ...body, dry_run: true });
+      const n = would.sent ?? would.discarded;
+      confirming = n ? key : "";
+      $("doing-said").textContent = n ? `${count(n)} of ${count(would.matched)} would be ${what === "redrive" ? "sent again" : "discarded"}. Press once more to do it.` : `Nothing to do: ${count(would.already)} were redriven or discarded before${would.unusable ? `, ${count(would.unusable)} are without their input` : ""}.`;
+      return;
+    }
+    confirming = "";
+    const done = await ask(path, body);
+    $("doing-said").textContent = `${count(done.sent ?? done.discarded)} ${what === "redrive" ? "sent again" : "discarded"}${done.more ? "; there is more: press again" : ""}.`;
+  } catch (e) {
+    confirming = "";
+    $("doing-said").textContent = `Not done: ${e.message}.`;
+  } finally {
+    for (const id of ["redrive", "discard"]) $(id).disabled = false;
+  }
+}
+
+$("doing-actor").value = stored.get(localStorage, "operator") || "";
+$("doing-parser").value = wanted.parser;
+$("doing-parser").addEventListener("change", () => change({ parser: $("doing-parser").value.trim() }));
+$("doing").addEventListener("submit", (event) => event.preventDefault());
+for (const id of ["redrive", "discard"]) $(id).addEventListener("click", () => settle(id));
 $("search").value = wanted.device;
 $("all").addEventListener("click", () => change({ stage: "", code: "" }));
 poll(LIST_INTERVAL_MS, list);

@@ -52,6 +52,8 @@ MATRIX: dict[str, Right] = {
     "GET /api/devices/{device_id}/readings.csv": READ,
     "GET /api/refusals": READ,
     "GET /api/refusals/{refusal_id}": READ,
+    "POST /api/refusals/redrive": OPERATE,
+    "POST /api/refusals/discard": OPERATE,
     "GET /api/errors": READ,
     "GET /api/trace": READ,
     "GET /api/alarms": READ,
