@@ -19,6 +19,7 @@ from preservarium.domain.decoders import (
     network,
     senml,
     sparkplug,
+    wmbus,
 )
 from preservarium.domain.decoders.base import Decoded, Decoder, ParserError
 from preservarium.domain.decoders.field_table import decoder as field_table
@@ -40,6 +41,7 @@ KINDS: Final[dict[str, Callable[[Mapping[str, Any], Mapping[str, Any] | None], D
     "bthome": bthome.compile_parser,
     "influx": influx.compile_parser,
     "mbus": mbus.compile_parser,
+    "wmbus": wmbus.compile_parser,
     "sparkplug_b": sparkplug.compile_parser,
     "dsmr": dsmr.compile_parser,
 }
