@@ -281,10 +281,24 @@ class Normalize(_Section):
         description="While the registry's database cannot be asked, messages of devices that are not known here wait so long, and"
         " others of their partition with them; after that they are refused as `unknown_device`.",
     )
+    secrets_key: SecretStr = Field(
+        SecretStr(""),
+        description="Seals the secrets of devices (keys of meters and advertisements) in the registry, the same in every worker and where "
+        "`registry apply` runs, 16 characters or more; empty: there are none. Who loses it must give the secrets anew.",
+    )
     decoded_topic: str = Field(
         "decoded_iot_data",
         description="Input topic of the sink service that this replaces (old message format); empty: not read.",
     )
+
+    @field_validator("secrets_key")
+    @classmethod
+    def _long_enough(cls, secret: SecretStr) -> SecretStr:
+        # Whoever has a copy of the database has all the time there is to guess it.
+        if 0 < len(secret.get_secret_value()) < LINK_SECRET_CHARS_MIN:
+            message = f"must have at least {LINK_SECRET_CHARS_MIN} characters"
+            raise ValueError(message)
+        return secret
 
 
 class Sandbox(_Section):

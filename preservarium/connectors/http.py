@@ -43,7 +43,7 @@ from aiohttp import hdrs, web
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
-from preservarium.connectors import influx_write
+from preservarium.connectors import influx_write, metric_writes
 from preservarium.connectors.base import (
     Limits,
     Publishes,
@@ -234,6 +234,8 @@ class Ingest:
                 web.post(path, self._guarded(self._points, influx_write.token_of, _influx_answer))
                 for path in ("/write", "/api/v2/write")
             ),
+            web.post("/api/v1/write", self._guarded(self._remote_write, answer=_prometheus_answer)),
+            web.post("/v1/metrics", self._guarded(self._otlp, answer=_otlp_answer)),
             web.post("/query", needs(Right.SENDER, query)),
             web.get("/query", needs(Right.SENDER, query)),
             web.get("/ping", needs(Right.SENDER, ping)),
@@ -244,7 +246,7 @@ class Ingest:
         self,
         parse: Parse,
         shown: Callable[[web.Request], bytes] = bearer,
-        answer: "Callable[[Taken], web.StreamResponse] | None" = None,
+        answer: "Answer | None" = None,
     ) -> Handler:
         answer = answer or _answer
 
@@ -264,7 +266,7 @@ class Ingest:
         return needs(Right.SENDER, handler)
 
     async def _take(
-        self, request: web.Request, parse: Parse, body_bytes_max: int, answer: "Callable[[Taken], web.StreamResponse]"
+        self, request: web.Request, parse: Parse, body_bytes_max: int, answer: "Answer"
     ) -> web.StreamResponse:
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -318,7 +320,7 @@ class Ingest:
             return _unavailable()
         except Reject as e:
             return _refuse(413, e.code, str(e))
-        return answer(Taken(len(sends), refused, refused_count, ignored))
+        return answer(request, Taken(len(sends), refused, refused_count, ignored))
 
     def _validation(self, request: web.Request, body: bytes) -> str | None:
         """The code that Azure's Event Grid wants to hear back before it sends anything; None for all else."""
@@ -353,6 +355,24 @@ class Ingest:
         """
         settings = self._live()
         return influx_write.messages_of(request.query, body, settings, settings.normalize.payload_bytes_max)
+
+    def _remote_write(self, request: web.Request, body: bytes) -> Iterator[Any]:
+        """The messages of Prometheus' remote write.
+
+        Raises:
+            Reject: the request as a whole is none.
+        """
+        settings = self._live()
+        return metric_writes.remote_write(request, body, settings, settings.normalize.payload_bytes_max)
+
+    def _otlp(self, request: web.Request, body: bytes) -> Iterator[Any]:
+        """The messages of OpenTelemetry's metrics.
+
+        Raises:
+            Reject: the request as a whole is none.
+        """
+        settings = self._live()
+        return metric_writes.otlp(request, body, settings, settings.normalize.payload_bytes_max)
 
     def _platform(self, name: str, request: web.Request, body: bytes) -> Iterator[Any]:
         """The messages of `POST /ingest/NAME`: everything in it is of that platform.
@@ -412,6 +432,10 @@ class Ingest:
             raise item
         if isinstance(item, Points):
             return message_send(item.device, item.text, limits, CONNECTOR, item.mode or MODE, now_us, meta=item.meta)
+        if isinstance(item, metric_writes.Metrics):
+            send = message_send(item.device, item.payload, limits, CONNECTOR, MODE, now_us, meta={})
+            request[metric_writes.WRITTEN] = request.get(metric_writes.WRITTEN, 0) + len(item.payload["metrics"])
+            return send
         if isinstance(item, _Report):
             return report_send(item.line)
         if isinstance(item, Uplink):
@@ -442,7 +466,11 @@ class Taken:
     ignored: int  #: events that carry nothing of a device
 
 
-def _answer(taken: Taken) -> web.StreamResponse:
+#: What a request is answered when Kafka has its messages.
+Answer = Callable[[web.Request, Taken], web.StreamResponse]
+
+
+def _answer(_request: web.Request, taken: Taken) -> web.StreamResponse:
     said: dict[str, Any] = {"accepted": taken.accepted, "refused": taken.refused, "refused_count": taken.refused_count}
     if taken.ignored:
         said["ignored"] = taken.ignored
@@ -450,8 +478,16 @@ def _answer(taken: Taken) -> web.StreamResponse:
     return web.Response(body=orjson.dumps(said), status=status, content_type="application/json")
 
 
-def _influx_answer(taken: Taken) -> web.StreamResponse:
+def _influx_answer(_request: web.Request, taken: Taken) -> web.StreamResponse:
     return influx_write.answer(taken.accepted, taken.refused, taken.refused_count)
+
+
+def _prometheus_answer(request: web.Request, taken: Taken) -> web.StreamResponse:
+    return metric_writes.prometheus_answer(request.get(metric_writes.WRITTEN, 0), taken.refused, taken.refused_count)
+
+
+def _otlp_answer(request: web.Request, taken: Taken) -> web.StreamResponse:
+    return metric_writes.otlp_answer(request, taken.refused, taken.refused_count)
 
 
 class _Payload:

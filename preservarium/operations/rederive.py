@@ -38,6 +38,7 @@ from preservarium.domain.readings.normalize import (
     standardize,
 )
 from preservarium.domain.readings.reading import RawMessage
+from preservarium.domain.registry.sealed import Keyring
 from preservarium.errors import Fatal, Reject
 from preservarium.sandbox.pool import Call, SandboxPool
 from preservarium.sandbox.pool import Limits as SandboxLimits
@@ -95,6 +96,7 @@ class Rederiver:
     def __init__(self, settings: Settings, past: Past) -> None:
         self._settings = settings
         self._past = past
+        self._keys = Keyring(settings.normalize.secrets_key.get_secret_value())
         self._sandbox: SandboxPool | None = None
         self._known: dict[tuple[str, int, str | None], Configuration | str] = {}
         quality = settings.quality
@@ -138,7 +140,9 @@ class Rederiver:
             named = parser or f"{documents.type['parser']}, active"
             return f"the registry has no parser {named}{when}"
         try:
-            compiled = compile_device(documents.device, documents.type, documents.parser, documents.datatype)
+            compiled = compile_device(
+                documents.device, documents.type, documents.parser, documents.datatype, keys=self._keys
+            )
         except Reject as e:
             return str(e)
         checks = compile_checks(documents.device, documents.datatype, documents.type)

@@ -13,6 +13,7 @@ from aiokafka.errors import KafkaError
 
 from preservarium.clock import Clock, SystemClock
 from preservarium.domain.registry.checks import RegistryFile
+from preservarium.domain.registry.sealed import Keyring
 from preservarium.errors import reason
 from preservarium.registry.file import read
 from preservarium.registry.proving import check_scripts
@@ -77,6 +78,7 @@ async def apply(
     file = await asyncio.to_thread(read, path)
     file.raise_for_errors()
     await check_scripts(file, settings)
+    seal_secrets(file, Keyring(settings.normalize.secrets_key.get_secret_value()))
     file.raise_for_errors()
     connection = await connect(settings, wait_s=wait_s)
     try:
@@ -91,6 +93,16 @@ async def apply(
         return result
     finally:
         await connection.close(timeout=5)
+
+
+def seal_secrets(file: RegistryFile, keys: Keyring) -> None:
+    """Put sealed secrets in the place of plain ones, before anything of the file goes anywhere; what cannot be sealed is noted."""
+    for i, device in enumerate(file.documents.get("device", ())):
+        for name, plain in (device.get("secrets") or {}).items():
+            try:
+                device["secrets"][name] = keys.seal(device["device_id"], name, plain)
+            except ValueError as e:
+                file.problem("device", i, ("secrets", name), str(e))
 
 
 async def connect(settings: Settings, *, wait_s: float = 0.0) -> Any:

@@ -133,7 +133,8 @@ def _load_script(document: Document, path: Path) -> None:
             message = f"{path}: is {bundle.kind}, not {document['kind']}"
             raise RegistryFileError(message)
         document["source"] = bundle.source
-        found = bundle.examples
+        # An example of a downlink that does not hold is no reason against reading uplinks.
+        found = [example for example in bundle.examples if "call" not in example]
     if found:
         document.setdefault("examples", found)
 

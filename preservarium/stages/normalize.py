@@ -34,6 +34,7 @@ from preservarium.domain.readings.normalize import (
 )
 from preservarium.domain.readings.reading import ErrorLine, RawMessage
 from preservarium.domain.registry.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc, ParserDoc
+from preservarium.domain.registry.sealed import Keyring
 from preservarium.errors import Fatal, ReasonCode, Reject
 from preservarium.sandbox.pool import Call, Outcome, Script
 from preservarium.settings import LiveSettings
@@ -135,6 +136,7 @@ class Normalizer:
         self._clock = clock
         self._live = live
         settings = live().normalize
+        self._keys = Keyring(settings.secrets_key.get_secret_value())
         self._devices_max, self._ttl_s = settings.config_cache_devices_max, settings.config_cache_ttl_s
         #: canonical address -> (kept until, catalogue's revision, compiled configuration or why there is none); oldest first
         self._compiled: dict[str, tuple[float, int, CompiledDevice | Reject]] = {}
@@ -340,8 +342,9 @@ class Normalizer:
     def _compile(self, device: DeviceDoc) -> CompiledDevice | Reject:
         try:
             kind = self._type(device["type"])
-            own_words = device.get("variables") or device.get("time_zone")
-            decoder = self._decoder(kind.parser, variables_of(device, kind.document)) if own_words else kind.decoder
+            decoder = kind.decoder
+            if device.get("variables") or device.get("secrets") or device.get("time_zone"):
+                decoder = self._decoder(kind.parser, variables_of(device, kind.document, kind.parser, self._keys))
             if isinstance(decoder, Reject):
                 return decoder
             # A device that says nothing of its own has the mapping of its type.

@@ -210,3 +210,75 @@ def test_a_result_that_json_cannot_carry_on_is_a_refusal(vendor):
     assert shown["errors"]
     batch = run("decode", "--batch", "-", stdin=json.dumps({"codec": str(odd), "hex": "00"}))
     assert (batch.exit_code, batch.stdout.count("\n")) == (1, 1)
+
+
+def test_catalogues_are_found_as_they_are_published(tmp_path):
+    def put(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+    # ChirpStack's device profiles: JSON that is not quite.
+    put("vendors/a/codecs/meter.js", "function decodeUplink() {}")
+    put(
+        "vendors/a/codecs/test_decode_meter.json",
+        '[{"input": {"fPort": 0x7f, "bytes": [1,]}, "expected": {"data": {"a": 1}}}, // one\n]',
+    )
+    put(
+        "vendors/a/codecs/test_encode_meter.json",
+        [{"input": {"data": {"n": 1}}, "expected": {"fPort": 2, "bytes": [1]}}],
+    )
+    put("vendors/a/codecs/other.js", "function decodeUplink() {}")
+    # ThingPark's device catalog, of both kinds.
+    put("vendors/b/drivers/new/driver.yaml", "name: x")
+    put("vendors/b/drivers/new/package.json", {"main": "./main.js"})
+    put("vendors/b/drivers/new/main.js", "var driver = {};")
+    put("vendors/b/drivers/new/extractPoints.js", "")
+    put("vendors/b/drivers/new/examples.json", [
+        {"type": "uplink", "input": {"bytes": "01", "fPort": 1, "recvTime": "no instant"}, "output": {"data": {"a": 1}}},
+        {"type": "downlink-encode", "input": {"data": {"n": 1}}, "output": {"bytes": "01", "fPort": 1}},
+        {"type": "downlink-decode", "input": {"bytes": "0x01", "fPort": 1}, "output": {"n": 1}},
+        {"type": "strange"},
+    ])  # fmt: skip
+    put("vendors/b/drivers/old/driver.yaml", "name: x")
+    put("vendors/b/drivers/old/index.js", "function Decoder() {}")
+    put("vendors/b/drivers/old/examples/x.examples.json", [
+        {"type": "uplink", "bytes": "02", "fPort": 3, "data": {"a": 2}},
+        {"type": "downlink", "bytes": "05", "fPort": 3, "data": {"n": 5}},
+    ])  # fmt: skip
+    # The Things Network's device repository.
+    put("vendor/c/d-codec.yaml", json.dumps({
+        "uplinkDecoder": {"fileName": "d.js", "examples": [{"input": {"fPort": 1, "bytes": [9]}, "output": {"data": {"a": 9}}}]},
+        "downlinkEncoder": {"fileName": "d.js", "examples": [{"input": {"data": {"n": 2}}, "output": {"bytes": [2], "fPort": 1}}]},
+    }))  # fmt: skip
+    put("vendor/c/d.js", "function decodeUplink() {}")
+    put("node_modules/e/index.js", "")
+    put("node_modules/e/examples.json", [])
+    found = {str(path.relative_to(tmp_path)): codecs.load(path).examples for path in codecs.scripts_in(tmp_path)}
+    assert found == {
+        "vendor/c/d-codec.yaml": [
+            {"hex": "09", "port": 1, "output": {"data": {"a": 9}}},
+            {"call": "encodeDownlink", "input": {"data": {"n": 2}}, "output": {"bytes": [2], "fPort": 1}},
+        ],
+        "vendors/a/codecs/meter.js": [
+            {"hex": "01", "port": 127, "output": {"data": {"a": 1}}},
+            {"call": "encodeDownlink", "input": {"data": {"n": 1}}, "output": {"bytes": [1], "fPort": 2}},
+        ],
+        "vendors/b/drivers/new/main.js": [
+            {"hex": "01", "port": 1, "output": {"data": {"a": 1}}},
+            {"call": "encodeDownlink", "input": {"data": {"n": 1}}, "output": {"bytes": "01", "fPort": 1}},
+            {"call": "decodeDownlink", "input": {"bytes": [1], "fPort": 1}, "output": {"data": {"n": 1}}},
+        ],
+        "vendors/b/drivers/old/index.js": [
+            {"hex": "02", "port": 3, "output": {"data": {"a": 2}}},
+            {"call": "encodeDownlink", "input": {"data": {"n": 5}, "fPort": 3}, "output": {"bytes": "05", "fPort": 3}},
+        ],
+    }
+
+
+def test_a_package_cannot_name_a_script_outside_its_folder(tmp_path):
+    (tmp_path / "x.js").write_text("")
+    folder = tmp_path / "driver"
+    folder.mkdir()
+    (folder / "package.json").write_text('{"main": "../x.js"}')
+    assert codecs.main_script(folder) is None
