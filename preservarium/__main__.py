@@ -38,10 +38,11 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "alarms",
     "alarms_analysis",
     "notices",
+    "monitoring.command",
 )
 
 #: Commands that ask no server, and so no running system.
-LOCAL: Final = frozenset({"up", "decode", "decoders"})
+LOCAL: Final = frozenset({"up", "decode", "decoders", "monitoring"})
 
 #: A wrong setting, as for wrong arguments: nothing was done.
 EXIT_USAGE: Final = 2
