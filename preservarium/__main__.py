@@ -44,6 +44,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "alarms",
     "alarms_analysis",
     "notices",
+    "monitoring.command",
 )
 
 #: Modules of a command that is not in the module of its name, or not in that alone. What is found in neither is looked for in all.
@@ -54,7 +55,7 @@ MODULES_OF: Final[Mapping[str, tuple[str, ...]]] = {
 }
 
 #: Commands that ask no server, and so no running system.
-LOCAL: Final = frozenset({"up", "decode", "decoders"})
+LOCAL: Final = frozenset({"up", "decode", "decoders", "monitoring"})
 
 #: A wrong setting, as for wrong arguments: nothing was done.
 EXIT_USAGE: Final = 2

@@ -78,7 +78,8 @@ def metrics_page() -> str:
         if match["group"]:
             rows = groups.setdefault(match["group"], [])
             continue
-        metric = by_name.pop(f"{metrics.NAMESPACE}_{match['name']}")
+        full = f"{metrics.NAMESPACE}_{match['name']}"
+        metric = by_name.pop(full if full in by_name else match["name"])
         rows.append((f"`{metric.name}`", metric.kind, _names(metric.labels), metric.meaning))
     if by_name:
         message = f"not under a group in metrics.py: {', '.join(by_name)}"

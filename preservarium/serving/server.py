@@ -4,6 +4,7 @@ Bodies are left packed (bodies.py), and a head must come within a time. A client
 take all of them. A request that is not for us (hosts.py) comes to no handler, neither one of ours nor one of Faust's.
 """
 
+import asyncio
 import resource
 import time
 from collections.abc import Awaitable, Callable
@@ -14,6 +15,7 @@ import orjson
 import structlog
 from aiohttp import hdrs, http_exceptions, web
 
+from preservarium import metrics
 from preservarium.serving import bodies, hosts
 from preservarium.serving.clients import Places, client_of
 from preservarium.serving.rights import Right, right_of
@@ -30,6 +32,13 @@ KEEPALIVE_S: Final = 75.0
 CONNECTIONS_MAX: Final = 2_048
 #: A client over its limit is told of in the log, but not for each connection.
 TOLD_EVERY_S: Final = 60.0
+
+#: Methods that are counted by name; strangers send others.
+METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+#: What no route of ours matches, counted as one: a path that somebody asks for never becomes a label.
+NO_ROUTE: Final = "other"
+#: Whoever asked has gone before there was an answer; nginx's number for it.
+CLIENT_GONE: Final = 499
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -63,8 +72,32 @@ def install(application: web.Application, live: LiveSettings, *, bound: str | No
                 return refusal(e.status, e.code, str(e))
         return await handler(request)
 
+    application.middlewares.append(timed)
     application.middlewares.append(door)
     return Runner(application, live)
+
+
+@web.middleware
+async def timed(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """Measure a request, whatever becomes of it, by the route as it was declared."""
+    began_s = time.monotonic()
+    code = 500
+    try:
+        response = await handler(request)
+        code = response.status
+    except web.HTTPException as e:
+        code = e.status
+        raise
+    except asyncio.CancelledError:
+        code = CLIENT_GONE
+        raise
+    finally:
+        match = request.match_info
+        found = None if match.http_exception is not None else match.route.resource
+        route = NO_ROUTE if found is None else found.canonical
+        method = request.method if request.method in METHODS else NO_ROUTE
+        metrics.HTTP_SECONDS.labels(route, method, str(code)).observe(time.monotonic() - began_s)
+    return response
 
 
 def _as_json(e: web.HTTPException) -> web.Response:
