@@ -38,6 +38,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "alarms",
     "alarms_analysis",
     "notices",
+    "people",
 )
 
 #: Commands that ask no server, and so no running system.
