@@ -70,7 +70,7 @@ lock: $(STAMP)  ## Resolve the dependencies anew into the lock files (needs uv)
 	@uv=$$(command -v uv || echo $(BIN)/uv); \
 	options="--quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11"; \
 	$$uv pip compile $$options pyproject.toml --all-extras -o requirements.lock && \
-	$$uv pip compile $$options pyproject.toml --extra scripts --extra archive -c requirements.lock -o requirements-worker.lock && \
+	$$uv pip compile $$options pyproject.toml --extra scripts --extra archive --extra oidc -c requirements.lock -o requirements-worker.lock && \
 	sed -i "1i # Resolved on $$(date -u +%F)." requirements.lock requirements-worker.lock
 
 .PHONY: audit

@@ -45,6 +45,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "alarms_analysis",
     "notices",
     "monitoring.command",
+    "people",
 )
 
 #: Modules of a command that is not in the module of its name, or not in that alone. What is found in neither is looked for in all.

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
-from urllib.parse import quote, unquote, urlencode
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from dotenv import dotenv_values
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
@@ -29,6 +29,10 @@ RELOAD: dict[str, Any] = {"reload": True}
 
 #: Shortest secret of signed links: 16 random characters are beyond guessing.
 LINK_SECRET_CHARS_MIN = 16
+#: Shortest secret of sessions: whoever has it is anybody.
+SESSION_SECRET_CHARS_MIN = 32
+#: What people may be, each with all that those before it may (preservarium/serving/people.py).
+ROLES = ("viewer", "operator", "engineer", "admin")
 
 
 class _Section(BaseModel):
@@ -900,8 +904,50 @@ class Web(_Section):
     operators: SecretStr = Field(
         SecretStr(""),
         json_schema_extra=RELOAD,
-        description="Operators with a token each, `name:token`, separated by commas: what they do is recorded under that name. With neither of "
-        "the two, everybody may read, and this machine alone may act.",
+        description="Operators with a token each, `name:token`, separated by commas: what they do is recorded under that name. With nobody configured, "
+        "here, in users_file or by OIDC, the port is for this machine alone and must be bound to loopback.",
+    )
+    users_file: str = Field(
+        "",
+        description="File of those who log in with a password, and of programs with a token, as `preservarium users` and `preservarium tokens` write it; "
+        "a change in it counts at once. Empty: none.",
+    )
+    session_secret: SecretStr = Field(
+        SecretStr(""),
+        description=f"Signs the cookies of those who have logged in, the same in every worker, {SESSION_SECRET_CHARS_MIN} characters or more; empty: that of "
+        "users_file, else one of each worker's own, which forgets everybody when it stops.",
+    )
+    session_s: float = Field(
+        43_200.0, gt=0, le=2_592_000, json_schema_extra=RELOAD, description="A log-in holds for so long."
+    )
+    supervisor_token: SecretStr = Field(
+        SecretStr(""),
+        description="Token of a program that watches its own workers: it reads, and is nobody who is configured. `preservarium up` makes one.",
+    )
+    oidc_issuer: str = Field(
+        "",
+        description="Log-in by OpenID Connect: the provider's issuer, as https://login.example.org/realms/plant; empty: none.",
+    )
+    oidc_client_id: str = Field("", description="Our name at the provider.")
+    oidc_client_secret: SecretStr = Field(
+        SecretStr(""), description="Our secret there; empty: a public client, which PKCE alone protects."
+    )
+    oidc_scopes: str = Field("openid profile email", description="Scopes that are asked for.")
+    oidc_name_claim: str = Field(
+        "preferred_username",
+        description="Claim with the name under which somebody acts; it must be the provider's to give, and one person's.",
+    )
+    oidc_role_claim: str = Field(
+        "roles",
+        description="Claim with what somebody is at the provider, a text or a list; dots lead into objects (realm_access.roles).",
+    )
+    oidc_roles: str = Field(
+        "",
+        json_schema_extra=RELOAD,
+        description="What that makes here, `value=role`, separated by commas, as `plant-admins=admin,plant=operator`; of several the highest role.",
+    )
+    oidc_default_role: Literal["", "viewer", "operator", "engineer", "admin"] = Field(
+        "", json_schema_extra=RELOAD, description="Role of those for whom that makes none; empty: they are not let in."
     )
     public_url: str = Field(
         "",
@@ -923,9 +969,14 @@ class Web(_Section):
         return {name.strip(): token.strip() for name, _, token in entries}
 
     @property
-    def any_token(self) -> str:
-        """A token that opens what is for operators, for programs of our own; "" where none is asked for."""
-        return self.operator_token.get_secret_value() or next(iter(self.operator_tokens.values()), "")
+    def role_of(self) -> dict[str, str]:
+        """Value of the provider's claim -> role."""
+        return {value.strip(): role.strip() for value, _, role in _pairs(self.oidc_roles, "=")}
+
+    @property
+    def loopback(self) -> bool:
+        """Whether the port is bound to this machine alone."""
+        return self.host == "localhost" or self.host.startswith("127.") or self.host == "::1"
 
     @property
     def allowed_names(self) -> tuple[str, ...]:
@@ -959,6 +1010,43 @@ class Web(_Section):
                 raise ValueError(message)
         return operators
 
+    @field_validator("oidc_issuer")
+    @classmethod
+    def _issuer(cls, issuer: str) -> str:
+        if issuer:
+            urls.read(issuer, "http", "https")
+            parts = urlsplit(issuer)
+            if parts.scheme != "https" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+                message = "must be https: what it says decides who is let in"
+                raise ValueError(message)
+        return issuer
+
+    @field_validator("oidc_roles")
+    @classmethod
+    def _roles(cls, roles: str) -> str:
+        for value, _, role in _pairs(roles, "="):
+            if not value.strip() or role.strip() not in ROLES:
+                message = f"is `value=role`, separated by commas, with one of {', '.join(ROLES)}"
+                raise ValueError(message)
+        return roles
+
+    @field_validator("session_secret")
+    @classmethod
+    def _long(cls, secret: SecretStr) -> SecretStr:
+        if 0 < len(secret.get_secret_value()) < SESSION_SECRET_CHARS_MIN:
+            message = f"must have at least {SESSION_SECRET_CHARS_MIN} characters"
+            raise ValueError(message)
+        return secret
+
+    @model_validator(mode="after")
+    def _oidc(self) -> Self:
+        if self.oidc_issuer and not (self.oidc_client_id and (self.oidc_roles or self.oidc_default_role)):
+            message = (
+                "oidc_issuer needs oidc_client_id, and oidc_roles or oidc_default_role, else nobody could log in by it"
+            )
+            raise ValueError(message)
+        return self
+
     @field_validator("link_secret")
     @classmethod
     def _long_enough(cls, secret: SecretStr) -> SecretStr:
@@ -967,6 +1055,10 @@ class Web(_Section):
             message = f"must have at least {LINK_SECRET_CHARS_MIN} characters"
             raise ValueError(message)
         return secret
+
+
+def _pairs(text: str, sign: str) -> list[tuple[str, str, str]]:
+    return [entry.rpartition(sign) for entry in text.split(",") if entry.strip()]
 
 
 class Settings(BaseSettings):
@@ -1013,8 +1105,7 @@ class Settings(BaseSettings):
     @property
     def ingest_open(self) -> bool:
         """Whether whoever reaches this machine may send readings: POST /ingest bound beyond loopback, without a token."""
-        loopback = self.web.host == "localhost" or self.web.host.startswith("127.") or self.web.host == "::1"
-        return self.http.enabled and not loopback and not _given(self.http.token)
+        return self.http.enabled and not self.web.loopback and not _given(self.http.token)
 
     @classmethod
     def settings_customise_sources(

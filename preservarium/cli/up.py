@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -92,6 +93,7 @@ class Up:
         # A worker's working directory is its own, so a relative .env would not be found.
         env_file = Path(os.environ.get(f"{PREFIX}ENV_FILE", ".env")).absolute()
         self._environment = {f"{PREFIX}ENV_FILE": str(env_file)}
+        self._supervisor_token = secrets.token_urlsafe(24)
         #: called when a signal asks for the end: what waits in threads gives up
         self._interrupts: list[Callable[[], None]] = []
 
@@ -185,7 +187,12 @@ class Up:
         stack.push_async_callback(ensemble.stop)
         await ensemble.start(given, mqtt=self._options.mqtt)
         self._environment |= ensemble.variables
+        # Whoever is configured, now or while this runs: `up` sees how its own workers are.
+        self._environment[f"{PREFIX}WEB__SUPERVISOR_TOKEN"] = self._supervisor_token
         self._environment[f"{PREFIX}DATA_DIR"] = str(ensemble.directory / "state")
+        if given.web.users_file:
+            # Workers have directories of their own to run in.
+            self._environment[f"{PREFIX}WEB__USERS_FILE"] = _absolute(given.web.users_file)
         for section, values in DEFAULTS.items():
             if not getattr(given, section).model_fields_set & values.keys():
                 self._environment |= {f"{PREFIX}{section}__{name}".upper(): value for name, value in values.items()}
@@ -265,7 +272,7 @@ class Up:
         workers = Workers(
             [Worker(directory / str(n), n, port, others if n else self._environment) for n, port in enumerate(ports)],
             self._screen.say,
-            token=settings.web.any_token,
+            token=self._supervisor_token,
         )
         self._interrupts.append(workers.interrupt)
         stack.push_async_callback(workers.stop)
@@ -545,6 +552,11 @@ def up(
 
 async def _run(options: Options, screen: Screen) -> tuple[int, dict[str, Any]]:
     return await Up(options, screen).run()
+
+
+def _absolute(path: str) -> str:
+    """A path that means the same in any directory."""
+    return str(Path(path).absolute())
 
 
 commands: list[click.Command] = [up]

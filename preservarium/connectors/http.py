@@ -63,7 +63,7 @@ from preservarium.domain.readings.address import canonical_address
 from preservarium.domain.readings.json_text import to_bytes
 from preservarium.domain.readings.number import number_of
 from preservarium.errors import Fatal, ReasonCode, Reject, Retry
-from preservarium.serving import bodies, hosts, server
+from preservarium.serving import bodies, hosts, people, server
 from preservarium.serving.clients import Places, client_of
 from preservarium.serving.rights import Handler, Right, bearer, needs
 from preservarium.settings import LiveSettings, Settings
@@ -120,8 +120,12 @@ def _not_let_in(
 ) -> web.Response | None:
     """Why a sender is not let in: the one check of every way in."""
     token = settings.http.token.get_secret_value()
-    if token:
-        if hmac.compare_digest(shown(request), token.encode()):
+    if token or people.current(settings.web).sends:
+        given = shown(request)
+        if token and hmac.compare_digest(given, token.encode()):
+            return None
+        program = people.by_token(settings.web, given)
+        if program is not None and Right.SENDER in program.rights:
             return None
         return _refuse(401, "unauthorized", "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
     # Nothing proves that the sender may. A browser would send for any page what programs send, from inside our network.
@@ -148,7 +152,7 @@ class Fetch:
         async def commands(request: web.Request) -> web.StreamResponse:
             return await self._commands(request)
 
-        return [web.get("/ingest/commands", needs(Right.SENDER, commands))]
+        return _versioned([web.get("/ingest/commands", needs(Right.SENDER, commands))])
 
     async def _commands(self, request: web.Request) -> web.StreamResponse:
         """What waits for the device that the query names; 204 where nothing does."""
@@ -228,7 +232,7 @@ class Ingest:
         async def ping(request: web.Request) -> web.StreamResponse:
             return _not_let_in(request, self._live(), influx_write.token_of) or influx_write.pong()
 
-        return [
+        made = [
             web.post("/ingest", self._guarded(self._messages)),
             *(
                 web.post(path, self._guarded(self._points, influx_write.token_of, _influx_answer))
@@ -241,6 +245,7 @@ class Ingest:
             web.get("/ping", needs(Right.SENDER, ping)),
             *(web.post(_path(name), self._guarded(partial(self._platform, name))) for name in FORMATS),
         ]
+        return _versioned(made)
 
     def _guarded(
         self,
@@ -324,7 +329,7 @@ class Ingest:
 
     def _validation(self, request: web.Request, body: bytes) -> str | None:
         """The code that Azure's Event Grid wants to hear back before it sends anything; None for all else."""
-        if request.path != _path(azure_iot.FORMAT.name) or azure_iot.VALIDATION.encode() not in body:
+        if not request.path.endswith(_path(azure_iot.FORMAT.name)) or azure_iot.VALIDATION.encode() not in body:
             return None
         try:
             return azure_iot.validation_code(loads(body))
@@ -456,6 +461,12 @@ def _path(name: str) -> str:
     return f"/ingest/{name}"
 
 
+def _versioned(routes: list[web.RouteDef]) -> list[web.RouteDef]:
+    """The routes, those that are ours under the API's version too; InfluxDB's clients know their own paths alone."""
+    ours = [route for route in routes if route.path.startswith("/ingest")]
+    return routes + [web.route(route.method, f"/api/v1{route.path}", route.handler, **route.kwargs) for route in ours]
+
+
 @dataclass(frozen=True, slots=True)
 class Taken:
     """What became of a request whose messages Kafka has."""
@@ -474,8 +485,10 @@ def _answer(_request: web.Request, taken: Taken) -> web.StreamResponse:
     said: dict[str, Any] = {"accepted": taken.accepted, "refused": taken.refused, "refused_count": taken.refused_count}
     if taken.ignored:
         said["ignored"] = taken.ignored
-    status = 400 if taken.refused_count and not taken.accepted else 202
-    return web.Response(body=orjson.dumps(said), status=status, content_type="application/json")
+    if taken.refused_count and not taken.accepted:
+        said |= server.problem_details(400, "none of the messages could be taken: `refused` says of each why")
+        return web.Response(body=orjson.dumps(said), status=400, content_type=server.PROBLEM)
+    return web.Response(body=orjson.dumps(said), status=202, content_type="application/json")
 
 
 def _influx_answer(_request: web.Request, taken: Taken) -> web.StreamResponse:

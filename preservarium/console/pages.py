@@ -27,6 +27,7 @@ _FILES: Final[Mapping[str, str]] = {
     "uplot.css": "text/css",
     "uplot.js": "text/javascript",
     "common.js": "text/javascript",
+    "login.js": "text/javascript",
     "list.js": "text/javascript",
     "console.js": "text/javascript",
     "devices.js": "text/javascript",

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final, Protocol
 
 import structlog
@@ -21,6 +21,7 @@ from preservarium.console import health, pages, samples
 from preservarium.console.host import Host
 from preservarium.console.replies import (
     LIMIT_DEFAULT,
+    OPERATOR,
     TEXT_MAX,
     answer,
     bad,
@@ -33,6 +34,7 @@ from preservarium.console.replies import (
 from preservarium.console.tables import TableReader, TableUnknown
 from preservarium.console.workers import REASONS_MAX, Workers
 from preservarium.serving.rights import Right
+from preservarium.stores.people_log import UNKNOWN
 
 log = structlog.get_logger(__name__)
 
@@ -59,7 +61,14 @@ class Worker(Host, Protocol):
 class Console:
     """The views of one worker."""
 
-    def __init__(self, host: Worker, tables: TableReader, workers: Workers | None = None) -> None:
+    def __init__(
+        self,
+        host: Worker,
+        tables: TableReader,
+        workers: Workers | None = None,
+        tell: Callable[..., None] = lambda *_, **__: None,
+    ) -> None:
+        self._tell = tell
         self._host = host
         self._workers = workers or Workers()
         self._started_us = host.clock.now_us()
@@ -80,6 +89,8 @@ class Console:
             ("/health", self.health, Right.OPEN),
             ("/ready", self.ready, Right.OPEN),
             ("/metrics", self.metrics, Right.OPEN),
+            ("/api/health", self.health, Right.OPEN),
+            ("/api/ready", self.ready, Right.OPEN),
             ("/api/status", self.status, Right.READ),
             ("/api/errors", self.errors, Right.READ),
             ("/api/tables", self.tables, Right.OPERATE),
@@ -230,6 +241,7 @@ class Console:
         stage = request.match_info["stage"][:TEXT_MAX]
         if not self._host.reset_fuse(stage):
             missing("there is no stage of that name")
+        self._tell("fuse_closed", request[OPERATOR] or UNKNOWN, stage=stage, worker=self._worker)
         return answer({"stage": stage, "reset": True})
 
     async def tables(self, _request: web.Request) -> web.Response:

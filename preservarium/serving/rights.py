@@ -14,11 +14,15 @@ _ATTRIBUTE: Final = "preservarium_right"
 class Right(StrEnum):
     """Who may ask; preservarium/console/access.py decides, and connectors/http.py for senders."""
 
-    OPEN = "open"  #: everybody: health, metrics, the pages without what they show, the description of the API
+    OPEN = (
+        "open"  #: everybody: health, metrics, the pages without what they show, the description of the API, logging in
+    )
     LINK = "link"  #: whoever has a signed link: the handler checks it
-    SENDER = "sender"  #: devices and gateways: `http.token`, which the handler checks
-    READ = "read"  #: operators; everybody where there are none
-    OPERATE = "operate"  #: operators; this machine alone where there are none
+    SENDER = "send"  #: devices and gateways: `http.token` or a token with the scope `send`, which the handler checks
+    READ = "read"  #: viewers, and all above them
+    OPERATE = "operate"  #: operators: alarms, commands, fuses, state tables
+    ENGINEER = "engineer"  #: engineers: what the registry says
+    ADMIN = "admin"  #: administrators: who there is, and what they did
 
 
 def needs(right: Right, handler: Handler) -> Handler:

@@ -39,14 +39,25 @@ METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OP
 NO_ROUTE: Final = "other"
 #: Whoever asked has gone before there was an answer; nginx's number for it.
 CLIENT_GONE: Final = 499
+#: Media type of problem details, RFC 9457.
+PROBLEM: Final = "application/problem+json"
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
+def problem_details(status: int, detail: str) -> dict[str, Any]:
+    """What every refusal says (RFC 9457)."""
+    phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "Refused"
+    return {"type": "about:blank", "title": phrase, "status": status, "detail": detail}
+
+
+def _refusal(status: int, code: str, message: str) -> bytes:
+    return orjson.dumps({**problem_details(status, message), "error": code, "message": message})
+
+
 def refusal(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> web.Response:
-    """A refusal: a code for programs, a text for people."""
-    body = orjson.dumps({"error": code, "message": message})
-    return web.Response(body=body, status=status, content_type="application/json", headers=headers)
+    """A refusal: problem details, with a code for programs (`error`) and a text for people (`message`)."""
+    return web.Response(body=_refusal(status, code, message), status=status, content_type=PROBLEM, headers=headers)
 
 
 def install(application: web.Application, live: LiveSettings, *, bound: str | None = None) -> "Runner":
@@ -205,9 +216,9 @@ class _Connection(web.RequestHandler):
     def _part(self, status: int, code: str, message: str) -> None:
         """Say why, where there is no request yet that could be answered, and close."""
         if self.transport is not None:
-            body = orjson.dumps({"error": code, "message": message})
+            body = _refusal(status, code, message)
             self.transport.write(
-                f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
+                f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: {PROBLEM}\r\n"
                 f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
                 + body
             )
@@ -217,7 +228,7 @@ class _Connection(web.RequestHandler):
         self, request: Any, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         """As aiohttp does; its own refusals become JSON."""
-        if isinstance(resp, web.HTTPException) and resp.status >= 400 and resp.content_type != "application/json":
+        if isinstance(resp, web.HTTPException) and resp.status >= 400 and not resp.content_type.endswith("json"):
             resp = _as_json(resp)
         return await super().finish_response(request, resp, start_time)
 

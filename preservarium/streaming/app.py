@@ -155,6 +155,8 @@ class App(faust.App):
         #: (table, partition) -> whose turn it is among the stages that share the table
         self._turns: dict[tuple[str, int], asyncio.Lock] = {}
         self._resources: list[Closable] = []
+        #: asked before the worker starts, when its command line has been read; they end the process where it must not
+        self.start_checks: list[Callable[[], None]] = []
         self._stop_timer: threading.Timer | None = None
         self._is_process = False
         self._slot: IO[bytes] | None = None

@@ -53,6 +53,8 @@ class Worker(faust.Worker):
         kwargs["redirect_stdouts"] = False
         super().__init__(app, *services, **kwargs)
         self.spinner = None
+        for check in app.start_checks:
+            check()
 
     def _setup_logging(self) -> None:
         settings = self.app.live()

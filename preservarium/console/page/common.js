@@ -69,6 +69,40 @@ function instant(us) {
   return us ? `${new Date(us / 1000).toISOString().replace("T", " ").slice(0, 19)} UTC` : null;
 }
 
+// ---- who is there ----------------------------------------------------------------------------------------------------
+
+// Who has logged in, and how one can; asked for once, when the page is opened.
+let visitor = { name: null, csrf: null, ways: [], rights: [] };
+const asPlainFetch = window.fetch.bind(window);
+const visitorKnown = (async () => {
+  try {
+    const response = await asPlainFetch("/api/v1/session", { headers: { Accept: "application/json" }, signal: AbortSignal.timeout(TIMEOUT_MS) });
+    if (response.ok) visitor = await response.json();
+  } catch { /* the page says elsewhere that nothing answers */ }
+  $("who").hidden = $("log-out").hidden = !visitor.name;
+  $("who").textContent = visitor.name ? `${visitor.name}, ${visitor.role}` : "";
+  const byPage = visitor.ways.includes("password") || visitor.ways.includes("oidc");
+  $("l-in").hidden = !byPage;
+  $("l-in").href = `/login?${new URLSearchParams({ next: location.pathname + location.search })}`;
+  for (const node of $("login").querySelectorAll("label, #l-token, button, span")) node.hidden = byPage && !visitor.ways.includes("token");
+})();
+
+// What changes something brings along what no page of a stranger can read. Here, so that no page can forget it.
+window.fetch = async (resource, options = {}) => {
+  if (["GET", "HEAD"].includes((options.method || "GET").toUpperCase())) return asPlainFetch(resource, options);
+  await visitorKnown;
+  const headers = new Headers(options.headers || {});
+  if (visitor.csrf) headers.set("X-CSRF-Token", visitor.csrf);
+  return asPlainFetch(resource, { ...options, headers });
+};
+
+async function logOut() {
+  try { await fetch("/api/v1/session", { method: "DELETE", signal: AbortSignal.timeout(TIMEOUT_MS) }); } catch { /* the next page says it */ }
+  stored.set(sessionStorage, "operator-token", "");
+  location.href = "/login?said=out";
+}
+$("log-out").addEventListener("click", logOut);
+
 async function get(path) {
   const response = await fetch(path, { signal: AbortSignal.timeout(TIMEOUT_MS), headers: authorized({ Accept: "application/json" }) });
   const body = await response.json();

@@ -46,7 +46,7 @@ class Door:
         async with self.client.post(path, data=data, **kwargs) as response:
             body = await response.text()
             self.headers = response.headers
-            return response.status, json.loads(body) if response.content_type == "application/json" else body
+            return response.status, json.loads(body) if response.content_type.endswith("json") else body
 
 
 @pytest.fixture

@@ -12,6 +12,10 @@ from preservarium.console import pages
 FOLDER = {file.name: file for file in (resources.files("preservarium.console") / "page").iterdir()}
 
 
+#: Not one of the static ones: it says why somebody was not let in.
+LOGIN = pages.page("login_page.html", said="")
+
+
 @pytest.fixture(scope="module")
 def static():
     return pages.static()
@@ -23,7 +27,9 @@ def texts(static):
 
 def test_every_page_loads_what_is_served_and_everything_that_is_served_is_loaded(static):
     loaded = {
-        target for text in texts(static).values() for target in re.findall(r'(?:src|href)="(/console/[^"]+)"', text)
+        target
+        for text in (*texts(static).values(), LOGIN)
+        for target in re.findall(r'(?:src|href)="(/console/[^"]+)"', text)
     }
     assert loaded == {path for path in static if path.startswith("/console/")}
 
@@ -54,7 +60,7 @@ def test_what_scripts_ask_for_by_id_is_there(static):
 
 
 def test_every_template_is_of_a_page():
-    used, waiting = set(), ["ack.html", *pages._PAGES.values()]
+    used, waiting = set(), ["ack.html", "login_page.html", *pages._PAGES.values()]
     while waiting:
         name = waiting.pop()
         used.add(name)
