@@ -511,7 +511,7 @@ _DEVICE_PATHS: Final[dict[str, Any]] = {
             "operationId": "redriveRefusals",
             "summary": "Send inputs again to the stage that failed, each once; asked again, it goes on",
             "requestBody": {"required": True, "content": {"application/json": {"schema": _ref("RefusalSelection")}}},
-            "responses": _answers("What was done", _ref("Redriven"), 400, 401, 403, 413, 415, 503, problems=True),
+            "responses": _answers("What was done", _ref("Redriven"), 400, 401, 403, 413, 415, 503),
         }
     },
     "/api/refusals/discard": {
@@ -519,7 +519,7 @@ _DEVICE_PATHS: Final[dict[str, Any]] = {
             "operationId": "discardRefusals",
             "summary": "Say, with a reason, that nothing more is to be done about inputs: an event of the stream dlq/discards",
             "requestBody": {"required": True, "content": {"application/json": {"schema": _ref("RefusalSelection")}}},
-            "responses": _answers("What was done", _ref("Discarded"), 400, 401, 403, 413, 415, 503, problems=True),
+            "responses": _answers("What was done", _ref("Discarded"), 400, 401, 403, 413, 415, 503),
         }
     },
     "/api/refusals/{refusal_id}": {
