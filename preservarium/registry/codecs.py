@@ -5,7 +5,7 @@ Read are
   `downlinkDecoder` likewise,
 - ChirpStack's device profiles: `test_decode_NAME.json` and `test_encode_NAME.json`, a list of `{name, input, expected}`,
 - the LoRa Alliance's and ThingPark's `examples.json`: a list of `{type: uplink, description, input, output}` (or `downlink-encode`,
-  `downlink-decode`), or with `bytes`, `fPort` and `data` at the top; `examples/*.examples.json` likewise. The script beside it is the one that
+  `downlink-decode`), or with `bytes`, `fPort` and `data` at the top; so do files `*.examples.json` in its folder `examples`. The script beside it is the one that
   `package.json` names, else `index.js` or `main.js`.
 
 JSON that is not quite (comments, hexadecimal numbers, a comma too many) is read as JSON5.

@@ -102,6 +102,9 @@ class WmbusDecoder:
             Reject: DECODE_FAILED, it is torn, or cannot be decrypted, or of a kind that cannot be read.
         """
         frame = link_frame(payload_bytes(raw["payload"]))
+        if len(frame) < 12:
+            message = f"no wireless M-Bus frame: {len(frame)} bytes without its checksums"
+            raise failed(message)
         head = _Head(frame[2:10])
         ci, data = frame[10], frame[11:]
         if ci in _ELL:

@@ -42,7 +42,7 @@ def test_events_are_as_the_published_schema_wants_them() -> None:
     assert read == [("kafka://kafka-1:9092", "x.iot_validated_data")]
     assert written == [("postgres://db.example:5433", "iot.public.measurements")]
     assert first["run"]["facets"]["preservarium_ranges"]["ranges"] == batches[0].inputs
-    assert (second["job"], second["outputs"][0]["name"]) == (
+    assert ({k: second["job"][k] for k in ("namespace", "name")}, second["outputs"][0]["name"]) == (
         {"namespace": "preservarium", "name": "sink-alarms"},
         "iot.public.alarm_events",
     )
