@@ -9,9 +9,11 @@ PyArrow is imported when it is needed: a worker that does not archive does not p
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +27,8 @@ from preservarium.settings import Archive
 GROUP_RECORDS: Final = 10_000
 #: Bytes of a row group's values; one record may have a megabyte.
 GROUP_BYTES: Final = 16 * 1024 * 1024
+#: Of a page, which is what zstd sees at once.
+PAGE_BYTES: Final = 4 * 1024 * 1024
 #: zstd's: 6 takes twice the time for a tenth less, 1 saves little.
 LEVEL: Final = 3
 #: In a file's metadata.
@@ -316,6 +320,59 @@ def _schema() -> Any:
     )
 
 
+# Arrays are made of buffers: `pyarrow.array` looks whether it was given something of pandas, and imports that for it, which takes longer and
+# more memory than all the rest.
+
+
+def _numbers(values: Sequence[int], kind: Any) -> Any:
+    """64-bit whole numbers, or what Arrow keeps as such."""
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(array("q", values))])
+
+
+def _validity(values: Sequence[Any]) -> Any:
+    """A bit for each value, set where there is one; None where all are."""
+    import pyarrow as pa
+
+    if None not in values:
+        return None
+    bits = bytearray((len(values) + 7) // 8)
+    for n, value in enumerate(values):
+        if value is not None:
+            bits[n >> 3] |= 1 << (n & 7)
+    return pa.py_buffer(bytes(bits))
+
+
+def _ends(sizes: Iterable[int]) -> Any:
+    """Where each of some follows the one before: 32 bits each, one more than there are."""
+    import pyarrow as pa
+
+    return pa.py_buffer(array("i", accumulate(sizes, initial=0)))
+
+
+def _bytes(values: Sequence[bytes | None], kind: Any) -> Any:
+    """Byte strings, some of which may be missing."""
+    import pyarrow as pa
+
+    there = [value or b"" for value in values]
+    buffers = [_validity(values), _ends(map(len, there)), pa.py_buffer(b"".join(there))]
+    return pa.Array.from_buffers(kind, len(values), buffers)
+
+
+def _header_lists(values: Sequence[Sequence[tuple[str, bytes | None]] | None], kind: Any) -> Any:
+    """Lists of (name, value), some of which may be missing."""
+    import pyarrow as pa
+
+    flat = [header for headers in values if headers for header in headers]
+    names = _bytes([name.encode() for name, _ in flat], pa.string())
+    inner = pa.StructArray.from_arrays(
+        [names, _bytes([value for _, value in flat], pa.binary())], fields=list(kind.value_type)
+    )
+    buffers = [_validity(values), _ends(len(headers or ()) for headers in values)]
+    return pa.Array.from_buffers(kind, len(values), buffers, children=[inner])
+
+
 class Writer:
     """Writes one file, a row group at a time.
 
@@ -382,10 +439,16 @@ class Writer:
                 # Of values they would be a copy of two of them.
                 write_statistics=["offset", "kafka_time", "key"],
                 write_page_checksum=True,
-                data_page_size=GROUP_BYTES,
+                # One row group is read as a whole: pages of it need not be small.
+                data_page_size=PAGE_BYTES,
             )
-        columns = (self._offsets, self._times, self._keys, self._values, self._headers)
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+        arrays = [
+            _numbers(self._offsets, schema.field("offset").type),
+            _numbers(self._times, schema.field("kafka_time").type),
+            _bytes(self._keys, pa.binary()),
+            _bytes(self._values, pa.binary()),
+            _header_lists(self._headers, schema.field("headers").type),
+        ]
         self._writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=GROUP_RECORDS)
         self._offsets, self._times, self._keys, self._values, self._headers = [], [], [], [], []
         self._bytes = 0
@@ -470,7 +533,7 @@ class Reader:
                 continue
             columns = self._group(number, _COLUMNS)
             there = [n for n, offset in enumerate(columns[0].to_pylist()) if offset in mine]
-            picked = [column.take(pa.array(there, pa.int64())).to_pylist() for column in columns]
+            picked = [column.take(_numbers(there, pa.int64())).to_pylist() for column in columns]
             found.update({record.offset: record for record in _records(picked)})
         return found
 
