@@ -30,6 +30,8 @@ BEHIND_S: Final = 60.0
 SETTLE_S: Final = 1.0
 #: Alarms whose history is rewritten in one transaction.
 ALARMS_AT_ONCE: Final = 500
+#: Keys in one statement for ClickHouse: some 50 KB, of the 256 that it takes.
+KEYS_AT_ONCE: Final = 500
 #: Series whose last value is looked at together.
 SERIES_AT_ONCE: Final = 500
 #: Pieces of the roll-ups that are made at the end; what is left then is upkeep's.
@@ -272,11 +274,14 @@ WHERE c.change_id = $1 AND c.slot = $2 AND c.timestamp >= $3 AND {where} ORDER B
     async def _standing(self, rows: Sequence[Any]) -> dict[tuple[Any, ...], tuple[Any, ...]]:
         """Key -> (version, when it was inserted, period) of what ClickHouse holds."""
         assert self._clickhouse is not None
-        found = await self._clickhouse.query(
-            f"SELECT {', '.join(_KEY)}, toUnixTimestamp64Micro(timestamp), version, toUnixTimestamp64Micro(ingested_at), circular"
-            f" FROM measurements FINAL WHERE {_where(rows)}"
-        )
-        return {tuple(r[:5]): (int(r[5]), _datetime(r[6]), float(r[7])) for r in found}
+        found: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        for start in range(0, len(rows), KEYS_AT_ONCE):
+            answer = await self._clickhouse.query(
+                f"SELECT {', '.join(_KEY)}, toUnixTimestamp64Micro(timestamp), version, toUnixTimestamp64Micro(ingested_at), circular"
+                f" FROM measurements FINAL WHERE {_where(rows[start : start + KEYS_AT_ONCE])}"
+            )
+            found.update({tuple(r[:5]): (int(r[5]), _datetime(r[6]), float(r[7])) for r in answer})
+        return found
 
     async def _bring(self, change: Change, slot: int, *, undo: bool) -> None:
         """Have ClickHouse hold what PostgreSQL does of a slot; its counts follow by the same tokens."""
@@ -299,7 +304,7 @@ WHERE c.change_id = $1 AND c.slot = $2 AND c.timestamp >= $3 AND {where} ORDER B
             taken: dict[tuple[Any, ...], int] = {}
             for row in went:
                 was = row["after" if undo else "before"]
-                about = row["timestamp"].astimezone(UTC).date(), row["device_id"], was["quality"], was["generation"]
+                about = microseconds(row["timestamp"]) // _DAY_US, row["device_id"], was["quality"], was["generation"]
                 taken[about] = taken.get(about, 0) + 1
             if taken:
                 await self._clickhouse.insert(
@@ -311,9 +316,9 @@ WHERE c.change_id = $1 AND c.slot = $2 AND c.timestamp >= $3 AND {where} ORDER B
 
     async def _delete(self, rows: Sequence[Any], which: str) -> None:
         assert self._clickhouse is not None
-        for start in range(0, len(rows), 500):
+        for start in range(0, len(rows), KEYS_AT_ONCE):
             await self._clickhouse.command(
-                f"DELETE FROM measurements WHERE {_where(rows[start : start + 500])} AND {which}"
+                f"DELETE FROM measurements WHERE {_where(rows[start : start + KEYS_AT_ONCE])} AND {which}"
             )
 
     # --- what follows
@@ -443,6 +448,7 @@ WHERE c.change_id = $1 AND c.slot = $2 AND c.timestamp >= $3 AND {where} ORDER B
 
 
 _KEY: Final = ("device_id", "component_type", "pin_position", "connector_mode")
+_DAY_US: Final = 86_400_000_000
 _DAYS: Final = {
     "day": "Date",
     "device_id": "LowCardinality(String)",
