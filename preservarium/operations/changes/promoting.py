@@ -26,6 +26,8 @@ from preservarium.stores.tables import ALARM_EVENTS
 
 #: ClickHouse is some seconds behind PostgreSQL as a rule: so long it is waited for.
 BEHIND_S: Final = 60.0
+#: Another one that is at work is waited for so long.
+LOCK_S: Final = 5.0
 #: A row in ClickHouse's last values is looked at twice, so far apart.
 SETTLE_S: Final = 1.0
 #: Alarms whose history is rewritten in one transaction.
@@ -60,9 +62,14 @@ class Carrier:
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
-        if not await self._connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK):
-            message = "another change is being promoted or rolled back: wait for it"
-            raise ChangeError(message)
+        waited_s = 0.0
+        # A process that was killed has its session for a moment longer.
+        while not await self._connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK):
+            if waited_s >= LOCK_S:
+                message = "another change is being promoted or rolled back: wait for it"
+                raise ChangeError(message)
+            await asyncio.sleep(0.1)
+            waited_s += 0.1
         try:
             yield
         finally:

@@ -10,6 +10,7 @@ from sink_support import DAY_US, NOW_US, fetch, message, migrated_database
 
 from preservarium.domain.quality.correction import CorrectionError
 from preservarium.domain.windows import MADE_REVISION
+from preservarium.operations.changes import promoting
 from preservarium.operations.changes.correcting import Corrected, Correcting, Series, Time
 from preservarium.operations.changes.promoting import Carrier
 from preservarium.operations.changes.settling import settle
@@ -368,8 +369,9 @@ async def test_a_window_that_the_stage_tells_of_again_is_made_again(world: Any) 
     assert await connection.fetchval(of_window, begin) == 61, "of what stands, the late one among it"
 
 
-async def test_only_one_at_a_time(world: Any, dsn: str) -> None:
+async def test_only_one_at_a_time(world: Any, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     connection, _ = world
+    monkeypatch.setattr(promoting, "LOCK_S", 0.0)
     correcting = Correcting(load(), connection)
     generation = await correcting.prepare()
     change = await correcting.note(
