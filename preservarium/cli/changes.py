@@ -667,6 +667,18 @@ def undo(change_id: int, reason: str, actor: str | None, yes: bool, as_json: boo
     _print_done(_carry(change_id, "undo", actor, reason, as_json, "correction"), as_json)
 
 
+@correct.command()
+@_change_id
+@_reason
+@_actor
+@_yes
+@_json
+def resume(change_id: int, reason: str, actor: str | None, yes: bool, as_json: bool) -> None:
+    """Go on with a correction that was interrupted, or have one again that was undone."""
+    _asks(yes, as_json, f"Carry correction {change_id} out?")
+    _print_done(_carry(change_id, "promote", actor, reason, as_json, "correction"), as_json)
+
+
 @correct.command("list")
 @_json
 def list_(as_json: bool) -> None:

@@ -26,7 +26,8 @@ from preservarium.settings import Settings
 from preservarium.stores.migrate import connect_clickhouse, connect_postgres
 
 #: Tables of ClickHouse that stages write; what views make of them is made again when their rows are inserted.
-TABLES: Final = tuple(table for _, _, table in STAGES)
+#: Which generations count is known to PostgreSQL's changes, too; it goes with the rows.
+TABLES: Final = (*(table for _, _, table in STAGES), "promoted_generations")
 #: Pieces of a file on its way to or from ClickHouse.
 PIECE_BYTES: Final = 1 << 20
 #: Of what a tool says, the end.

@@ -26,10 +26,14 @@ from preservarium.stores.tables import ALARM_EVENTS
 
 #: ClickHouse is some seconds behind PostgreSQL as a rule: so long it is waited for.
 BEHIND_S: Final = 60.0
+#: Another one that is at work is waited for so long.
+LOCK_S: Final = 5.0
 #: A row in ClickHouse's last values is looked at twice, so far apart.
 SETTLE_S: Final = 1.0
 #: Alarms whose history is rewritten in one transaction.
 ALARMS_AT_ONCE: Final = 500
+#: Keys in one statement for ClickHouse: some 50 KB, of the 256 that it takes.
+KEYS_AT_ONCE: Final = 500
 #: Series whose last value is looked at together.
 SERIES_AT_ONCE: Final = 500
 #: Pieces of the roll-ups that are made at the end; what is left then is upkeep's.
@@ -58,9 +62,14 @@ class Carrier:
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
-        if not await self._connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK):
-            message = "another change is being promoted or rolled back: wait for it"
-            raise ChangeError(message)
+        waited_s = 0.0
+        # A process that was killed has its session for a moment longer.
+        while not await self._connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK):
+            if waited_s >= LOCK_S:
+                message = "another change is being promoted or rolled back: wait for it"
+                raise ChangeError(message)
+            await asyncio.sleep(0.1)
+            waited_s += 0.1
         try:
             yield
         finally:
@@ -272,11 +281,14 @@ WHERE c.change_id = $1 AND c.slot = $2 AND c.timestamp >= $3 AND {where} ORDER B
     async def _standing(self, rows: Sequence[Any]) -> dict[tuple[Any, ...], tuple[Any, ...]]:
         """Key -> (version, when it was inserted, period) of what ClickHouse holds."""
         assert self._clickhouse is not None
-        found = await self._clickhouse.query(
-            f"SELECT {', '.join(_KEY)}, toUnixTimestamp64Micro(timestamp), version, toUnixTimestamp64Micro(ingested_at), circular"
-            f" FROM measurements FINAL WHERE {_where(rows)}"
-        )
-        return {tuple(r[:5]): (int(r[5]), _datetime(r[6]), float(r[7])) for r in found}
+        found: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        for start in range(0, len(rows), KEYS_AT_ONCE):
+            answer = await self._clickhouse.query(
+                f"SELECT {', '.join(_KEY)}, toUnixTimestamp64Micro(timestamp), version, toUnixTimestamp64Micro(ingested_at), circular"
+                f" FROM measurements FINAL WHERE {_where(rows[start : start + KEYS_AT_ONCE])}"
+            )
+            found.update({tuple(r[:5]): (int(r[5]), _datetime(r[6]), float(r[7])) for r in answer})
+        return found
 
     async def _bring(self, change: Change, slot: int, *, undo: bool) -> None:
         """Have ClickHouse hold what PostgreSQL does of a slot; its counts follow by the same tokens."""
@@ -299,7 +311,7 @@ WHERE c.change_id = $1 AND c.slot = $2 AND c.timestamp >= $3 AND {where} ORDER B
             taken: dict[tuple[Any, ...], int] = {}
             for row in went:
                 was = row["after" if undo else "before"]
-                about = row["timestamp"].astimezone(UTC).date(), row["device_id"], was["quality"], was["generation"]
+                about = microseconds(row["timestamp"]) // _DAY_US, row["device_id"], was["quality"], was["generation"]
                 taken[about] = taken.get(about, 0) + 1
             if taken:
                 await self._clickhouse.insert(
@@ -311,9 +323,9 @@ WHERE c.change_id = $1 AND c.slot = $2 AND c.timestamp >= $3 AND {where} ORDER B
 
     async def _delete(self, rows: Sequence[Any], which: str) -> None:
         assert self._clickhouse is not None
-        for start in range(0, len(rows), 500):
+        for start in range(0, len(rows), KEYS_AT_ONCE):
             await self._clickhouse.command(
-                f"DELETE FROM measurements WHERE {_where(rows[start : start + 500])} AND {which}"
+                f"DELETE FROM measurements WHERE {_where(rows[start : start + KEYS_AT_ONCE])} AND {which}"
             )
 
     # --- what follows
@@ -443,6 +455,7 @@ WHERE c.change_id = $1 AND c.slot = $2 AND c.timestamp >= $3 AND {where} ORDER B
 
 
 _KEY: Final = ("device_id", "component_type", "pin_position", "connector_mode")
+_DAY_US: Final = 86_400_000_000
 _DAYS: Final = {
     "day": "Date",
     "device_id": "LowCardinality(String)",

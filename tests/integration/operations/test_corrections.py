@@ -1,7 +1,6 @@
 """Corrections in PostgreSQL: what is derived follows, nothing live is overwritten, and undone is as it was."""
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -11,12 +10,17 @@ from sink_support import DAY_US, NOW_US, fetch, message, migrated_database
 
 from preservarium.domain.quality.correction import CorrectionError
 from preservarium.domain.windows import MADE_REVISION
+from preservarium.operations.changes import promoting
 from preservarium.operations.changes.correcting import Corrected, Correcting, Series, Time
 from preservarium.operations.changes.promoting import Carrier
+from preservarium.operations.changes.settling import settle
 from preservarium.registry.apply import apply
 from preservarium.settings import LiveSettings, load
 from preservarium.stores import changes
 from preservarium.stores.changes import ChangeError, State
+from preservarium.stores.event_tables import EventStore
+from preservarium.stores.postgres import PostgresPool
+from preservarium.stores.tables import AGGREGATES
 from preservarium.stores.timescale import TimescaleStore
 
 MINUTE_US = 60_000_000
@@ -34,17 +38,11 @@ devices: [{device_id: a, type: T1}, {device_id: b, type: T1}]
 
 
 @pytest.fixture(scope="module")
-def dsn(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with migrated_database(postgres) as dsn:
-        before = os.environ.get("PRESERVARIUM_POSTGRES__URL")
-        os.environ["PRESERVARIUM_POSTGRES__URL"] = dsn
-        try:
-            yield dsn
-        finally:
-            if before is None:
-                del os.environ["PRESERVARIUM_POSTGRES__URL"]
-            else:
-                os.environ["PRESERVARIUM_POSTGRES__URL"] = before
+def dsn(postgres: str) -> Iterator[str]:
+    with migrated_database(postgres) as dsn, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRESERVARIUM_POSTGRES__URL", dsn)
+        patch.setenv("PRESERVARIUM_CLICKHOUSE__ENABLED", "false")
+        yield dsn
 
 
 @pytest.fixture
@@ -332,8 +330,48 @@ async def test_an_emptied_series_has_no_last_value_and_no_rollups_and_goes_on_li
     assert len(await of(connection, "a", "temperature")) == 121
 
 
-async def test_only_one_at_a_time(world: Any, dsn: str) -> None:
+async def test_a_window_that_the_stage_tells_of_again_is_made_again(world: Any) -> None:
+    connection, store = world
+    change = await corrected(connection, lambda c: c.void(TEMPERATURE_A, TEN_MINUTES))
+    of_window = "SELECT count, revision FROM aggregates WHERE device_id = 'a' AND component_type = 'temperature' AND window_start = $1 AND size_s = 3600"
+    begin = changes.instant(BEGIN_US)
+    assert tuple(await connection.fetchrow(of_window, begin)) == (50, MADE_REVISION)
+    # A late reading: the stage corrects what it knows, which is nothing of the change.
+    late = line("a", 5, 99.0, 1.0, offset=7_000, at=BEGIN_US + 5 * MINUTE_US + 1)
+    late["readings"] = late["readings"][:1]
+    await store.write([late], {})
+    row = await connection.fetchrow(
+        "SELECT * FROM aggregates WHERE device_id = 'a' AND component_type = 'temperature' AND window_start = $1 AND size_s = 3600",
+        begin,
+    )
+    instants = {"window_start", "window_end", "last_at"}
+    told = {
+        name: changes.microseconds(value) if name in instants else value
+        for name, value in dict(row).items()
+        if name != "stored_at"
+    }
+    await EventStore(AGGREGATES, LiveSettings(load()), sink="test").write(
+        [{**told, "revision": 3, "count": 61, "closed_by": "late"}], {}
+    )
+    assert tuple(await connection.fetchrow(of_window, begin)) == (50, MADE_REVISION), "what it says does not count"
+    waiting = "SELECT count(*) FROM change_windows WHERE NOT settled AND due_at > now() AND due_at < now() + INTERVAL '3 minutes' AND window_start = $1"
+    assert await connection.fetchval(waiting, begin) == 1
+    await connection.execute("UPDATE change_windows SET due_at = now()")
+    settings = LiveSettings(load())
+    pool = PostgresPool(settings)
+    try:
+        assert await settle(load(), pool) > 0
+        assert await settle(load(), pool) == 0
+    finally:
+        await pool.close()
+    assert tuple(await connection.fetchrow(of_window, begin)) == (51, MADE_REVISION + 1)
+    await undone(connection, change)
+    assert await connection.fetchval(of_window, begin) == 61, "of what stands, the late one among it"
+
+
+async def test_only_one_at_a_time(world: Any, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     connection, _ = world
+    monkeypatch.setattr(promoting, "LOCK_S", 0.0)
     correcting = Correcting(load(), connection)
     generation = await correcting.prepare()
     change = await correcting.note(
