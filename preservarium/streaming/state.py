@@ -267,8 +267,11 @@ class StateTable:
             if store.kept(partition).next <= turn.fence:
                 message = f"{self.name}-{partition} is restored to {store.kept(partition).next}, not to its fence {turn.fence}"
                 raise Retry(message)
-            turn.restored = True
             async with self._writing.setdefault(partition, asyncio.Lock()):
+                turn.restored = True
+                if _overtaken(store, partition, turn):
+                    # The fence of a worker before us landed while the table was restored.
+                    await self._catch_up(partition, turn, None)
                 await self._repair(partition)
         turn.restored = True
 
@@ -315,6 +318,8 @@ class StateTable:
             _to_memory(store, items)
             return
         turn = self._require(partition)
+        if _overtaken(store, partition, turn):
+            await self._catch_up(partition, turn, None)
         headers = ((FENCE_HEADER, b"%d" % turn.fence),)
         last = await self._publisher.append(self.changelog, partition, items, headers)
         expected = store.kept(partition).next + len(items) - 1
@@ -335,9 +340,9 @@ class StateTable:
             Retry: a later fence is there: the partition is another worker's.
         """
         store: Store = self.table.data
-        changes = await self._read_span(
-            self.changelog, partition, store.kept(partition).next, None if last is None else last + 1
-        )
+        # What was taken of a fence behind ours does not say whose it is.
+        first = turn.fence + 1 if _overtaken(store, partition, turn) else store.kept(partition).next
+        changes = await self._read_span(self.changelog, partition, first, None if last is None else last + 1)
         if self._turns.get(partition) is not turn:
             self._not_ours(partition)
         fences = [change for change in changes if change.key == FENCE_KEY and change.offset > turn.fence]
@@ -355,7 +360,7 @@ class StateTable:
             )
             self._not_ours(partition)
         store.take(partition, changes)
-        if (store.kept(partition).fence or -1) > turn.fence:
+        if _overtaken(store, partition, turn):
             # A fence of a worker that was assigned before us, landed late; or our own (`prove`).
             offset = await self._append_fence(partition, turn)
             turn.fence = offset
@@ -383,6 +388,12 @@ class StateTable:
             message = f"Kafka does not say where the fence of {self.name}-{partition} is"
             raise Retry(message)
         return offset
+
+
+def _overtaken(store: Store, partition: int, turn: _Turn) -> bool:
+    """Whether the store has met a fence behind the worker's own, so that what it writes would count for nobody."""
+    fence = store.kept(partition).fence
+    return fence is not None and fence > turn.fence
 
 
 def _generation(value: bytes | None) -> int:

@@ -162,6 +162,53 @@ async def test_a_fence_that_lands_late_is_answered(make: Any, log: Log) -> None:
     assert third.holds() == new.holds() == {"a": "2", "b": "3"}
 
 
+@pytest.mark.parametrize("late", [1, 2])
+async def test_a_fence_that_lands_while_the_table_is_restored_is_answered(make: Any, log: Log, late: int) -> None:
+    """It comes with what recovery reads, so no write ever stands elsewhere than expected."""
+    old, new, third = make(), make(), make()
+    await old.take_over(1)
+    await old.put("a", "1")
+    await new.table.fence(0, 3)
+    for _ in range(late):
+        await log.append("", 0, [(FENCE_KEY, b"1")])
+    new.restore()
+    await new.table.restored(0)
+    await new.put("a", "2")
+    await new.put("b", "2")
+    third.restore()
+    assert third.holds() == {"a": "2", "b": "2"} == new.holds()
+    await third.take_over(4)
+    assert third.holds() == {"a": "2", "b": "2"}
+    assert {change.key: change.value for change in log.records}[b"a"] == b"2"
+
+
+async def test_so_is_one_that_comes_to_the_store_by_another_way(make: Any, log: Log) -> None:
+    new, third = make(), make()
+    await new.take_over(2)
+    await new.put("a", "1")
+    await log.append("", 0, [(FENCE_KEY, b"1")])
+    new.restore()
+    await new.put("a", "2")
+    third.restore()
+    assert third.holds() == {"a": "2"}
+
+
+async def test_a_later_owner_that_comes_while_the_table_is_restored_keeps_it(make: Any, log: Log) -> None:
+    new, later = make(), make()
+    await new.table.fence(0, 3)
+    await later.take_over(4)
+    await later.put("a", "later")
+    new.restore()
+    with pytest.raises(Retry):
+        await new.table.restored(0)
+    with pytest.raises(Retry, match="not assigned"):
+        await new.put("a", "stale")
+    await later.put("b", "later")
+    third = make()
+    await third.take_over(5)
+    assert third.holds() == {"a": "later", "b": "later"}
+
+
 async def test_a_write_that_kafka_says_nothing_of_is_looked_for(make: Any, log: Log) -> None:
     worker = make()
     await worker.take_over(1)
@@ -356,7 +403,14 @@ def test_whatever_workers_do_the_owners_writes_stand_and_no_others(tmp_path_fact
             worker = workers[who]
             if step == "own":
                 generation += 1
-                await worker.take_over(generation)
+                if key == "b" and owner not in (None, who):
+                    # What the owner before has on its way lands while the table is restored.
+                    await worker.table.fence(0, generation)
+                    await log.append("t", 0, [(FENCE_KEY, b"%d" % (generation - 1))])
+                    worker.restore()
+                    await worker.table.restored(0)
+                else:
+                    await worker.take_over(generation)
                 owner = who
                 assert worker.holds() == right
             elif step == "late fence":
