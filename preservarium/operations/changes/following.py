@@ -356,9 +356,10 @@ async def bring_windows(connection: Any, clickhouse: Maintenance, marks: Iterabl
     if not some:
         return
     item, arguments = _arrays(some)
+    mine = ", ".join(f"a.{name}" for name in _WINDOW)
     rows = await connection.fetch(
-        f"SELECT {AGGREGATES.select} FROM {AGGREGATES.source} JOIN {item} ON (e.device_id, e.component_type, e.pin_position, e.connector_mode, e.unit,"
-        f" e.size_s, e.hop_s, e.window_start) = (k.device_id, k.component_type, k.pin_position, k.connector_mode, k.unit, k.size_s, k.hop_s, k.window_start)",
+        f"SELECT {AGGREGATES.select} FROM (SELECT DISTINCT ON ({mine}) a.* FROM {item} JOIN aggregates a"
+        f" ON ({mine}) = ({', '.join(f'k.{name}' for name in _WINDOW)}) ORDER BY {mine}, a.generation DESC, a.revision DESC) e",
         *arguments,
     )
     right = [AGGREGATES.columns(row) for row in rows]
