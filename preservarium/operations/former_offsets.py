@@ -14,6 +14,7 @@ from aiokafka.errors import KafkaError
 
 from preservarium import topics
 from preservarium.errors import PreservariumError, reason
+from preservarium.operations.sync_status import committed_by
 from preservarium.settings import Settings
 from preservarium.stores import positions
 from preservarium.streaming import kafka_clients
@@ -98,9 +99,7 @@ async def plan(settings: Settings, connection: Any, *, group: str = GROUP, overl
                 raise OffsetsError(msg)
             tps = [TopicPartition(full, p) for p in sorted(p["partition"] for p in there[full])]
             begins, ends = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
-            committed = {
-                name: await admin.list_consumer_group_offsets(name, partitions=tps) for name in (group, *ours.values())
-            }
+            committed = {name: await committed_by(admin, name, tps) for name in (group, *ours.values())}
             made.members = await _members(admin, group)
             made.workers = sum([await _members(admin, name) for name in ours.values()])
     except (KafkaError, OSError, TimeoutError) as e:

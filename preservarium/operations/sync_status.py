@@ -114,7 +114,7 @@ async def group_positions(settings: Settings, stages: Sequence[tuple[str, Topic]
                     continue
                 tps = [TopicPartition(full, p) for p in sorted(p["partition"] for p in there[full])]
                 ends = await consumer.end_offsets(tps)
-                committed = await _committed(admin, f"{kafka.group}-{suffix}", tps)
+                committed = await committed_by(admin, f"{kafka.group}-{suffix}", tps)
                 found[suffix] = {tp.partition: _position(committed.get(tp), ends[tp]) for tp in tps}
     except (KafkaError, OSError, TimeoutError) as e:
         message = f"Kafka cannot be asked at {kafka.bootstrap_servers}: {reason(e)}"
@@ -125,7 +125,8 @@ async def group_positions(settings: Settings, stages: Sequence[tuple[str, Topic]
     return found
 
 
-async def _committed(admin: Any, group: str, tps: list[TopicPartition]) -> Mapping[TopicPartition, Any]:
+async def committed_by(admin: Any, group: str, tps: list[TopicPartition]) -> Mapping[TopicPartition, Any]:
+    """What a group has committed of partitions; -1 where nothing."""
     while True:
         try:
             found: Mapping[TopicPartition, Any] = await admin.list_consumer_group_offsets(group, partitions=tps)
