@@ -77,6 +77,8 @@ MATRIX: dict[str, Right] = {
     "POST /ingest": SENDER,
     "POST /write": SENDER,
     "POST /api/v2/write": SENDER,
+    "POST /api/v1/write": SENDER,
+    "POST /v1/metrics": SENDER,
     "POST /query": SENDER,
     "GET /query": SENDER,
     "GET /ping": SENDER,
