@@ -85,9 +85,10 @@ def _declared() -> tuple[Any, Any]:
     message("Request2", ("symbols", 4, _F.TYPE_STRING, _MANY, ""), ("timeseries", 5, _F.TYPE_MESSAGE, _MANY, "Series2"))
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return tuple(
+    first, second = (
         message_factory.GetMessageClass(pool.FindMessageTypeByName(f"rw.{name}")) for name in ("Request1", "Request2")
     )
+    return first, second
 
 
 Request1, Request2 = _declared()

@@ -27,6 +27,8 @@ from preservarium.errors import Reject
 #: L counts itself and no checksum, and is one byte; with checksums a frame has 290 bytes (EN 13757-4).
 FRAME_BYTES_MAX: Final = 300
 KEY_BYTES: Final = 16
+#: L, C, M, A and CI.
+_SHORTEST: Final = 11
 #: Layouts of compact frames that one parser may name.
 FORMATS_MAX: Final = 100
 
@@ -102,8 +104,8 @@ class WmbusDecoder:
             Reject: DECODE_FAILED, it is torn, or cannot be decrypted, or of a kind that cannot be read.
         """
         frame = link_frame(payload_bytes(raw["payload"]))
-        if len(frame) < 12:
-            message = f"no wireless M-Bus frame: {len(frame)} bytes without its checksums"
+        if len(frame) < _SHORTEST:
+            message = f"no wireless M-Bus frame: {len(frame)} bytes without checksums"
             raise failed(message)
         head = _Head(frame[2:10])
         ci, data = frame[10], frame[11:]

@@ -301,6 +301,9 @@ class Doors:
                 ["precision"],
                 m.data([*lines, b"cpu,host=a v=1 1717243200000000000\n"]),
             )
+        elif m.often(0.1):
+            path, names = m.one(("/api/v1/write", "/v1/metrics")), []
+            body = m.data([b"\x0a\x1e\x0a\x0e\x0a\x08__name__\x12\x02up\x12\x0c\x09\0\0\0\0\0\0\xf0\x3f\x10\x01", b'{"resourceMetrics":[{"scopeMetrics":[{"metrics":[{"name":"a","gauge":{"dataPoints":[{"asDouble":1.5}]}}]}]}]}'])  # fmt: skip
         elif content_type in TYPES[1:3]:
             joined = b"\n".join(m.json(trees) for _ in range(1 + int(m.rng.random() * 3)))
             body = b"\x1e" + joined.replace(b"\n", b"\n\x1e") + b"\n" if content_type == TYPES[2] else joined

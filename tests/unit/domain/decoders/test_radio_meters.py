@@ -108,7 +108,8 @@ def test_compact_frames_have_the_layout_of_the_full_ones():
 def test_frames_that_carry_nothing_say_why():
     assert "specific to the manufacturer" in refused(radio(b"\xa2\x01\x02\x03"))
     assert "torn" in refused(PLAIN[:-3])
-    assert "12 bytes" not in refused(PLAIN[:10])
+    assert "10 bytes" in refused(PLAIN[:10])
+    assert "without checksums" in refused(b"\x04" + bytes(14))
     assert "wired" in refused(mbus(RADIO_RECORDS))
     assert "mode 13 (TLS)" in refused(radio(short_header(13, 1) + bytes(20)))
     assert "no values" in refused(radio(b"\x78" + bytes.fromhex("0f 0102")))

@@ -5,6 +5,8 @@ import pytest
 from preservarium.domain.readings.normalize import variables_of
 from preservarium.domain.registry.sealed import NO_KEYS, PREFIX, Keyring
 from preservarium.errors import ReasonCode, Reject
+from preservarium.registry.apply import seal_secrets
+from preservarium.registry.file import read
 
 KEYS = Keyring("a secret of sixteen characters or more")
 KEY = "231d39c1d7cc1ab1aee224cd096db932"
@@ -52,3 +54,23 @@ def test_secrets_are_variables_of_parsers_that_are_no_scripts():
     assert variables_of(device, {}, {"kind": "wmbus"}, KEYS) == {"a": 1, "key": KEY}
     assert variables_of(device, {}, {"kind": "javascript"}, KEYS) == {"a": 1}
     assert variables_of(device, {}) == {"a": 1}
+
+
+def test_apply_seals_before_anything_goes_anywhere_and_says_what_it_cannot(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "manufacturers: [{name: m}]\nparsers: [{name: p, kind: wmbus}]\ndevice_types: [{name: t, manufacturer: m, parser: p}]\n"
+        f"devices:\n  - {{device_id: dev, type: t, secrets: {{key: {KEY}}}}}\n  - {{device_id: other, type: t}}\n"
+    )
+    file = read(path)
+    assert file.problems == []
+    seal_secrets(file, KEYS)
+    assert file.problems == []
+    assert [d.get("secrets") for d in file.documents["device"]] == [{"key": KEYS.seal("dev", "key", KEY)}, None]
+    seal_secrets(file, KEYS)  # what was exported is applied again
+    assert file.problems == []
+    for keys, why in ((NO_KEYS, "SECRETS_KEY is not set"), (Keyring("another secret of some length"), "another key")):
+        seal_secrets(file, keys)
+        assert why in str(file.problems[-1])
+        assert KEY not in str(file.problems[-1])
+    assert file.problems[-1].path == "devices[0].secrets.key"
