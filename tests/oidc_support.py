@@ -60,7 +60,9 @@ class OidcProvider(Service):
             shutil.copy(FOLDER / name, self._installed)
         command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
         try:
-            done = subprocess.run(command, cwd=self._installed, capture_output=True, text=True, timeout=INSTALL_S, check=False)
+            done = subprocess.run(
+                command, cwd=self._installed, capture_output=True, text=True, timeout=INSTALL_S, check=False
+            )
         except subprocess.TimeoutExpired:
             message = "the OpenID provider of the tests: npm took too long"
             raise ServiceUnavailable(message) from None

@@ -132,13 +132,20 @@ async def test_whom_the_provider_knows_gets_the_role_that_the_claim_makes(consol
 
 async def test_the_role_may_stand_deep_in_a_claim_and_a_client_may_be_public(console, browser):
     console.settings.web = console.settings.web.model_copy(
-        update={"oidc_role_claim": "realm_access.roles", "oidc_client_id": "public", "oidc_client_secret": Web().oidc_client_secret}
+        update={
+            "oidc_role_claim": "realm_access.roles",
+            "oidc_client_id": "public",
+            "oidc_client_secret": Web().oidc_client_secret,
+        }
     )
     assert (await whole_way(browser, console, "ann.plant"))[0] == 302
     assert (await session_of(browser, console))["role"] == "operator"
 
 
-@pytest.mark.parametrize(("account", "why"), [("eve", "eve may not"), ("eve.root.admin", "eve may not"), ("nameless.plant", "does not say your name")])
+@pytest.mark.parametrize(
+    ("account", "why"),
+    [("eve", "eve may not"), ("eve.root.admin", "eve may not"), ("nameless.plant", "does not say your name")],
+)
 async def test_who_has_no_role_or_no_name_here_is_not_let_in_and_hears_why(console, browser, account, why):
     status, _, text = await whole_way(browser, console, account)
     assert status == 403
@@ -185,7 +192,10 @@ async def test_a_code_counts_once_and_in_the_browser_that_left(console, browser)
 async def test_wrong_credentials_of_ours_let_nobody_in(console, browser, update):
     there = await leave(browser, console)
     back = await log_in_there(browser, there, "ann.plant", until=console.url)
-    changed = {name: Web(**{name: value}).__getattribute__(name) if "secret" in name else value for name, value in update.items()}
+    changed = {
+        name: Web(**{name: value}).__getattribute__(name) if "secret" in name else value
+        for name, value in update.items()
+    }
     console.settings.web = console.settings.web.model_copy(update=changed)
     status, _, text = await come_back(browser, back)
     assert status == 403, text
