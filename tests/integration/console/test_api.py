@@ -79,7 +79,7 @@ class Port:
     @property
     def audit(self) -> Audit:
         """What tells of the door; its service does not run here."""
-        return next(each for each in self.app._extra_services if isinstance(each, Audit))
+        return next(each for each in self.app._children if isinstance(each, Audit))
 
 
 @pytest.fixture
