@@ -65,11 +65,12 @@ class Port:
             )
         )
         self.app = App(self.live)
+        # Before the views take it.
+        self.app.publisher.publish = self._acknowledged  # type: ignore[method-assign]
         console.install(self.app)
         connectors.install(self.app)
         self.app.finalize()
         self.app.web.init_server()
-        self.app.publisher.publish = self._acknowledged  # type: ignore[method-assign]
         self.sent = 0
 
     async def _acknowledged(self, sends: Any) -> dict[str, int]:
