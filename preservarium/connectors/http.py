@@ -486,7 +486,8 @@ def _answer(_request: web.Request, taken: Taken) -> web.StreamResponse:
     if taken.ignored:
         said["ignored"] = taken.ignored
     if taken.refused_count and not taken.accepted:
-        said |= server.problem_details(400, "none of the messages could be taken: `refused` says of each why")
+        why = "none of the messages could be taken: `refused` says of each why"
+        said |= {**server.problem_details(400, why), "error": "nothing_taken", "message": why}
         return web.Response(body=orjson.dumps(said), status=400, content_type=server.PROBLEM)
     return web.Response(body=orjson.dumps(said), status=202, content_type="application/json")
 

@@ -12,6 +12,7 @@ from aiohttp.test_utils import TestServer
 from click.testing import CliRunner
 from devtools import LOW_CONTRAST, text_of
 from operators_support import Plant
+from people_support import mount_people
 from test_console_page import EVIL, shot
 from worker_support import ROOT
 
@@ -95,6 +96,7 @@ async def site():
     application = web.Application()
     Console(host, reads, TableReader(dict, lambda key: 0)).mount(application)
     Commands(host, CommandDesk(publish, host.clock), reads).mount(application)
+    mount_people(application, host)
     async with TestServer(application) as server:
         yield SimpleNamespace(url=str(server.make_url("/commands")), reads=reads, sent=sent, settings=settings)
 

@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from devtools import LOW_CONTRAST
+from people_support import mount_people
 
 from preservarium import metrics
 from preservarium.clock import SystemClock
@@ -293,6 +294,7 @@ async def site():
     desk = Desk(board, publish, host.clock)
     Operators(host, desk, reads).mount(application)
     Commands(host, CommandDesk(publish, host.clock), reads).mount(application)
+    mount_people(application, host)
     for stage, n in {"normalize": 900, "validate": 880, "alarm": 870, "notify": 2, "sink": 860, "sync": 850}.items():
         metrics.RECORDS_RECEIVED.labels(stage).inc(n)
         metrics.READINGS.labels(stage).inc(n * 5)

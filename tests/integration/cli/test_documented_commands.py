@@ -17,7 +17,8 @@ from preservarium.embedded.mosquitto import PLACES
 
 COMMANDS = documented()
 #: They list what there is or write a file, and need no server.
-ASKS_NOBODY = ("preservarium sync query", "preservarium registry init")
+ASKS_NOBODY = ("preservarium sync query", "preservarium registry init", "preservarium tokens",
+               *(f"preservarium users {word}" for word in ("add", "list", "role", "passwd", "remove")))  # fmt: skip
 
 pytestmark = [pytest.mark.kafka, pytest.mark.postgres, pytest.mark.clickhouse, pytest.mark.timeout(900)]
 
