@@ -39,6 +39,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "alarms_analysis",
     "notices",
     "monitoring.command",
+    "capacity",
 )
 
 #: Commands that ask no server, and so no running system.
