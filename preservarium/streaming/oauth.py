@@ -4,7 +4,7 @@
 |---|---|
 | `oidc` | a token endpoint, with client id and secret (OAuth's client credentials): Azure, Keycloak, Confluent Cloud, … |
 | `file` | a file that somebody else keeps fresh: Kubernetes' projected tokens, a sidecar |
-| `aws` | the machine's or pod's AWS role, signed for Amazon MSK's IAM (extra `aws`) |
+| `aws` | the machine's or pod's AWS role, signed for Amazon MSK's IAM (needs aws-msk-iam-sasl-signer-python) |
 | `gcp` | the machine's or pod's Google service account, for Google's managed Kafka (extra `gcp`) |
 
 One provider for all clients of a process with the same settings, from whichever thread or event loop they ask.
@@ -251,9 +251,9 @@ def _ends(text: str, now_s: float) -> float:
         return now_s + LIFE_UNKNOWN_S
 
 
-def _missing(extra: str, error: ImportError) -> SettingsError:
+def _missing(how: str, package: str, error: ImportError) -> SettingsError:
     return SettingsError(
-        f"PRESERVARIUM_KAFKA__SASL_OAUTH={extra} needs what is not installed: pip install 'preservarium[{extra}]' ({error.name})"
+        f"PRESERVARIUM_KAFKA__SASL_OAUTH={how} needs what is not installed: pip install {package} ({error.name})"
     )
 
 
@@ -262,7 +262,8 @@ def _aws(region: str) -> Callable[[], Token]:
     try:
         from aws_msk_iam_sasl_signer import MSKAuthTokenProvider
     except ImportError as e:
-        raise _missing(extra="aws", error=e) from None
+        # Not among our extras: it asks for an older python-dateutil than ours is locked with.
+        raise _missing(how="aws", package="aws-msk-iam-sasl-signer-python", error=e) from None
 
     def ask() -> Token:
         text, until_ms = MSKAuthTokenProvider.generate_auth_token(region)
@@ -277,7 +278,7 @@ def _gcp() -> Callable[[], Token]:
         import google.auth
         import google.auth.transport.requests
     except ImportError as e:
-        raise _missing(extra="gcp", error=e) from None
+        raise _missing(how="gcp", package="'preservarium[gcp]'", error=e) from None
     credentials: Any = None
 
     def ask() -> Token:

@@ -237,7 +237,7 @@ def test_googles_token_has_the_access_token_in_its_third_part() -> None:
 
 
 async def test_a_role_of_aws_signs_for_the_clusters_region(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("aws_msk_iam_sasl_signer", reason="missing: the extra aws")
+    pytest.importorskip("aws_msk_iam_sasl_signer", reason="missing: aws-msk-iam-sasl-signer-python")
     for name, value in {
         "AWS_ACCESS_KEY_ID": "AKIDEXAMPLE",
         "AWS_SECRET_ACCESS_KEY": "example",
@@ -256,7 +256,7 @@ async def test_a_role_of_aws_signs_for_the_clusters_region(monkeypatch: pytest.M
 
 def test_what_is_not_installed_is_told_by_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "aws_msk_iam_sasl_signer", None)
-    with pytest.raises(SettingsError, match=r"preservarium\[aws\]"):
+    with pytest.raises(SettingsError, match="pip install aws-msk-iam-sasl-signer-python"):
         oauth._aws("eu-central-1")
 
 
