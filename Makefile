@@ -81,3 +81,8 @@ audit:  ## How old the locked versions are, and whether one has a known fault
 clean:  ## Remove what was built and cached; the data in .preservarium stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: tools
+tools:  ## Build helm, which checks the chart in deploy/helm, into ~/.cache (needs Go; some minutes)
+	@mkdir -p $(HOME)/.cache/preservarium/tools
+	GOBIN=$(HOME)/.cache/preservarium/tools go install helm.sh/helm/v3/cmd/helm@v3.22.0

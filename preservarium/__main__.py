@@ -46,6 +46,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "notices",
     "monitoring.command",
     "people",
+    "capacity",
 )
 
 #: Modules of a command that is not in the module of its name, or not in that alone. What is found in neither is looked for in all.

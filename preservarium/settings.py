@@ -42,6 +42,13 @@ class _Section(BaseModel):
 #: Settings that only an encrypted connection, or only one that logs in to Kafka, has a use for.
 TLS_FIELDS = ("ssl_ca_file", "ssl_cert_file", "ssl_key_file", "ssl_key_password")
 SASL_FIELDS = ("sasl_username", "sasl_password")
+#: Where OAUTHBEARER's token comes from -> what that needs, and what it may have besides.
+OAUTH_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "oidc": (("sasl_oauth_url", *SASL_FIELDS), ("sasl_oauth_scope", "sasl_oauth_ca_file", "sasl_oauth_extensions")),
+    "file": (("sasl_oauth_file",), ("sasl_oauth_extensions",)),
+    "aws": (("sasl_oauth_region",), ()),
+    "gcp": ((), ()),
+}
 
 
 def _given(value: str | SecretStr) -> bool:
@@ -78,10 +85,29 @@ class Kafka(_Section):
     ssl_key_file: str = Field("", description="PEM of its key; empty: it stands in ssl_cert_file.")
     ssl_key_password: SecretStr = Field(SecretStr(""), description="Password of that key.")
     ssl_check_hostname: bool = Field(True, description="Brokers' certificates must name the host in bootstrap_servers.")
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field("PLAIN", description="How SASL logs in.")
-    sasl_username: str = Field("", description="User that SASL logs in.")
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = Field(
+        "PLAIN", description="How SASL logs in; OAUTHBEARER by a token, as the brokers of clouds ask for."
+    )
+    sasl_username: str = Field("", description="User that SASL logs in; of OAUTHBEARER by `oidc` the client id.")
     sasl_password: SecretStr = Field(
         SecretStr(""), description="Its password; better in PRESERVARIUM_KAFKA__SASL_PASSWORD_FILE."
+    )
+    sasl_oauth: Literal["oidc", "file", "aws", "gcp"] = Field(
+        "oidc",
+        description="Where OAUTHBEARER's token comes from: a token endpoint (client id and secret are user and password), a file that"
+        " somebody keeps fresh, the role that AWS gives this machine (Amazon MSK), or Google's service account.",
+    )
+    sasl_oauth_url: str = Field("", description="Of `oidc`: the token endpoint, https://….")
+    sasl_oauth_scope: str = Field("", description="Of `oidc`: the scope that is asked for.")
+    sasl_oauth_ca_file: str = Field(
+        "", description="Of `oidc`: PEM of the authority that the endpoint's certificate is of; empty: the system's."
+    )
+    sasl_oauth_file: str = Field(
+        "", description="Of `file`: it holds the token, and is read again before the token ends."
+    )
+    sasl_oauth_region: str = Field("", description="Of `aws`: region of the cluster.")
+    sasl_oauth_extensions: str = Field(
+        "", description="Sent along with the token, name=value separated by commas, as Confluent Cloud asks for."
     )
     topic_prefix: str = Field("", description="Put before every topic name, e.g. `site1.`.")
     group: str = Field("preservarium", description="Consumer group of the app; the sinks add `-sink`, `-sync`, …")
@@ -118,6 +144,31 @@ class Kafka(_Section):
         urls.places(",".join(entry for entry in bootstrap_servers.split(",") if entry.strip()))
         return bootstrap_servers
 
+    @field_validator("sasl_oauth_url")
+    @classmethod
+    def _endpoint(cls, url: str) -> str:
+        if url:
+            read = urls.read(url, "http", "https")
+            if urls.user_of(read)[0]:
+                message = "client id and secret stand in sasl_username and sasl_password, not in the URL"
+                raise ValueError(message)
+            # A secret is sent there; on this machine nobody can listen.
+            if read.scheme == "http" and read.hostname not in ("localhost", "127.0.0.1", "::1"):
+                message = "https:// is needed: the client secret is sent there"
+                raise ValueError(message)
+        return url
+
+    @field_validator("sasl_oauth_extensions")
+    @classmethod
+    def _pairs(cls, text: str) -> str:
+        for part in filter(str.strip, text.split(",")):
+            name, equals, value = part.partition("=")
+            # KIP-342: names are letters, values printable; `auth` is the token itself.
+            if not (equals and name.strip().isalpha() and name.strip() != "auth" and value.strip().isprintable()):
+                message = f"{part.strip()!r} is not name=value; names are of letters, and not `auth`"
+                raise ValueError(message)
+        return text
+
     @property
     def tls(self) -> bool:
         """Whether connections are encrypted."""
@@ -131,15 +182,23 @@ class Kafka(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         # A setting that would have no effect is refused: whoever gave it believes in a protection that is not there.
-        given = {name for name in TLS_FIELDS + SASL_FIELDS if _given(getattr(self, name))}
+        oauth = tuple(name for name in Kafka.model_fields if name.startswith("sasl_oauth_"))
+        given = {name for name in TLS_FIELDS + SASL_FIELDS + oauth if _given(getattr(self, name))}
+        by_token = self.sasl and self.sasl_mechanism == "OAUTHBEARER"
+        needed, allowed = OAUTH_FIELDS[self.sasl_oauth] if by_token else (SASL_FIELDS, ())
         wrong = ""
         if not self.tls and (useless := [name for name in TLS_FIELDS if name in given]):
             wrong = f"{useless[0]} is given, but security_protocol {self.security_protocol} is not encrypted: SSL and SASL_SSL are"
-        elif not self.sasl and (useless := [name for name in SASL_FIELDS if name in given]):
+        elif not self.sasl and (useless := [name for name in SASL_FIELDS + oauth if name in given]):
             wrong = (
                 f"{useless[0]} is given, but security_protocol {self.security_protocol} does not log in: SASL_SSL does"
             )
-        elif self.sasl and (missing := [name for name in SASL_FIELDS if name not in given]):
+        elif self.sasl and (useless := [n for n in SASL_FIELDS + oauth if n in given and n not in needed + allowed]):
+            how = f"sasl_oauth={self.sasl_oauth}" if by_token else f"sasl_mechanism {self.sasl_mechanism}"
+            wrong = f"{useless[0]} is given, but {how} has no use for it"
+        elif by_token and (missing := [name for name in needed if name not in given]):
+            wrong = f"{missing[0]} is missing: sasl_oauth={self.sasl_oauth} needs it"
+        elif self.sasl and (missing := [name for name in needed if name not in given]):
             wrong = f"{missing[0]} is missing: security_protocol {self.security_protocol} needs it"
         elif "ssl_cert_file" not in given and (useless := sorted(given & {"ssl_key_file", "ssl_key_password"})):
             wrong = f"{useless[0]} is given, but no ssl_cert_file"

@@ -11,7 +11,7 @@
 | records/ | values of records: lines, envelopes, error lines |
 | measuring.py | how old messages are at each end, how far stages are behind, what the process uses |
 | following.py | topics followed without a group |
-| kafka_clients.py, topics_admin.py | how every Kafka client is made; topics created and compared |
+| kafka_clients.py, oauth.py, topics_admin.py | how every Kafka client is made and logs in; topics created and compared |
 
 May import the ground and the domain.
 """

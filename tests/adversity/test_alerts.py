@@ -13,6 +13,8 @@ from up_support import Run, data_directory
 
 #: Minutes of the default fleet without an alert.
 MINUTES = float(os.environ.get("TEST_FLEET_MINUTES", "60"))
+#: A loaded machine starts everything in its own time.
+PATIENCE_S = 400.0
 #: From the freeze to the alert.
 TOLD_S = 60.0
 
@@ -26,8 +28,8 @@ pytestmark = [
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     made = Run(data_directory(tmp_path_factory, "alerts"))
     try:
-        made.said("devices send")
-        made.until(lambda: (status := made.get("/api/status")) and status["readings_per_s"] > 0)
+        made.until(lambda: "devices send" in made.errors.read_text(), PATIENCE_S)
+        made.until(lambda: (status := made.get("/api/status")) and status["readings_per_s"] > 0, PATIENCE_S)
         yield made
     finally:
         made.process.send_signal(signal.SIGINT)

@@ -151,7 +151,7 @@ ALERTS: Final = (
         "All connections of the pool {{ $labels.pool }} of {{ $labels.instance }} are in use",
         "Something has waited for a connection to PostgreSQL all the time: the server is slow, or the pool is too small.",
         (
-            "`preservarium care slow` shows what takes long.",
+            "What takes long? `SELECT query, mean_exec_time FROM pg_stat_statements ORDER BY total_exec_time DESC LIMIT 10`, where the extension is there; else `pg_stat_activity`.",
             "Is the server idle? Then raise `postgres.pool_max`, within the server's `max_connections` for all workers together.",
         ),
         (_s("preservarium_pool_waiting", 'pool="preservarium-sink"', 0, 3),),
@@ -238,7 +238,7 @@ ALERTS: Final = (
         "The event loop of a worker is one thread: near 1 it is full, latency grows, and lag follows. Or the whole process is near its limit.",
         (
             "`preservarium capacity` says how many workers this load needs; start them, up to one a partition.",
-            "`preservarium profile` says what it does.",
+            "What does it do? `py-spy top --pid …` on its machine.",
         ),
         (
             _s("preservarium_loop_cpu_seconds_total", "", 4, 13.5, grows=True),
@@ -295,7 +295,7 @@ ALERTS: Final = (
         "5m",
         "The event loop of {{ $labels.instance }} comes late to its timers",
         "Something holds up the whole worker: a large batch, a machine that swaps, a neighbour that takes its CPU.",
-        ("`preservarium profile` says what it does; the machine's load says whether it is ours.",),
+        ("The machine's load says whether it is ours; `py-spy top --pid …` on its machine says what it does.",),
         _histogram("preservarium_loop_delay_seconds", "", "0.5", "1.0"),
         (("instance", "w1"),),
         "The event loop of w1 comes late to its timers",
@@ -337,7 +337,7 @@ ALERTS: Final = (
         "A stage has work, waits for nothing that is known to be down, and finishes none of it.",
         (
             "`/health` of that worker says which partition; an orchestrator restarts on it.",
-            "It comes back after a restart? Then one batch is too heavy: the log has `batch_waits`, `preservarium profile` the rest.",
+            "It comes back after a restart? Then one batch is too heavy: the log has `batch_waits`.",
         ),
         (
             _s("preservarium_commit_age_seconds", 'stage="validate"', 0.5, 200),
@@ -573,7 +573,7 @@ ALERTS: Final = (
         "Inserts into ClickHouse take {{ $value | humanizeDuration }}",
         "The 95th percentile of one insert is beyond 30 s.",
         (
-            "`preservarium care slow` shows what ClickHouse does; too many parts show in `preservarium care bloat`.",
+            "`system.query_log` has what ClickHouse does; too many parts show in `SELECT table, count() FROM system.parts WHERE active GROUP BY table`.",
             "Is its disk full, or does it merge?",
         ),
         _histogram("preservarium_store_seconds", 'store="clickhouse"', "30.0", "60.0"),
@@ -588,7 +588,7 @@ ALERTS: Final = (
         "5m",
         "Transactions of the sink take {{ $value | humanizeDuration }}",
         "The 95th percentile of one transaction is beyond 5 s.",
-        ("`preservarium care slow`, `care bloat` and `care indexes` show what PostgreSQL does.",),
+        ("`pg_stat_activity` and `pg_stat_statements` show what PostgreSQL does; does it wait for its disk, or for locks?",),
         _histogram("preservarium_store_seconds", 'store="postgres"', "5.0", "10.0"),
         (),
         "Transactions of the sink take 9.75s",
@@ -601,7 +601,7 @@ ALERTS: Final = (
         "5m",
         "The dashboard {{ $labels.dashboard }} takes {{ $value | humanizeDuration }}",
         "The 95th percentile of its queries is beyond 2 s.",
-        ("`preservarium care slow` shows ClickHouse's queries; does it merge, or insert more than usual?",),
+        ("`system.query_log` has ClickHouse's queries; does it merge, or insert more than usual?",),
         _histogram("preservarium_dashboard_seconds", 'dashboard="latest"', "2.0", "5.0"),
         (("dashboard", "latest"),),
         "The dashboard latest takes 4.85s",

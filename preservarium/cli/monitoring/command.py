@@ -19,7 +19,7 @@ _TARGET = re.compile(r"[\w.\-\[\]:]+:\d{1,5}")
     "targets",
     multiple=True,
     metavar="HOST:PORT",
-    help="A worker's web port; repeat it. [default: worker:6066]",
+    help="A worker's web port; repeat it. [default: all addresses of the name worker]",
 )
 @click.option("--job", default="preservarium", show_default=True, help="Prometheus' name for the workers.")
 @click.option(
@@ -47,7 +47,7 @@ def monitoring(
     if not re.fullmatch(r"[\w.:/-]{1,100}", job):
         message = f"--job: {job!r} is no name for a job: letters, digits and . : / - _"
         raise click.UsageError(message)
-    made = write.files(runbook_url, job, targets or ("worker:6066",))
+    made = write.files(runbook_url, job, targets)
     there = [name for name in made if (directory / name).exists()]
     if there and not force:
         click.echo(f"preservarium: {directory / there[0]} is there already; --force overwrites", err=True)

@@ -141,13 +141,18 @@ def _values(series: Series, counts: tuple[int, int, int]) -> str:
     return " ".join(parts)
 
 
-def prometheus(targets: Sequence[str] = ("worker:6066",), job: str = JOB) -> str:
+def prometheus(targets: Sequence[str] = (), job: str = JOB) -> str:
     """`prometheus.yml`: asks the workers every 10 s, and sends alerts to an Alertmanager.
 
     Args:
-        targets: host:port of the workers' web ports.
+        targets: host:port of the workers' web ports; none: every address of the name `worker`, as compose.yaml has it.
         job: its name in Prometheus.
     """
+    found: dict[str, Any] = (
+        {"static_configs": [{"targets": list(targets)}]}
+        if targets
+        else {"dns_sd_configs": [{"names": ["worker"], "type": "A", "port": 6066, "refresh_interval": "15s"}]}
+    )
     return _yaml(
         {
             "global": {
@@ -157,7 +162,7 @@ def prometheus(targets: Sequence[str] = ("worker:6066",), job: str = JOB) -> str
             },
             "rule_files": ["rules.yml"],
             "alerting": {"alertmanagers": [{"static_configs": [{"targets": ["alertmanager:9093"]}]}]},
-            "scrape_configs": [{"job_name": job, "static_configs": [{"targets": list(targets)}]}],
+            "scrape_configs": [{"job_name": job, **found}],
         }
     )
 
@@ -266,7 +271,7 @@ def grafana_provisioning() -> dict[str, str]:
     }
 
 
-def files(runbook_url: str = RUNBOOK, job: str = JOB, targets: Sequence[str] = ("worker:6066",)) -> dict[str, str]:
+def files(runbook_url: str = RUNBOOK, job: str = JOB, targets: Sequence[str] = ()) -> dict[str, str]:
     """Every file for Prometheus and Grafana by its path below `deploy/`."""
     made = {
         "prometheus/rules.yml": rules(runbook_url, job),
