@@ -211,5 +211,5 @@ async def test_a_cause_is_redriven_and_discarded_by_those_who_may(client, stand,
     assert "cannot be reached" in (await post("discard", 503, code="value_range", reason="away"))["detail"]
     response = await client.post("/api/refusals/discard", data="{}", headers={"content-type": "text/plain"})
     assert response.status == 415
-    stand.live().web.operator_token = "secret"
+    stand.live().web = Web(operator_token="secret")
     assert (await client.post("/api/refusals/redrive", json={"code": "value_range"})).status == 401
