@@ -181,6 +181,12 @@ class Counts:
         if len(self.examples) < EXAMPLES_MAX:
             self.examples.append({**example, "difference": said})
 
+    def join(self, other: "Counts") -> None:
+        """Add what was counted elsewhere."""
+        for name in ("compared", "different", "broken", "mended", "skipped"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.examples = [*other.examples, *self.examples][:EXAMPLES_MAX]
+
     def share(self, count: int) -> float:
         """A count as a share of what was compared; 0 where nothing was."""
         return count / self.compared if self.compared else 0.0

@@ -243,7 +243,7 @@ class Watch:
             try:
                 await canaries.add_counts(connection, canary, self._worker, new)
             except BaseException:
-                self._counts[key] = canary, new
+                self._of(canary).join(new)  # what was counted meanwhile stays, too
                 raise
 
     async def _decide(self, connection: Any) -> None:
