@@ -20,6 +20,7 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "migrate",
     "registry",
     "events",
+    "canary",
     "topics",
     "config",
     "up",

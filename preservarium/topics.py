@@ -89,7 +89,7 @@ DEVICE_REGISTRY = Topic(
 TYPE_REGISTRY = Topic(
     "iot_type_registry",
     "kind/name",
-    "datatype, parser, device type, rule or recipient",
+    "datatype, parser, device type, rule, recipient or canary",
     None,
     compacted=True,
     writers="registry's relay",

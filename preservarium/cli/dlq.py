@@ -114,7 +114,8 @@ def counts(
     now = now_us()
     span_s = max(1, ((select.until_us or now) - select.since_us) // 1_000_000)
     # What is so long ago is an instant: its distance from now is the width.
-    bucket_s = (now - when(bucket, "--bucket")) // 1_000_000 if bucket else -(-span_s // BARS)
+    # Rounded up: the clock went on by some microseconds between the two.
+    bucket_s = -((when(bucket, "--bucket") - now) // 1_000_000) if bucket else -(-span_s // BARS)
     if bucket_s < 1:
         message = f"--bucket: {bucket!r} is no width of a bar; 15m, 1h and 1d are"
         raise click.UsageError(message)

@@ -59,7 +59,7 @@ def _walk(node: str, down: bool, depth: int, limit: int, as_json: bool) -> None:
     if graph.cut:
         click.echo("There is more: --limit, or begin further on.", err=True)
     if not graph.edges:
-        click.echo(f"Nothing is noted {'below' if down else 'above'} {node}.", err=True)
+        click.echo(f"Nothing is noted {'below' if down else 'above'} {node}.")
 
 
 @lineage.command()

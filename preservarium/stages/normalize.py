@@ -7,7 +7,7 @@ travel there in one round trip.
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol, cast
 
 import orjson
@@ -16,6 +16,7 @@ from cachetools import LRUCache
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
+from preservarium.domain.canary import Variant, seen_by
 from preservarium.domain.decoders.base import Decoded, Decoder, PartRefused
 from preservarium.domain.decoders.kinds import compile_any
 from preservarium.domain.decoders.scripts import ScriptParser
@@ -119,6 +120,7 @@ class Normalizer:
         clock: for error lines and for how long a configuration is kept.
         live: the settings in force.
         sandbox: runs parser scripts; None: devices with such a parser are refused.
+        saw: is given the messages of each batch, where canaries are under way: what is in force runs beside the candidate.
     """
 
     def __init__(
@@ -128,8 +130,10 @@ class Normalizer:
         clock: Clock,
         live: LiveSettings,
         sandbox: Sandbox | None = None,
+        saw: Callable[[int, Iterable[RawMessage]], None] | None = None,
     ) -> None:
         self._sandbox = sandbox
+        self._saw = saw
         self._sandbox_down: tuple[float, str] | None = None  # until when it is not tried, and why
         self._devices = devices
         self._catalogue = catalogue
@@ -142,8 +146,8 @@ class Normalizer:
         self._compiled: dict[str, tuple[float, int, CompiledDevice | Reject]] = {}
         #: for each look-up under way: devices that changed meanwhile, whose answer may be the old one
         self._changed: list[set[str]] = []
-        #: device type -> what its devices have in common, as of a revision of the catalogue
-        self._types: dict[str, _Type] = {}
+        #: (canaries that are seen, device type) -> what its devices have in common, as of a revision of the catalogue
+        self._types: dict[tuple[Variant, str], _Type] = {}
         self._types_rev = catalogue.rev
         self._decoders: LRUCache[tuple[str, int, str, bytes], Decoder | ScriptParser | Reject] = LRUCache(DECODERS_MAX)
 
@@ -178,6 +182,8 @@ class Normalizer:
             parsed.append((record, messages, len(messages) + len(errors)))
         compiled = await self._configurations(batch.partition, {m["device"] for _, ms, _ in parsed for m in ms})
         ran = await self._run_scripts(parsed, compiled)
+        if self._saw is not None and getattr(self._catalogue, "canaries", None):
+            self._saw(batch.partition, (message for _, messages, _ in parsed for message in messages))
         handled = readings = empty = 0
         for record, messages, lines in parsed:
             made: list[tuple[str, bytes]] = []
@@ -341,7 +347,9 @@ class Normalizer:
 
     def _compile(self, device: DeviceDoc) -> CompiledDevice | Reject:
         try:
-            kind = self._type(device["type"])
+            # A device that is in the share of a canary is read with its candidate (domain/canary.py).
+            variant, types = seen_by(self._catalogue, device["device_id"])
+            kind = self._type(device["type"], variant, types)
             decoder = kind.decoder
             if device.get("variables") or device.get("secrets") or device.get("time_zone"):
                 decoder = self._decoder(kind.parser, variables_of(device, kind.document, kind.parser, self._keys))
@@ -349,14 +357,14 @@ class Normalizer:
                 return decoder
             # A device that says nothing of its own has the mapping of its type.
             own = device.get("mapping") or device.get("datatypes")
-            datatype = self._catalogue.datatype
+            datatype = types.datatype
             mapper = Mapper(device, kind.document, datatype) if own else kind.mapper
             return compile_device(device, kind.document, kind.parser, datatype, decoder, mapper)
         except Reject as e:
             return e
 
-    def _type(self, name: str) -> "_Type":
-        """What the devices of a type have in common.
+    def _type(self, name: str, variant: Variant, types: Types) -> "_Type":
+        """What the devices of a type have in common that see these documents.
 
         Raises:
             Reject: NO_PARSER, the type or its parser is not there.
@@ -364,18 +372,18 @@ class Normalizer:
         if self._types_rev != self._catalogue.rev:
             self._types_rev = self._catalogue.rev
             self._types.clear()
-        kind = self._types.get(name)
+        kind = self._types.get((variant, name))
         if kind is None:
-            document = self._catalogue.type(name)
+            document = types.type(name)
             if document is None:
                 message = f"device type {name} is not registered"
                 raise Reject(ReasonCode.NO_PARSER, message)
-            parser = self._catalogue.parser(document["parser"])
+            parser = types.parser(document["parser"])
             if parser is None:
                 message = f"device type {name} has no active parser {document['parser']}"
                 raise Reject(ReasonCode.NO_PARSER, message)
-            mapper = Mapper(cast(DeviceDoc, {}), document, self._catalogue.datatype)
-            kind = self._types[name] = _Type(
+            mapper = Mapper(cast(DeviceDoc, {}), document, types.datatype)
+            kind = self._types[variant, name] = _Type(
                 document, parser, self._decoder(parser, variables_of({}, document)), mapper
             )
         return kind

@@ -427,12 +427,20 @@ async def current_records(connection: Any) -> list[Record]:
     """The records that say the whole registry as it is: for topics that are empty."""
     async with connection.transaction(isolation="repeatable_read", readonly=True):
         current = await load(connection, [*TYPE_KINDS, "device"])
+        canaries: Sequence[Record] = ()
+        if await connection.fetchval("SELECT to_regclass('canaries') IS NOT NULL"):
+            rows = await connection.fetch("SELECT name, doc, rev FROM canaries ORDER BY rev")
+            canaries = [
+                (topics.TYPE_REGISTRY.name, f"canary/{row['name']}".encode(), row["doc"].encode(), row["rev"])
+                for row in rows
+            ]
     changes = [
         Change(kind, stream, "create", None, stored.document, 0, "", {})
         for kind, documents in current.items()
         for stream, stored in documents.items()
     ]
-    return _records(changes, {stream: s.rev for documents in current.values() for stream, s in documents.items()})
+    revisions = {stream: s.rev for documents in current.values() for stream, s in documents.items()}
+    return [*_records(changes, revisions), *canaries]
 
 
 def _records(changes: Sequence[Change], revisions: Mapping[str, int]) -> list[Record]:

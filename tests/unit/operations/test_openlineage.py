@@ -42,10 +42,9 @@ def test_events_are_as_the_published_schema_wants_them() -> None:
     assert read == [("kafka://kafka-1:9092", "x.iot_validated_data")]
     assert written == [("postgres://db.example:5433", "iot.public.measurements")]
     assert first["run"]["facets"]["preservarium_ranges"]["ranges"] == batches[0].inputs
-    assert ({k: second["job"][k] for k in ("namespace", "name")}, second["outputs"][0]["name"]) == (
-        {"namespace": "preservarium", "name": "sink-alarms"},
-        "iot.public.alarm_events",
-    )
+    job = second["job"]
+    assert (job["namespace"], job["name"]) == ("preservarium", "sink-alarms")
+    assert second["outputs"][0]["name"] == "iot.public.alarm_events"
     assert made(*batches) == events
     broken = {**first, "run": {"facets": {}}}
     with pytest.raises(jsonschema.ValidationError):
