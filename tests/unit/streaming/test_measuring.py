@@ -191,7 +191,7 @@ def test_no_label_of_a_metric_is_what_a_stranger_says() -> None:
     allowed = {
         "stage", "topic", "partition", "code", "kind", "group", "action", "dependency", "cache", "outcome", "table", "connector",
         "reason", "store", "dashboard", "origin", "cause", "transition", "severity", "recipient", "channel", "what", "event",
-        "state", "format", "lane", "to", "since", "version", "direction", "route", "method", "pool",
+        "state", "format", "lane", "to", "since", "version", "direction", "route", "method", "pool", "canary",
     }  # fmt: skip
     used = set(itertools.chain.from_iterable(metric.labels for metric in metrics.CATALOGUE.values()))
     assert used <= allowed, f"say in docs/OPERATING.md how many values these have: {used - allowed}"
