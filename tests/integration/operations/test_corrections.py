@@ -389,3 +389,31 @@ async def test_only_one_at_a_time(world: Any, dsn: str, monkeypatch: pytest.Monk
     assert discarded.state is State.DISCARDED
     with pytest.raises(ChangeError, match="discarded"):
         await Carrier(load(), connection, None).promote(change.change_id, actor="ann", reason="x")
+
+
+@pytest.mark.parametrize(
+    ("kept", "of", "besides"),
+    [
+        ("change_window_rows", "aggregates", {"change_id"}),
+        ("change_alarm_events", "alarm_events", {"change_id", "op"}),
+        ("change_alarms", "alarms", {"change_id"}),
+    ],
+)
+async def test_what_a_change_keeps_has_the_columns_of_what_it_is_of(
+    dsn: str, kept: str, of: str, besides: set[str]
+) -> None:
+    connection = await asyncpg.connect(dsn)
+    try:
+        columns = [
+            dict(
+                await connection.fetch(
+                    "SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute WHERE attrelid = $1::text::regclass"
+                    " AND attnum > 0 AND NOT attisdropped",
+                    table,
+                )
+            )
+            for table in (kept, of)
+        ]
+    finally:
+        await connection.close()
+    assert {name: kind for name, kind in columns[0].items() if name not in besides} == columns[1]
