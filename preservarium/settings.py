@@ -757,6 +757,11 @@ class Web(_Section):
         description="Operators with a token each, `name:token`, separated by commas: what they do is recorded under that name. With neither of "
         "the two, everybody may read, and this machine alone may act.",
     )
+    registry_editing: bool = Field(
+        True,
+        json_schema_extra=RELOAD,
+        description="Whether operators may change the registry in the browser; off where it is kept in files, and the pages only show it.",
+    )
     public_url: str = Field(
         "",
         description="https://host under which people reach this web port, for links in notices; empty: no links.",

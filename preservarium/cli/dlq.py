@@ -28,7 +28,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 @click.group("dlq")
 def dlq() -> None:
-    """List, show and redrive what was refused (iot_errors)."""
+    """List, show, redrive and discard what was refused (iot_errors)."""
 
 
 @dlq.command("list")
@@ -101,6 +101,40 @@ def redrive(
     click.echo(
         f"{done.matched:,} match: {done.sent:,} {'to send' if dry_run else 'sent'}, {done.already:,} sent before, "
         f"{done.unusable:,} without their input."
+    )
+
+
+@dlq.command()
+@_selection
+@click.option("--reason", required=True, help="Why nobody wants them, for whoever looks later.")
+@click.option("--actor", help="Who says so.  [default: user@host]")
+@click.option("--dry-run", is_flag=True, help="Count, and set nothing aside.")
+@_json
+def discard(
+    codes: tuple[str, ...],
+    device: str | None,
+    since: str | None,
+    limit: int | None,
+    reason: str,
+    actor: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Set refused inputs aside, with a reason: no redrive sends them any more. Nothing is deleted."""
+    from preservarium.operations.discarding import discard as run
+    from preservarium.operations.dlq import Select
+    from preservarium.registry.apply import default_actor
+
+    select = Select(codes, device, when(since, "--since") if since else 0, limit)
+    done = asyncio.run(
+        run(load(), select, reason=reason, actor=actor or default_actor(), now_us=now_us(), dry_run=dry_run)
+    )
+    if as_json:
+        print_json({**done.document(), "dry_run": dry_run})
+        return
+    click.echo(
+        f"{done.matched:,} match: {done.discarded:,} {'to discard' if dry_run else 'discarded'}, "
+        f"{done.already:,} redriven or discarded before."
     )
 
 

@@ -7,6 +7,7 @@ one: all of it is data, and whoever looks for a path searches in one place.
 from typing import Any, Final
 
 from preservarium import __version__
+from preservarium.console.openapi_pages import PATHS as PAGE_PATHS
 from preservarium.domain.alarms.action import (
     ACTION_ID_CHARS_MAX,
     ACTIONS,
@@ -555,6 +556,10 @@ _REFUSAL: Final = {
         message=_TEXT,
         device_id={"type": ["string", "null"]},
         at=_INSTANT,
+        settled={
+            "type": ["object", "null"],
+            "description": "Whether its input was redriven, or discarded: how, at, reason, actor",
+        },
         original={
             "type": ["object", "null"],
             "description": "Null where its line has none: `/api/refusals/{id}` looks for them",
@@ -688,6 +693,7 @@ DOCUMENT: Final[dict[str, Any]] = {
         **_COMMAND_PATHS,
         **_TRACE_PATHS,
         **_DEVICE_PATHS,
+        **PAGE_PATHS,
         "/api/alarms": {
             "get": {
                 "operationId": "listAlarms",

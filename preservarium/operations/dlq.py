@@ -114,7 +114,7 @@ class Redriven:
 
     matched: int = 0
     sent: int = 0  #: or would be sent, in a dry run
-    already: int = 0  #: redriven before
+    already: int = 0  #: redriven before, or discarded
     unusable: int = (
         0  #: the input is not to be had: too large for an error line, or past the retention of `iot_raw_data`
     )
@@ -177,6 +177,15 @@ async def original(settings: Settings, found: Letter) -> bytes | None:
     return (await _inputs(settings, [found])).get(found.id)
 
 
+async def settled(settings: Settings) -> set[str]:
+    """The coordinates of inputs that were redriven, or discarded (operations/discarding.py).
+
+    Raises:
+        DlqError: Kafka cannot be read.
+    """
+    return {(record.key or b"").decode(errors="replace") async for _, record in _records(settings, topics.REDRIVEN, 0)}
+
+
 async def redrive(
     settings: Settings,
     select: Select,
@@ -199,12 +208,10 @@ async def redrive(
         Retry: Kafka does not take the records; what was acknowledged is marked.
     """
     done = Redriven()
-    known: set[str] = set()
     publisher = Publisher(LiveSettings(settings))
     try:
         await publisher.ensure_topic(topics.REDRIVEN.full(settings.kafka.topic_prefix))
-        async for _, record in _records(settings, topics.REDRIVEN, 0):
-            known.add((record.key or b"").decode(errors="replace"))
+        known = await settled(settings)
         waiting: list[Letter] = []
 
         async def flush() -> None:

@@ -45,7 +45,9 @@ function draw(found) {
   }
   $("which").textContent = [wanted.code, wanted.stage ? `at ${wanted.stage}` : "", wanted.device ? `of ${wanted.device}` : ""].filter(Boolean).join(" ");
   $("all").hidden = !wanted.code;
-  const text = JSON.stringify(found.refusals.map((r) => r.id));
+  $("doing").hidden = !wanted.code && !wanted.device;
+  $("to-unknown").hidden = wanted.code !== "unknown_device";
+  const text = JSON.stringify(found.refusals.map((r) => [r.id, r.settled?.how]));
   if (text !== shown) {
     shown = text;
     const open = new Set([...$("refusals").querySelectorAll("details[open]")].map((d) => d.dataset.id));
@@ -80,6 +82,11 @@ async function list() {
   }
 }
 
+// A redrive selects by code and device: a cause is its code, at whatever stage.
+const selection = () => ({ codes: wanted.code ? [wanted.code] : [], ...(wanted.device ? { device: wanted.device } : {}) });
+const selected = () => [wanted.code || "every cause", wanted.device ? `of ${wanted.device}` : "of all devices", "of all that the topic keeps"].join(", ");
+$("redrive").addEventListener("click", () => openDoing("redrive", selection(), `${selected()}. Mend the cause first: what is refused again comes back here.`));
+$("discard").addEventListener("click", () => openDoing("discard", selection(), `${selected()}. The bytes stay for as long as their topics keep them; no redrive sends them.`));
 $("search").value = wanted.device;
 $("all").addEventListener("click", () => change({ stage: "", code: "" }));
 poll(LIST_INTERVAL_MS, list);

@@ -18,6 +18,7 @@ from preservarium.console.commands import Commands
 from preservarium.console.devices import DeviceViews
 from preservarium.console.follower import BoardFollower
 from preservarium.console.openapi import DOCUMENT
+from preservarium.console.openapi_pages import PATHS as PAGE_PATHS
 from preservarium.console.operators import BODY_BYTES_MAX, Operators
 from preservarium.console.refusals import RefusalViews
 from preservarium.console.tables import TableReader
@@ -699,7 +700,9 @@ async def test_the_description_is_of_these_routes(client):
         if route.method in ("GET", "POST") and route.resource.canonical.startswith("/api/")
     }
     described = {(path, method) for path, item in DOCUMENT["paths"].items() for method in item}
-    assert described == routes | {("/api/trace", "get")}, "mounted in tests/integration/operations/test_lineage.py"
+    # Mounted in tests/unit/console/test_page_views.py, and the trace in tests/integration/operations/test_lineage.py.
+    of_pages = {(path, method) for path, item in PAGE_PATHS.items() for method in item}
+    assert described == routes | of_pages | {("/api/trace", "get")}
     for path, method in described:
         operation = DOCUMENT["paths"][path][method]
         in_path = {p["name"] for p in operation.get("parameters", ()) if p["in"] == "path"}
