@@ -250,8 +250,9 @@ def mount(application, host, refusals, reads, workers, monkeypatch, sent):
             for document in documents:
                 name = document["device_id"] if kind == "device" else document["name"]
                 before = registry.documents.get(kind, {}).get(name)
-                after = {**document, "version": before["version"] + 1} if kind == "parser" and before else document
-                after = {"version": 1, **after} if kind == "parser" else after
+                after = document
+                if kind == "parser":
+                    after = {**document, "version": document.get("version") or (before["version"] + 1 if before else 1)}
                 if before != after:
                     action = "create" if before is None else "change"
                     plan.changes.append(store.Change(kind, store.stream_of(kind, after), action, before, after, 2, "Changed", {"set": after}))  # fmt: skip

@@ -110,7 +110,10 @@ class RegistryViews:
         found = await self._reads.document(kind, _name(request))
         if found is None:
             missing(f"the registry has no such {kind}")
-        found["yaml"] = _yaml(kind, found["document"])
+        # A changed source is a new version, which the registry numbers: with the number of this one it would be refused.
+        found["yaml"] = _yaml(
+            kind, {key: value for key, value in found["document"].items() if (kind, key) != ("parser", "version")}
+        )
         for each in found.get("parser_versions", ()):
             each["yaml"] = _yaml(kind, each.pop("document"))
         return answer({**found, "editing": self._editing(), "at": self._host.clock.now_us()})

@@ -1,6 +1,10 @@
-"""Every page on stand-ins: nothing in the console, nothing that axe-core finds, in both themes, at a desk and on a phone; and what they do."""
+"""Every page on stand-ins: nothing in the console, nothing that axe-core finds, in both themes, at a desk and on a phone; and what they do.
+
+`PAGES=device,explore` looks at these alone; `SHOTS_DIR` keeps a picture of each. `PICTURES=docs/guides/console` makes those of the guide anew.
+"""
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,8 @@ __all__ = ["site"]
 
 AXE = Path(__file__).parent / "axe" / "axe.min.js"
 WIDE, PHONE = (1440, 900), (390, 844)
+#: Of a picture in the guide: it is as wide as a page that shows it, and a repository keeps every version.
+SCALE = 0.6
 
 #: Page -> path, and when it shows what there is: a script.
 PAGES = {
@@ -45,14 +51,21 @@ async def drawn(page):
     await page.js("new Promise(r => setTimeout(() => requestAnimationFrame(() => requestAnimationFrame(r)), 60))")
 
 
-@pytest.mark.parametrize("name", PAGES)
-async def test_a_page_is_right_in_both_themes_and_at_both_widths(page, site, name):
+async def looked_at(page, site, name):
+    """What is wrong with a page, a line each."""
     path, is_there = PAGES[name]
-    stand(site.board, alarm(5), alarm(6, severity="critical"), alarm(7, state="shelved"))
+    page.logged.clear()
     await page.size(*WIDE)
     await page.scheme("light")
     await page.go(f"{site.url}{path}")
-    await page.until(is_there)
+    try:
+        await page.until(is_there, 30)
+    except AssertionError as e:
+        return [f"{e}; it says {await page.js(text_of('main'))!r:.600}", *page.logged]
+    if (kept := os.environ.get("PICTURES")) and "-empty" not in name:
+        await page.size(*WIDE, scale=SCALE)
+        await drawn(page)
+        await page.screenshot(Path(kept) / f"{name}.png", whole=False)
     # What is folded is looked at, too.
     await page.js("for (const d of document.querySelectorAll('main details')) d.open = true")
     await page.js(AXE.read_text() + "; null")
@@ -67,8 +80,20 @@ async def test_a_page_is_right_in_both_themes_and_at_both_widths(page, site, nam
             wide = await page.js("document.documentElement.scrollWidth")
             if wide > width:
                 faults.append(f"{width} {scheme}: is {wide} wide")
+    return [*faults, *(f"logged: {line}" for line in page.logged)]
+
+
+async def test_every_page_is_right_in_both_themes_and_at_both_widths(page, site):
+    stand(site.board, alarm(5), alarm(6, severity="critical"), alarm(7, state="shelved"))
+    site.workers.trouble = ""
+    wanted = os.environ.get("PAGES", "").split(",")
+    faults = [
+        f"{name}: {fault}"
+        for name in PAGES
+        if wanted == [""] or name in wanted
+        for fault in await looked_at(page, site, name)
+    ]
     assert faults == [], "\n".join(faults)
-    assert page.logged == []
 
 
 async def click(page, selector):
@@ -141,19 +166,19 @@ async def test_a_refusal_is_decoded_again_and_a_cause_redriven_or_set_aside(page
 async def test_a_parser_is_edited_tried_while_typing_compared_and_saved(page, site):
     await page.size(*WIDE)
     await page.go(f"{site.url}registry?kind=parser&name=ex-script")
-    await page.until("document.getElementById('status').textContent === 'right, 1 examples hold'")
+    await page.until("document.getElementById('status').textContent === 'right, 1 example holds'")
     content = "document.getElementById('editor').shadowRoot.querySelector('.cm-content')"
     # As somebody types it.
     await page.js(f"{content}.focus(); document.getElementById('editor').shadowRoot.getSelection?.()")
     await page.call("Input.insertText", text="# mine\n")
-    await page.until("document.getElementById('status').textContent !== 'right, 1 examples hold'")
-    await page.until("document.getElementById('status').textContent === 'right, 1 examples hold'")
+    await page.until("document.getElementById('status').textContent !== 'right, 1 example holds'")
+    await page.until("document.getElementById('status').textContent === 'right, 1 example holds'")
     await page.call("Input.insertText", text="parsers: 5\n")
     await page.until("document.getElementById('status').textContent.includes('error')")
     assert await page.js("document.querySelectorAll('#problems li').length") >= 1
     assert await page.js("document.getElementById('review').disabled")
     await click(page, "#revert")
-    await page.until("document.getElementById('status').textContent === 'right, 1 examples hold'")
+    await page.until("document.getElementById('status').textContent === 'right, 1 example holds'")
     await page.js("document.querySelector('#parser-versions li:nth-child(2) button').click()")
     await page.until("!document.getElementById('plan').hidden")
     assert "parser/ex-script@" in await page.js(text_of("#changes"))

@@ -306,12 +306,12 @@ function onSlash() {
 const isTyping = () => document.activeElement?.matches("textarea, select, input:not([type=checkbox])") ?? false;
 
 // The other pages: closed by a click elsewhere, or by Escape.
-const others = document.querySelector(".more-pages");
-document.addEventListener("click", (event) => { if (others?.open && !others.contains(event.target)) others.open = false; });
-others?.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || !others.open) return;
-  others.open = false;
-  others.querySelector("summary").focus();
+const morePages = document.querySelector(".more-pages");
+document.addEventListener("click", (event) => { if (morePages?.open && !morePages.contains(event.target)) morePages.open = false; });
+morePages?.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || !morePages.open) return;
+  morePages.open = false;
+  morePages.querySelector("summary").focus();
 });
 
 // ---- light and dark ------------------------------------------------------------------------------------------------

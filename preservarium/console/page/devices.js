@@ -5,7 +5,7 @@ const LIST_INTERVAL_MS = 5000;
 const FLEET_INTERVAL_MS = 15000;
 const SPARKS_INTERVAL_MS = 30000;
 const LIMIT = 50;
-const VALUES_SHOWN = 4;
+const VALUES_SHOWN = 3;
 
 const TABS = [["", "All"], ["sending", "Sending"], ["failing", "Failing"], ["silent", "Silent"], ["never", "Never seen"], ["off", "Off"]];
 // Column -> word of the order that it stands for; null: none.

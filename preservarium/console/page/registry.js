@@ -154,7 +154,7 @@ function drawCheck(found) {
   const bad = found.problems.filter((p) => p.level === "error").length;
   const broken = found.examples.filter((e) => !e.ok);
   $("status").className = `pill ${bad || broken.length ? "bad" : "good"}`;
-  $("status").textContent = bad ? `${bad} ${bad === 1 ? "error" : "errors"}` : broken.length ? `${broken.length} of ${found.examples.length} examples fail` : found.examples.length ? `right, ${found.examples.length} examples hold` : "right";
+  $("status").textContent = bad ? `${bad} ${bad === 1 ? "error" : "errors"}` : broken.length ? `${broken.length} of ${found.examples.length} examples fail` : found.examples.length ? `right, ${found.examples.length} ${found.examples.length === 1 ? "example holds" : "examples hold"}` : "right";
   const ofExamples = broken.map((e) => ({ level: "error", line: e.line, message: e.differences.join("; ") }));
   editor.mark([...found.problems, ...ofExamples]);
   drawProblems(found.problems);
@@ -260,7 +260,7 @@ async function drawVersions(found) {
     load.addEventListener("click", async () => {
       if (!leaves()) return;
       open.expected[v.stream] = undefined;
-      editor.set(v.status === "active" ? v.yaml : v.yaml.replace(/^( *)status: .*$/m, "$1status: active"));
+      editor.set(v.status === "active" ? found.yaml : v.yaml.replace(/^( *)status: .*$/m, "$1status: active"));
       await check();
       if (v.status !== "active" && editing) review();
     });

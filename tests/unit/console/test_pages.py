@@ -83,6 +83,17 @@ def test_what_scripts_ask_for_by_id_is_there(static):
         assert asked - shared <= there, path
 
 
+def test_no_script_takes_a_name_that_another_on_its_page_has(static):
+    """Scripts of a page share one space of names: the second to declare one does not run at all."""
+    declared = re.compile(r"^(?:const|let|class|(?:async )?function)\s+(?:\[([^\]]+)\]|(\w+))", re.MULTILINE)
+    for path, text in texts(static).items():
+        names: list[str] = []
+        for source in re.findall(r'src="([^"]+)" defer', text):
+            for several, one in declared.findall(static[source][0].decode()):
+                names += [name.strip() for name in several.split(",")] if several else [one]
+        assert len(names) == len(set(names)), (path, {name for name in names if names.count(name) > 1})
+
+
 def test_every_template_is_of_a_page():
     used, waiting = set(), ["ack.html", *pages._PAGES.values()]
     while waiting:
