@@ -59,7 +59,7 @@ async def attempt(
     doc = cast(ParserDoc, {"version": 1, "rev": 0, "status": "draft", **parser})
     document: dict[str, Any] = {"fields": [], "readings": [], "refused": [], "error": None}
     try:
-        compiled = compile_any(doc, (device or {}).get("variables"))
+        compiled = compile_any(doc, None if device is None else cast(Any, device).get("variables"))
         decoded: Sequence[Decoded | Reject]
         if isinstance(compiled, ScriptParser):
             (outcome,) = await sandbox.run([script_call(compiled, raw)])

@@ -67,7 +67,10 @@ async def looked_at(page, site, name):
         await drawn(page)
         await page.screenshot(Path(kept) / f"{name}.png", whole=False)
     # What is folded is looked at, too.
-    await page.js("for (const d of document.querySelectorAll('main details')) d.open = true")
+    await page.js(
+        "for (const d of document.querySelectorAll('main details:not(.record, .refusal)')) d.open = true;"
+        "[...document.querySelectorAll('.record, .refusal')].slice(0, 2).forEach((d) => { d.open = true; })"
+    )
     await page.js(AXE.read_text() + "; null")
     faults = []
     for width, height in (WIDE, PHONE):

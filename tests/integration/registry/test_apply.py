@@ -506,7 +506,7 @@ async def test_a_parser_whose_source_is_changed_is_a_new_version_and_the_old_one
 ) -> None:
     (tmp_path / "r.yaml").write_text(REGISTRY)
     await apply(settings, tmp_path / "r.yaml")
-    new = "parsers:\n  - {name: acme, kind: table, source: {fields: [{name: t, type: u16be}]}}\n"
+    new = "parsers:\n  - {name: acme, kind: table, source: {fields: [{name: t, type: u16}]}}\n"
     assert read_text(new).errors == [], [str(e) for e in read_text(new).errors]
     await apply_file(settings, read_text(new), actor="ann")
     found = await reads.document("parser", "acme")

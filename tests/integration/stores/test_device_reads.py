@@ -406,7 +406,7 @@ async def test_small_curves_have_what_fell_into_each_two_minutes(reads):
     assert sum(value is not None for value in found[one]) == SPARK_POINTS
     # The half hour in which nothing came.
     gap = (await reads.sparks([one], now_us=NOW_US - 99 * MINUTE_US - 1))[one]
-    assert gap[-12:] == [None] * 12
+    assert gap[-13:-1] == [None] * 12
 
 
 async def test_corrections_are_those_readings_that_are_not_what_they_were(reads, connection):
