@@ -379,3 +379,16 @@ async def test_kafka_that_does_not_answer_is_a_problem_too(host, monkeypatch):
     async with TestClient(TestServer(application)) as client:
         for path in ("/api/topics", "/api/topics/iot_raw_data/messages"):
             assert "Kafka" in (await body(client, path, 503))["detail"]
+
+
+async def test_operators_look_at_the_registry_and_try_texts_but_only_engineers_change_it(site):
+    site.host.settings.web = Web(operators="ann:t-ann")
+    proof = {"Authorization": "Bearer t-ann"}
+    async with site.client.get("/api/registry", headers=proof) as response:
+        found = await response.json()
+    assert (found["editing"], found["in_files"]) == (False, False)
+    text = 'devices:\n  - {device_id: "a", type: EX-1, enabled: true}\n'
+    assert (await post(site, "/api/registry/plan", {"yaml": text}, **proof))["changes"]
+    said = await post(site, "/api/registry/save", {"yaml": text, "actor": "ann"}, 403, **proof)
+    assert "an engineer" in said["error"]
+    assert [each[2] for each in site.asked if each[0] == "apply"] == [True]
