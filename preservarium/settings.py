@@ -1008,6 +1008,11 @@ class Web(_Section):
     oidc_default_role: Literal["", "viewer", "operator", "engineer", "admin"] = Field(
         "", json_schema_extra=RELOAD, description="Role of those for whom that makes none; empty: they are not let in."
     )
+    registry_editing: bool = Field(
+        True,
+        json_schema_extra=RELOAD,
+        description="Whether engineers may change the registry in the browser; off where it is kept in files, and the pages only show it.",
+    )
     public_url: str = Field(
         "",
         description="https://host under which people reach this web port, for links in notices; empty: no links.",

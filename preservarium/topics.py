@@ -35,7 +35,7 @@ RAW = Topic(
     "device address",
     "raw message, one a line",
     24 * HOUR_MS,
-    writers="connectors, `dlq redrive`",
+    writers="connectors, `dlq redrive`, console (redrive)",
     readers="`trace`, `lineage verify`, `replay reset`, the archive",
 )
 STANDARDIZED = Topic(
@@ -53,10 +53,10 @@ ERRORS = Topic(
 REDRIVEN = Topic(
     "iot_redriven",
     "raw coordinates",
-    "marker of an input that was redriven",
+    "marker of an input that was redriven, or discarded with a reason",
     14 * DAY_MS,
-    writers="`dlq redrive`",
-    readers="`dlq`",
+    writers="`dlq redrive`, `dlq discard`, console",
+    readers="`dlq`, console",
 )
 ALERTS = Topic("iot_alerts", "device address", "alarm transition", 14 * DAY_MS)
 ANOMALIES = Topic("anomaly_alerts", "device address", "anomaly", 14 * DAY_MS)

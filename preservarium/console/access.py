@@ -2,6 +2,7 @@
 
 import hmac
 import ipaddress
+import time
 from typing import Final, NoReturn
 
 import orjson
@@ -44,6 +45,50 @@ _WHO: Final = {
     Right.ADMIN: "an administrator",
 }
 _NOBODY: Final = Caller("", frozenset(), "")
+
+#: A worker that asks another one for a value of a table shows this: when, and a proof over it that needs a secret which workers share. So
+#: neither that secret nor a token goes over the network to an address that stands in a topic.
+WORKER_HEADER: Final = "X-Preservarium-Worker"
+#: What a worker may ask so: nothing but a value to read.
+WORKER_PATHS: Final = "/api/tables/"
+#: A proof holds for so long, whatever the clocks of two machines differ by.
+WORKER_PROOF_US: Final = 60_000_000
+_WORKER: Final = Caller("", frozenset((Right.OPERATE,)), "worker")
+
+
+def _worker_secrets(settings: Web) -> list[str]:
+    """What all workers of a system are given alike, the first that is there for asking, any of them for believing."""
+    shared = [settings.operator_token.get_secret_value(), *settings.operator_tokens.values()]
+    return [each for each in (*shared, settings.supervisor_token.get_secret_value()) if each]
+
+
+def as_worker(settings: Web, path: str, at_us: int) -> dict[str, str]:
+    """Headers that prove to another worker with the same secrets that a worker asks; none where there are no secrets."""
+    found = _worker_secrets(settings)
+    return {WORKER_HEADER: f"{at_us}:{_proof(found[0], path, at_us)}"} if found else {}
+
+
+def _proof(secret: str, path: str, at_us: int) -> str:
+    return hmac.new(secret.encode(), f"worker GET {path} {at_us}".encode(), "sha256").hexdigest()
+
+
+def _is_worker(request: web.Request, settings: Web) -> bool:
+    given = request.headers.get(WORKER_HEADER, "")
+    at, _, proof = given.partition(":")
+    path = request.raw_path
+    if (
+        request.method != "GET"
+        or not path.startswith(WORKER_PATHS)
+        or not (at.isascii() and at.isdigit() and len(at) < 20)
+    ):
+        return False
+    if abs(time.time_ns() // 1_000 - int(at)) > WORKER_PROOF_US:
+        return False
+    found = [
+        hmac.compare_digest(proof.encode("utf-8", "surrogateescape"), _proof(secret, path, int(at)).encode())
+        for secret in _worker_secrets(settings)
+    ]
+    return any(found)
 
 
 def check(web_settings: Web, bind: str | None = None) -> None:
@@ -92,6 +137,8 @@ def caller_of(request: web.Request, settings: Web) -> Caller | None:
             if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), found[1].csrf.encode()):
                 _forbid(f"the header {sessions.CSRF_HEADER} is missing or wrong: GET /api/v1/session says it")
         return found[1]
+    if WORKER_HEADER in request.headers and _is_worker(request, settings):
+        return _WORKER
     if settings.loopback and not people.configured(settings) and _passed_by_nobody(request):
         return Caller("", _ALL, "machine")
     return None

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from preservarium import __version__
 from preservarium.console.api import versioned
+from preservarium.console.openapi_pages import PATHS as PAGE_PATHS
 from preservarium.console.openapi_words import CURSOR as _CURSOR
 from preservarium.console.openapi_words import FLAG as _FLAG
 from preservarium.console.openapi_words import INSTANT as _INSTANT
@@ -541,6 +542,10 @@ _REFUSAL: Final = {
         message=_TEXT,
         device_id={"type": ["string", "null"]},
         at=_INSTANT,
+        settled={
+            "type": ["object", "null"],
+            "description": "Whether its input was redriven, or discarded: how, at, reason, actor",
+        },
         original={
             "type": ["object", "null"],
             "description": "Null where its line has none: `/api/refusals/{id}` looks for them",
@@ -700,6 +705,7 @@ DOCUMENT: Final[dict[str, Any]] = {
         **_COMMAND_PATHS,
         **_TRACE_PATHS,
         **_DEVICE_PATHS,
+        **PAGE_PATHS,
         "/api/alarms": {
             "get": {
                 "operationId": "listAlarms",

@@ -1,4 +1,4 @@
-"""Words of the descriptions of the API (openapi.py, openapi_worker.py): schemas that recur, parameters, answers."""
+"""Words of the descriptions of the API (openapi.py, openapi_pages.py, openapi_worker.py): schemas that recur, parameters, answers."""
 
 from typing import Any, Final
 
@@ -33,6 +33,7 @@ def answers(description: str, schema: Any, *errors: int, status: int = 200) -> d
         401: "Nothing proves who asks: log in, or show a token",
         403: "Who asks may not; or it is asked by a page of another origin, or without X-CSRF-Token; or nobody is configured, and it is not this machine that asks",
         404: "There is none",
+        409: "Somebody else changed it meanwhile",
         413: "The body is too large",
         415: "The body is no JSON",
         503: "Kafka or the database cannot be reached now; repeat",

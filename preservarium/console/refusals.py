@@ -162,7 +162,7 @@ class RefusalViews:
                 "causes": refusals.causes(now_us),
                 "span_s": SPAN_S,
                 "bucket_s": BUCKET_S,
-                "refusals": [_document(kept.id, kept.line, SAMPLE_BYTES_MAX) for kept in page],
+                "refusals": [self._shown(kept.id, kept.line, SAMPLE_BYTES_MAX) for kept in page],
                 "next_cursor": pack([*following]) if following else None,
                 "unknown_devices": refusals.unknown(now_us),
                 "since": refusals.since_us,
@@ -210,7 +210,12 @@ class RefusalViews:
                 missing(str(e))
             except dlq.DlqError as e:
                 raise Retry(str(e)) from None
-        return answer(_document(identity, letter.line, ORIGINAL_BYTES_MAX, original))
+        return answer(self._shown(identity, letter.line, ORIGINAL_BYTES_MAX, original))
+
+    def _shown(
+        self, identity: str, line: Mapping[str, Any], bytes_max: int, original: bytes | None = None
+    ) -> dict[str, Any]:
+        return {**_document(identity, line, bytes_max, original), "settled": self._refusals.settled(line)}
 
     # --- doing something about it
 

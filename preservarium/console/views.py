@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final, Protocol
 
 import structlog
-from aiohttp import web
+from aiohttp import hdrs, web
 from prometheus_client import REGISTRY
 from prometheus_client.exposition import choose_encoder
 
@@ -133,14 +133,23 @@ class Console:
             "ready": h.ready,
             "reasons": h.reasons[:REASONS_MAX],
             "guards": self._host.guards(),
+            "tables": self._tables.held(),
         }
+
+    @property
+    def worker(self) -> str:
+        """This worker's name."""
+        return self._worker
 
     # --- page, health, metrics ---
 
     async def page(self, request: web.Request) -> web.Response:
         """A page, or a file that it loads."""
-        body, content_type = self._static.get(request.path) or self._static[pages.DEVICE]
-        return web.Response(body=body, content_type=content_type, charset="utf-8")
+        body, packed, content_type = self._static.get(request.path) or self._static[pages.DEVICE]
+        # Packed once and for all: the editor is 360 kB, and a page is looked at over a phone, too.
+        takes = "gzip" in request.headers.get(hdrs.ACCEPT_ENCODING, "").lower()
+        headers = {hdrs.VARY: hdrs.ACCEPT_ENCODING, **({hdrs.CONTENT_ENCODING: "gzip"} if takes else {})}
+        return web.Response(body=packed if takes else body, content_type=content_type, charset="utf-8", headers=headers)
 
     def _health(self) -> health.Health:
         return health.judge(self._host.health_report(), health.dependencies())

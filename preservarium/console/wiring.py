@@ -8,13 +8,19 @@ from preservarium.console import access, api, oidc
 from preservarium.console.audit import Audit
 from preservarium.console.commands import Commands
 from preservarium.console.dashboards import DashboardViews
+from preservarium.console.decoding import Bench, DecodeViews
 from preservarium.console.devices import DeviceViews
+from preservarium.console.explore import ExploreViews
 from preservarium.console.follower import BoardFollower
+from preservarium.console.messages import MessageViews
 from preservarium.console.operators import Operators
 from preservarium.console.people import PeopleViews
 from preservarium.console.refusals import RefusalsFollower, RefusalViews
+from preservarium.console.registry import RegistryViews
+from preservarium.console.state import StateViews
 from preservarium.console.tables import TableReader
 from preservarium.console.trace import TraceViews
+from preservarium.console.unknown import UnknownViews
 from preservarium.console.views import Console
 from preservarium.console.workers import Workers, WorkersFollower
 from preservarium.operations.alarm_board import Board, Desk
@@ -22,8 +28,9 @@ from preservarium.operations.command_desk import CommandDesk
 from preservarium.operations.refusals import Refusals
 from preservarium.serving import people, server
 from preservarium.settings import SettingsError
-from preservarium.stores.device_reads import DeviceReads
 from preservarium.stores.people_log import PeopleLog
+from preservarium.stores.registry_reads import RegistryReads
+from preservarium.stores.series_reads import SeriesReads
 from preservarium.stores.views import Views
 from preservarium.streaming.publish import partition_of
 
@@ -53,10 +60,18 @@ def install(app: Any) -> Console:
     console = Console(app, tables, workers, audit.tell)
     console.mount(app.web.web_app)
     PeopleViews(app, audit, told).mount(app.web.web_app)
-    DeviceViews(app, app.resource(DeviceReads(app.live)), tables).mount(app.web.web_app)
+    StateViews(app, tables, workers, console.worker).mount(app.web.web_app)
+    devices = app.resource(SeriesReads(app.live))
+    ExploreViews(app, devices).mount(app.web.web_app)
+    DeviceViews(app, devices, tables).mount(app.web.web_app)
+    MessageViews(app).mount(app.web.web_app)
     refusals = Refusals()
     looking = app.add_dependency(RefusalsFollower(refusals, app.live, app.clock))
     RefusalViews(app, refusals, looking.asked).mount(app.web.web_app)
+    registry, bench = app.resource(RegistryReads(app.live)), app.resource(Bench(app))
+    DecodeViews(app, registry, refusals, bench).mount(app.web.web_app)
+    RegistryViews(app, registry, bench).mount(app.web.web_app)
+    UnknownViews(app, registry, bench).mount(app.web.web_app)
     follower = app.add_dependency(
         WorkersFollower(workers, console.state, app.publisher.publish, app.live, app.clock, app.clock_check)
     )

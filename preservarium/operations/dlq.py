@@ -181,7 +181,7 @@ class Redriven:
 
     matched: int = 0
     sent: int = 0  #: or would be sent, in a dry run
-    already: int = 0  #: redriven before
+    already: int = 0  #: redriven before, or discarded
     unusable: int = (
         0  #: the input is not to be had: too large for an error line, or past the retention of `iot_raw_data`
     )

@@ -145,6 +145,21 @@ class Records:
                 self._spans[tp] = Span(begin, ends[tp], begins[tp])
         return self._spans[tp]
 
+    async def bounds(
+        self, partitions: Sequence[TopicPartition]
+    ) -> tuple[dict[TopicPartition, int], dict[TopicPartition, int]]:
+        """First offsets and ends of partitions that are there, of many topics at once.
+
+        Raises:
+            RecordsError: Kafka cannot be asked.
+        """
+        try:
+            async with asyncio.timeout(ASK_S):
+                begins = await self._consumer.beginning_offsets([*partitions])
+                return begins, await self._consumer.end_offsets([*partitions])
+        except (KafkaError, OSError, TimeoutError) as e:
+            raise self._error(e) from None
+
     async def at(self, topic: str, partition: int, offsets: Iterable[int]) -> dict[int, Any]:
         """Records by their offsets; those that neither Kafka nor the archive has are left out.
 

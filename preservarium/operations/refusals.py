@@ -21,6 +21,7 @@ import orjson
 from preservarium import topics
 from preservarium.domain.readings.address import canonical_address
 from preservarium.errors import ReasonCode
+from preservarium.operations.dlq import REDRIVEN, Letter
 from preservarium.settings import Settings
 from preservarium.streaming import following
 
@@ -37,6 +38,8 @@ KEPT_MAX: Final = 20_000
 KEPT_BYTES_MAX: Final = 24 << 20
 #: Devices remembered that the registry does not know.
 UNKNOWN_MAX: Final = 20_000
+#: Inputs remembered that were redriven or discarded: their marks are a hundred bytes each.
+SETTLED_MAX: Final = 50_000
 #: Causes told apart: stages by codes are a few hundred, of which a handful happen.
 CAUSES_MAX: Final = 500
 
@@ -146,6 +149,7 @@ class Refusals:
         self._devices: dict[str, dict[str, Kept]] = {}
         self._ids: dict[str, Kept] = {}
         self._unknown: OrderedDict[str, int] = OrderedDict()
+        self._settled: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._bytes = 0
         self._number = 0
         self.since_us: int | None = None  #: of the oldest line that was read
@@ -175,6 +179,28 @@ class Refusals:
                 self._unknown.move_to_end(device)
                 if len(self._unknown) > UNKNOWN_MAX:
                     self._unknown.popitem(last=False)
+
+    def settle(self, records: Sequence[Any]) -> None:
+        """Take records of `iot_redriven`: what became of inputs. What is none of ours is left out."""
+        for record in records:
+            try:
+                marker = orjson.loads(record.value or b"null")
+                key, at_us = (record.key or b"").decode(), int(marker["at"])
+            except (orjson.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+                continue
+            self._settled[key] = {
+                "how": str(marker.get("outcome", REDRIVEN)),
+                "at": at_us,
+                "reason": marker.get("reason"),
+                "actor": marker.get("actor"),
+            }
+            self._settled.move_to_end(key)
+            if len(self._settled) > SETTLED_MAX:
+                self._settled.popitem(last=False)
+
+    def settled(self, line: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What became of the input of an error line: `{how, at, reason, actor}`; None where nothing is known of it."""
+        return self._settled.get(Letter("", dict(line)).coordinates)
 
     def _count(self, kept: Kept) -> None:
         cause = self._causes.get(kept.cause)
@@ -297,6 +323,9 @@ async def follow(refusals: Refusals, settings: Settings, *, now_us: int, stopped
     taken: dict[int, int] = {}
 
     def take(records: Sequence[Any], first: bool) -> None:
+        if records and records[0].topic == markers:
+            refusals.settle(records)
+            return
         refusals.take(records)
         if first and records:
             partition = records[0].partition
@@ -308,7 +337,9 @@ async def follow(refusals: Refusals, settings: Settings, *, now_us: int, stopped
         refusals.ready.set()
 
     kafka = settings.kafka
-    source = {topics.ERRORS.full(kafka.topic_prefix): max(0, now_us - SPAN_S * S_US) // 1_000}
+    since_ms = max(0, now_us - SPAN_S * S_US) // 1_000
+    markers = topics.REDRIVEN.full(kafka.topic_prefix)
+    source = {topics.ERRORS.full(kafka.topic_prefix): since_ms, markers: since_ms}
     await following.follow(
         kafka, source, take, caught_up, client="preservarium-refusals", stopped=stopped, records_max=RECORDS_MAX
     )

@@ -7,7 +7,7 @@ where it stands; nothing of a file with an error is applied.
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ruamel.yaml.scalarstring import LiteralScalarString
 
@@ -28,7 +28,7 @@ from preservarium.domain.registry.documents import (
     source_hash,
 )
 from preservarium.registry import codecs
-from preservarium.registry.yaml_tree import PlainError, editor, line_of, load_tree, plain, plain_file
+from preservarium.registry.yaml_tree import PlainError, editor, line_of, load_tree, plain, plain_file, text_tree
 
 
 def read(path: str | Path) -> RegistryFile:
@@ -40,8 +40,24 @@ def read(path: str | Path) -> RegistryFile:
         RegistryFileError: the file cannot be read, or is no YAML or JSON.
     """
     path = Path(path)
-    tree = load_tree(path)
-    result = RegistryFile(str(path), partial(line_of, tree))
+    return _read(load_tree(path), str(path), path.parent.resolve())
+
+
+#: What a text is called that stands in no file.
+TEXT: Final = "registry.yaml"
+
+
+def read_text(text: str) -> RegistryFile:
+    """Read and check a registry file that is a text, as `read` does. It can name no other file: a parser's source stands in it.
+
+    Raises:
+        RegistryFileError: it is no YAML.
+    """
+    return _read(text_tree(text, TEXT), TEXT, None)
+
+
+def _read(tree: Any, name: str, base: Path | None) -> RegistryFile:
+    result = RegistryFile(name, partial(line_of, tree))
     if tree is None:
         result.note((), "the file is empty")
         return result
@@ -69,17 +85,20 @@ def read(path: str | Path) -> RegistryFile:
             except PlainError as e:
                 result.note((*place, *e.path), str(e))
                 continue
-            if document is not None and (kind != "parser" or _load_source(result, place, document)):
+            if document is not None and (kind != "parser" or _load_source(result, place, document, base)):
                 result.add(kind, place, document)
     check_duplicates(result)
     return result
 
 
-def _load_source(registry: RegistryFile, place: Place, document: Document) -> bool:
+def _load_source(registry: RegistryFile, place: Place, document: Document, base: Path | None) -> bool:
     """Put the source in the place of `file`, and the hash beside it; False where there is none to be had, which is noted."""
     name = document.pop("file", None)
+    if name is not None and base is None:
+        registry.note((*place, "file"), "names a file, and there is none here: put the text under `source`")
+        return False
     if name is not None:
-        base = Path(registry.path).parent.resolve()
+        assert base is not None
         path = (base / name).resolve()
         if not path.is_relative_to(base):
             registry.note((*place, "file"), "leads out of the registry file's folder")

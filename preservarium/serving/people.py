@@ -125,7 +125,7 @@ class Caller:
 
     name: str  #: "" where none is proven: with `web.operator_token`, or from this machine without a log-in
     rights: frozenset[Right]
-    how: str  #: password, oidc, token, machine (it is this one), supervisor
+    how: str  #: password, oidc, token, machine (it is this one), supervisor, worker (another one, for a value)
     role: str = ""
     csrf: str = ""  #: what a session's requests that change something must bring along
 

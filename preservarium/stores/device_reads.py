@@ -37,6 +37,8 @@ OVERVIEW_REST: Final = 50.0
 #: A list that was never made is waited for so long.
 OVERVIEW_FIRST_S: Final = 2.0
 
+#: What a text finds is put in order by itself where it is no more than this; the whole table is read in order where it is.
+FEW_MAX: Final = 2_000
 #: How many devices a filter finds is counted this often at most, of so many filters: half of what a page of the list costs.
 TOTAL_AGE_S: Final = 5.0
 TOTALS_MAX: Final = 200
@@ -276,14 +278,22 @@ class DeviceReads:
         columns = f"o.device_id, o.name, o.type, o.enabled, o.last_seen, o.quality, {key} AS key"
         behind = f"($5::{kind} IS NULL OR ({{0}}, o.device_id) {sign} ($5, $6))"
         order = f"ORDER BY {{0}} {way}, o.device_id {way} LIMIT $7"
+        few: list[str] | None = None
         if q:
-            # One look at every row. In the order of an index, a text that is rare would be looked for all over the table.
+            # One look, which ends early where the text is in every name. In the order of an index, a text that is rare would be looked
+            # for all over the table; and to keep all that match for counting costs more than to count them beside it.
+            looked = await self._fetch(
+                f"SELECT o.device_id FROM device_overview o WHERE {where} LIMIT {FEW_MAX + 1}", *wanted
+            )
+            few = [row["device_id"] for row in looked] if len(looked) <= FEW_MAX else None
+        if few is not None:
+            behind_few = behind.replace("$5", "$2").replace("$6", "$3").format(key)
             rows = await self._fetch(
-                f"WITH found AS MATERIALIZED (SELECT {columns} FROM device_overview o WHERE {where})"
-                f" SELECT o.*, (SELECT count(*) FROM found) AS total FROM found o WHERE {behind.format('o.key')} {order.format('o.key')}",
-                *wanted, at, device_id, limit + 1,
+                f"SELECT {columns} FROM device_overview o WHERE o.device_id = ANY ($1) AND {behind_few} "
+                + order.replace("$7", "$4").format(key),
+                few, at, device_id, limit + 1,
             )  # fmt: skip
-            total = rows[0]["total"] if rows else 0 if after is None else await self._total(where, wanted)
+            total = len(few)
         else:
             rows, total = await asyncio.gather(
                 self._fetch(
@@ -296,7 +306,6 @@ class DeviceReads:
         found = {row["device_id"]: _document(row) | {"values": []} for row in page}
         for device in found.values():
             del device["key"]
-            device.pop("total", None)
         for value in await self._fetch(_VALUES, [*found], VALUES_MAX):
             device = found[value["device_id"]]
             device["last_seen"] = max(device["last_seen"] or 0, _us(value["received_at"]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import orjson
+import pages_support
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -27,7 +28,7 @@ from preservarium.errors import Retry
 from preservarium.operations.alarm_board import Board, Desk
 from preservarium.operations.command_desk import CommandDesk
 from preservarium.operations.refusals import Refusals
-from preservarium.settings import Web
+from preservarium.settings import Settings, Web
 
 pytestmark = pytest.mark.browser
 
@@ -50,7 +51,7 @@ def values(n):
     ]  # fmt: skip
 
 
-class Reads:
+class Reads(pages_support.Series):
     """A database of sixty devices, with curves as they were asked for."""
 
     def __init__(self):
@@ -234,7 +235,7 @@ def stand(board, *alarms):
 
 
 @pytest.fixture
-async def site():
+async def site(monkeypatch):
     reads = Reads()
     report = {
         "problems": [],
@@ -256,7 +257,8 @@ async def site():
             "sink": {"blown": True, "reason": "store_rejected: 612 of 1000", "records": 1000, "refused": 612, "refused_max": 500},
         },
     }  # fmt: skip
-    settings = SimpleNamespace(web=Web())
+    whole = Settings()
+    settings = SimpleNamespace(web=Web(), sandbox=whole.sandbox, normalize=whole.normalize, kafka=whole.kafka)
     host = SimpleNamespace(
         live=lambda: settings,
         clock=SystemClock(),
@@ -288,12 +290,16 @@ async def site():
     refusals.ready.set()
     refusals.trouble = ""
     application = web.Application()
-    Console(host, tables, workers).mount(application)
+    # Before the overview's: the page of a table is the stand-in's.
+    console = Console(host, tables, workers)
     DeviceViews(host, reads, tables).mount(application)
     RefusalViews(host, refusals, lambda: None).mount(application)
     desk = Desk(board, publish, host.clock)
     Operators(host, desk, reads).mount(application)
     Commands(host, CommandDesk(publish, host.clock), reads).mount(application)
+    asked: list = []
+    more = pages_support.mount(application, host, refusals, reads, workers, monkeypatch, asked)
+    console.mount(application)
     mount_people(application, host)
     for stage, n in {"normalize": 900, "validate": 880, "alarm": 870, "notify": 2, "sink": 860, "sync": 850}.items():
         metrics.RECORDS_RECEIVED.labels(stage).inc(n)
@@ -316,7 +322,10 @@ async def site():
             resets=resets,
             settings=settings,
             refusals=refusals,
+            registry=more.registry,
+            asked=asked,
         )
+    await more.bench.close()
     for stage in ("normalize", "validate", "alarm", "notify", "sink", "sync"):
         metrics.LAG_RECORDS.labels(stage, "browser-test", "0").set(0)
         metrics.PENDING_RECORDS.labels(stage).set(0)

@@ -246,18 +246,22 @@ function refusalItem(refusal, nowUs, open) {
   const item = el("details", { class: "refusal", "data-id": refusal.id }, el("summary", {},
     el("span", { class: "line" }, el("b", { text: refusal.code }), el("span", { class: "quiet", text: `${refusal.stage} · ${age(refusal.at, nowUs)} ago` })),
     el("span", { class: "said", text: refusal.message || "" }),
-    refusal.device_id ? el("span", { class: "device-address", text: refusal.device_id }) : null), body);
+    refusal.device_id ? el("span", { class: "device-address", text: refusal.device_id }) : null,
+    refusal.settled ? el("span", { class: "tag", text: refusal.settled.how }) : null), body);
   let asked = false;
   const show = async () => {
     if (!item.open || asked) return;
     asked = true;
     const facts = el("dl", { class: "facts" });
-    const rows = [["Refused", instant(refusal.at)], ["Device", refusal.device_id], ["Parser", refusal.parser], ["Tries", refusal.attempt > 1 ? String(refusal.attempt) : ""],
+    const rows = [["Refused", instant(refusal.at)], ["Device", refusal.device_id], ["Parser", refusal.parser], ["Tries", refusal.attempt > 1 ? String(refusal.attempt) : ""], ["Since", typeof settledText === "function" ? settledText(refusal.settled) : ""],
       ["Raw message", refusal.raw_offset === undefined ? "" : `iot_raw_data ${refusal.raw_partition}:${refusal.raw_offset}, line ${refusal.raw_index ?? 0}`], ["Id", refusal.id]];
-    facts.append(...rows.filter(([, v]) => v).flatMap(([k, v]) => [el("dt", { text: k }), el("dd", {}, k === "Device" ? el("a", { href: deviceUrl(v), text: v }) : v)]));
-    body.replaceChildren(facts, refusal.original ? originalBytes(refusal.original) : el("p", { class: "quiet", text: "Its bytes are looked for in Kafka …" }));
+    // Pages that have a bench for it offer another parser.
+    const bench = typeof benchNode === "function" && !String(refusal.code).startsWith("envelope_") ? benchNode(refusal) : "";
+    facts.append(...rows.filter(([, v]) => v).flatMap(([k, v]) => [el("dt", { text: k }), el("dd", {}, k === "Device" ? el("a", { href: deviceUrl(v), text: v })
+      : k === "Raw message" ? el("a", { href: `/lineage?raw=${refusal.raw_partition}:${refusal.raw_offset}`, text: v }) : v)]));
+    body.replaceChildren(facts, refusal.original ? originalBytes(refusal.original) : el("p", { class: "quiet", text: "Its bytes are looked for in Kafka …" }), bench);
     if (refusal.original && !refusal.original.cut) return;
-    try { body.replaceChildren(facts, originalBytes((await get(`/api/refusals/${encodeURIComponent(refusal.id)}`)).original)); }
+    try { body.replaceChildren(facts, originalBytes((await get(`/api/refusals/${encodeURIComponent(refusal.id)}`)).original), bench); }
     catch (e) {
       asked = false;
       if (!refusal.original) body.replaceChildren(facts, el("p", { class: "quiet", text: `Its bytes cannot be had now: ${e.message}` }));
@@ -334,6 +338,15 @@ function onSlash() {
   });
 }
 const isTyping = () => document.activeElement?.matches("textarea, select, input:not([type=checkbox])") ?? false;
+
+// The other pages: closed by a click elsewhere, or by Escape.
+const morePages = document.querySelector(".more-pages");
+document.addEventListener("click", (event) => { if (morePages?.open && !morePages.contains(event.target)) morePages.open = false; });
+morePages?.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || !morePages.open) return;
+  morePages.open = false;
+  morePages.querySelector("summary").focus();
+});
 
 // ---- light and dark ------------------------------------------------------------------------------------------------
 

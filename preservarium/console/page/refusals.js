@@ -3,7 +3,6 @@
 
 const LIST_INTERVAL_MS = 5000;
 const LIMIT = 20;
-const DO_TIMEOUT_MS = 130000;
 
 const parameters = new URLSearchParams(location.search);
 const wanted = { stage: parameters.get("stage") || "", code: parameters.get("code") || "", device: parameters.get("device") || "", parser: parameters.get("parser") || "" };
@@ -47,7 +46,8 @@ function draw(found) {
   $("doing").hidden = !wanted.code && !wanted.device && !wanted.parser;
   $("which").textContent = [wanted.code, wanted.stage ? `at ${wanted.stage}` : "", wanted.device ? `of ${wanted.device}` : "", wanted.parser ? `read by ${wanted.parser}` : ""].filter(Boolean).join(" ");
   $("all").hidden = !wanted.code;
-  const text = JSON.stringify(found.refusals.map((r) => r.id));
+  $("to-unknown").hidden = wanted.code !== "unknown_device";
+  const text = JSON.stringify(found.refusals.map((r) => [r.id, r.settled?.how]));
   if (text !== shown) {
     shown = text;
     const open = new Set([...$("refusals").querySelectorAll("details[open]")].map((d) => d.dataset.id));
@@ -82,48 +82,13 @@ async function list() {
   }
 }
 
-// Redrive or discard what is chosen. It is counted first and asked about: what goes on is not undone by a click.
-async function ask(path, body) {
-  const response = await fetch(path, { method: "POST", headers: authorized({ "Content-Type": "application/json", Accept: "application/json" }), body: JSON.stringify(body), signal: AbortSignal.timeout(DO_TIMEOUT_MS) });
-  const said = await response.json();
-  if (!response.ok) throw new Error(response.status === 401 ? "an operator token is needed" : said.error || `refused (${response.status})`);
-  return said;
-}
-
-let confirming = "";
-async function settle(what) {
-  const path = `/api/refusals/${what}`;
-  const chosen = Object.fromEntries(Object.entries(wanted).filter(([, v]) => v));
-  const body = { ...chosen, actor: $("doing-actor").value.trim() || undefined };
-  if (what === "discard") body.reason = $("doing-reason").value.trim();
-  if (what === "discard" && !body.reason) { $("doing-said").textContent = "Why? The reason is kept."; $("doing-reason").focus(); return; }
-  stored.set(localStorage, "operator", body.actor || "");
-  const key = JSON.stringify([what, body]);
-  for (const id of ["redrive", "discard"]) $(id).disabled = true;
-  try {
-    if (confirming !== key) {
-      const would = await ask(path, { ...body, dry_run: true });
-      const n = would.sent ?? would.discarded;
-      confirming = n ? key : "";
-      $("doing-said").textContent = n ? `${count(n)} of ${count(would.matched)} would be ${what === "redrive" ? "sent again" : "discarded"}. Press once more to do it.` : `Nothing to do: ${count(would.already)} were redriven or discarded before${would.unusable ? `, ${count(would.unusable)} are without their input` : ""}.`;
-      return;
-    }
-    confirming = "";
-    const done = await ask(path, body);
-    $("doing-said").textContent = `${count(done.sent ?? done.discarded)} ${what === "redrive" ? "sent again" : "discarded"}${done.more ? "; there is more: press again" : ""}.`;
-  } catch (e) {
-    confirming = "";
-    $("doing-said").textContent = `Not done: ${e.message}.`;
-  } finally {
-    for (const id of ["redrive", "discard"]) $(id).disabled = false;
-  }
-}
-
-$("doing-actor").value = stored.get(localStorage, "operator") || "";
+// What is chosen is redriven or discarded: as everything that is narrowed by here, of all that the topic keeps.
+const selection = () => Object.fromEntries(Object.entries(wanted).filter(([, v]) => v));
+const selected = () => [wanted.code || "every cause", wanted.stage ? `at ${wanted.stage}` : "", wanted.device ? `of ${wanted.device}` : "of all devices", wanted.parser ? `read by ${wanted.parser}` : "", "of all that the topic keeps"].filter(Boolean).join(", ");
+$("redrive").addEventListener("click", () => openDoing("redrive", selection(), `${selected()}. Mend the cause first: what is refused again comes back here.`));
+$("discard").addEventListener("click", () => openDoing("discard", selection(), `${selected()}. The bytes stay for as long as their topics keep them; no redrive sends them.`));
 $("doing-parser").value = wanted.parser;
 $("doing-parser").addEventListener("change", () => change({ parser: $("doing-parser").value.trim() }));
-$("doing").addEventListener("submit", (event) => event.preventDefault());
-for (const id of ["redrive", "discard"]) $(id).addEventListener("click", () => settle(id));
 $("search").value = wanted.device;
 $("all").addEventListener("click", () => change({ stage: "", code: "" }));
 poll(LIST_INTERVAL_MS, list);
