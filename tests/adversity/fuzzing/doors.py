@@ -113,7 +113,12 @@ class Worker:
         app.web.init_server()
         application = app.web.web_app
         application.cleanup_ctx.clear()  # the sampling of counters
-        self.routes = [(r.method, r.resource.canonical) for r in application.router.routes() if r.resource]
+        # A stream of events does not end, so there is no answer to judge.
+        self.routes = [
+            (r.method, r.resource.canonical)
+            for r in application.router.routes()
+            if r.resource and not r.resource.canonical.endswith("/live")
+        ]
         self._app, self._runner = app, app.web._runner
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
@@ -202,7 +207,7 @@ def _board() -> Board:
 
 
 def judged(answer: Answer, method: bytes, path: bytes) -> str | None:
-    """None where a request was taken, else why not; JSON, but for the page of a link."""
+    """None where a request was taken, else why not; JSON, but for the pages of a link and of a log-in."""
     if answer.status == 500:
         message = f"status 500: {answer.body[:200]!r}"
         raise Broken(message)
@@ -210,7 +215,7 @@ def judged(answer: Answer, method: bytes, path: bytes) -> str | None:
         return None
     if method == b"HEAD":
         return f"status {answer.status}"
-    if path.startswith(b"/ack"):
+    if path.startswith((b"/ack", b"/login")):
         return worded(answer.body.decode(), quoting=False) and f"page with status {answer.status}"
     try:
         told = orjson.loads(answer.body)
