@@ -252,7 +252,7 @@ async def test_a_phone_and_names_for_all_controls(page, site):
     assert small == []
     unnamed = await page.js(
         "[...document.querySelectorAll('button, input, select, textarea, a')].filter(e => e.id !== 'd-do' && "
-        "!(e.getAttribute('aria-label') || e.innerText.trim() || document.querySelector(`label[for='${e.id}']`) || e.closest('label'))).map(e => e.outerHTML)"
+        "!(e.getAttribute('aria-label') || e.textContent.trim() || document.querySelector(`label[for='${e.id}']`) || e.closest('label'))).map(e => e.outerHTML)"
     )
     assert unnamed == []
     await shot(page, "commands-phone.png")
