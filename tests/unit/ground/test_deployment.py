@@ -145,7 +145,7 @@ def interpolated(value: str, variables: dict[str, str]) -> str:
 def test_passwords_of_any_characters_reach_the_workers(
     name: str, password: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    variables = {"POSTGRES_PASSWORD": password, "CLICKHOUSE_PASSWORD": password}
+    variables = {"OPERATORS": "ann:token", "POSTGRES_PASSWORD": password, "CLICKHOUSE_PASSWORD": password}
     for variable, value in SERVICES[name]["environment"].items():
         monkeypatch.setenv(variable, interpolated(value, variables))
     found = load()
@@ -164,7 +164,13 @@ def test_containers_may_ask_for_each_other_by_name(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(
             variable,
             interpolated(
-                value, {"POSTGRES_PASSWORD": "p", "CLICKHOUSE_PASSWORD": "p", "ALLOWED_HOSTS": "plant.example"}
+                value,
+                {
+                    "OPERATORS": "ann:token",
+                    "POSTGRES_PASSWORD": "p",
+                    "CLICKHOUSE_PASSWORD": "p",
+                    "ALLOWED_HOSTS": "plant.example",
+                },
             ),
         )
     served = {name for name in ("worker", "connector-http") if is_ours(f"{name}:6066", load().web)}
