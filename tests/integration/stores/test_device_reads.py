@@ -56,13 +56,13 @@ READINGS = """
 INSERT INTO measurements (timestamp, received_at, raw_offset, value, series_id, derivation_id, raw_index, raw_partition, quality, flags)
 SELECT $1::timestamptz - make_interval(mins => n), $1::timestamptz, n,
        CASE s.component_type WHEN 'wind' THEN CASE n % 2 WHEN 0 THEN 350 ELSE 20 END ELSE 20 + n % 10 END,
-       s.series_id, 1, 0, 3, CASE WHEN n % 60 = 30 THEN 3 ELSE 1 END, CASE WHEN n % 60 = 30 THEN ARRAY['spike'] END
+       s.series_id, (SELECT derivation_id FROM derivations WHERE parser = 'p@3'), 0, 3, CASE WHEN n % 60 = 30 THEN 3 ELSE 1 END, CASE WHEN n % 60 = 30 THEN ARRAY['spike'] END
 FROM generate_series(1, 2880) AS n, series s WHERE s.device_id = 'dev-001' AND s.component_type IN ('temperature', 'wind') AND NOT n BETWEEN 100 AND 129
 """
 #: Once a second for ten minutes; every hundredth is suspect, one failed.
 FAST = """
 INSERT INTO measurements (timestamp, received_at, raw_offset, value, series_id, derivation_id, raw_index, raw_partition, quality)
-SELECT $1::timestamptz - make_interval(secs => n), $1::timestamptz, 10000 + n, n, s.series_id, 1, 0, 3, CASE WHEN n = 250 THEN 4 WHEN n % 100 = 50 THEN 3 ELSE 1 END
+SELECT $1::timestamptz - make_interval(secs => n), $1::timestamptz, 10000 + n, n, s.series_id, (SELECT derivation_id FROM derivations WHERE parser = 'p@3'), 0, 3, CASE WHEN n = 250 THEN 4 WHEN n % 100 = 50 THEN 3 ELSE 1 END
 FROM generate_series(1, 600) AS n, series s WHERE s.component_type = 'fast'
 """
 ROLLED = """
