@@ -15,8 +15,10 @@ from aiohttp.test_utils import TestClient, TestServer
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from lineage_support import PARTITIONS, Pipeline, command, environment, pipeline
+from pydantic import SecretStr
 from sink_support import execute, fetch, migrated_database
 from thread_support import in_thread
+from worker_support import read_all
 
 from preservarium import metrics, topics
 from preservarium.clock import SystemClock
@@ -24,9 +26,11 @@ from preservarium.console.trace import TraceViews
 from preservarium.operations.lineage_sampling import Sampler
 from preservarium.settings import LiveSettings
 from preservarium.stores import lineage_graph
+from preservarium.stores.base import Move
 from preservarium.stores.event_tables import EventStore
 from preservarium.stores.migrate import migrate_clickhouse
 from preservarium.stores.tables import AGGREGATES, ALARM_EVENTS, NOTICES
+from preservarium.stores.timescale import TimescaleStore
 from preservarium.streaming.publish import partition_of
 from preservarium.streaming.records import raw_line
 from preservarium.streaming.stage import Send
@@ -362,7 +366,7 @@ async def test_a_worker_derives_samples_again_and_tells_what_differs(world: Any)
     away = off.model_copy(
         update={
             "sink": world.pipeline.settings.sink,
-            "postgres": off.postgres.model_copy(update={"url": "postgresql://127.0.0.1:1/x"}),
+            "postgres": off.postgres.model_copy(update={"url": SecretStr("postgresql://127.0.0.1:1/x")}),
         }
     )
     failed = Sampler(lambda: away, SystemClock())
@@ -372,15 +376,29 @@ async def test_a_worker_derives_samples_again_and_tells_what_differs(world: Any)
 
 async def test_the_graph_leads_from_a_raw_record_to_its_batch_and_back(world: Any) -> None:
     place = partition_of(key(DEVICE), PARTITIONS)
+    # The sink writes so, with how far it has come.
+    records = [
+        record
+        for record in await read_all(
+            world.variables["PRESERVARIUM_KAFKA__BOOTSTRAP_SERVERS"], topics.VALIDATED.full(world.prefix), PARTITIONS
+        )
+        if record.partition == place
+    ]
+    store = TimescaleStore(LiveSettings(world.pipeline.settings))
+    try:
+        lines = [orjson.loads(line) for record in records for line in record.value.split(b"\n")]
+        await store.write(lines, {(topics.VALIDATED.name, place): Move(None, records[-1].offset + 1)})
+    finally:
+        await store.close()
     connection = await asyncpg.connect(world.dsn)
     try:
-        down = await lineage_graph.walk(connection, f"raw:{place}:0", down=True)
+        down = await lineage_graph.walk(connection, f"raw:{place}:{lines[0]['raw_offset']}", down=True)
         batch = down.edges[-1].edge.target_id
         assert [one.edge.relationship_type for one in down.edges][:2] == ["validated", "stored"]
         up = await lineage_graph.walk(connection, batch, down=False)
     finally:
         await connection.close()
-    assert any(one.edge.source_id.startswith(f"raw:{place}:0-") for one in up.edges)
+    assert any(one.edge.source_id.startswith(f"raw:{place}:{lines[0]['raw_offset']}-") for one in up.edges)
 
 
 async def test_what_kafka_has_deleted_is_said_plainly(world: Any) -> None:
