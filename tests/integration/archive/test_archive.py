@@ -76,7 +76,7 @@ class World:
             )
             headers = ((), (("attempt", b"2"),), (("x", b""), ("x", b"\xff")))[n % 3]
             sent.append(
-                await producer.send(self.full, value[n % 4], (b"k", None)[n % 2], n % PARTITIONS, headers=headers)
+                await producer.send(self.full, value[n % 4], (b"k", None)[n % 2], n % PARTITIONS, headers=list(headers))
             )
         await asyncio.gather(*sent)
         await producer.stop()

@@ -85,6 +85,7 @@ class SecureKafka(Kafka):
             "sasl.enabled.mechanisms": mechanisms,
             "sasl.oauthbearer.jwks.endpoint.url": f"file://{self.issuer.key_set}",
             "sasl.oauthbearer.expected.audience": "kafka",
+            "sasl.oauthbearer.expected.issuer": "tests",
         }
         for listener in ("sasl_ssl", "sasl_plaintext"):
             lines[f"listener.name.{listener}.plain.sasl.jaas.config"] = PLAIN
