@@ -70,7 +70,7 @@ lock: $(STAMP)  ## Resolve the dependencies anew into the lock files (needs uv)
 	@uv=$$(command -v uv || echo $(BIN)/uv); \
 	options="--quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11"; \
 	$$uv pip compile $$options pyproject.toml --all-extras -o requirements.lock && \
-	$$uv pip compile $$options pyproject.toml --extra scripts --extra archive --extra oidc -c requirements.lock -o requirements-worker.lock && \
+	$$uv pip compile $$options pyproject.toml --extra scripts -c requirements.lock -o requirements-worker.lock && \
 	sed -i "1i # Resolved on $$(date -u +%F)." requirements.lock requirements-worker.lock
 
 .PHONY: audit
@@ -81,8 +81,3 @@ audit:  ## How old the locked versions are, and whether one has a known fault
 clean:  ## Remove what was built and cached; the data in .preservarium stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-
-.PHONY: tools
-tools:  ## Build helm, which checks the chart in deploy/helm, into ~/.cache (needs Go; some minutes)
-	@mkdir -p $(HOME)/.cache/preservarium/tools
-	GOBIN=$(HOME)/.cache/preservarium/tools go install helm.sh/helm/v3/cmd/helm@v3.22.0

@@ -22,8 +22,6 @@ AGENTS: Final = (
     "downlink",
     "sink",
     "sync",
-    "archive",
-    "lineage",
     "extract",
 )
 

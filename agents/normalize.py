@@ -5,7 +5,6 @@ import structlog
 from agents.registry import catalogue, device_lookup
 from preservarium import topics
 from preservarium.errors import Retry
-from preservarium.operations.canary_watch import Watch
 from preservarium.registry.proving import check_active
 from preservarium.sandbox.pool import Limits, SandboxPool
 from preservarium.stages.normalize import Normalizer
@@ -14,16 +13,11 @@ from preservarium.streaming.stage import Batch, Effects
 
 _log = structlog.get_logger(__name__)
 
-#: How often what a canary's share saw is compared and counted.
-CANARY_S = 5.0
-
 #: Its processes start with the first call; a worker without script devices has none.
 sandbox = SandboxPool(Limits.of(app.live()), monotonic=app.clock.monotonic_s)
 app.resource(sandbox)
-_watch = app.resource(Watch(catalogue, device_lookup.known, app.live, app.clock, sandbox))
-_normalizer = Normalizer(device_lookup, catalogue, app.clock, app.live, sandbox, saw=_watch.saw)
+_normalizer = Normalizer(device_lookup, catalogue, app.clock, app.live, sandbox)
 device_lookup.on_change(_normalizer.forget)
-device_lookup.on_change(_watch.forget)
 
 
 @app.task
@@ -41,9 +35,3 @@ async def check_parsers() -> None:
 async def normalize(batch: Batch) -> Effects:
     """Decode each device's payloads, map fields to datatypes, convert units; what cannot be used becomes an error line."""
     return await _normalizer(batch)
-
-
-@app.timer(interval=CANARY_S)
-async def watch_canaries() -> None:
-    """Run what is in force beside the candidates of canaries."""
-    await _watch.turn()

@@ -8,11 +8,10 @@ import structlog
 
 from preservarium import metrics, topics
 from preservarium.breaker import Breaker
-from preservarium.errors import PreservariumError, Retry
-from preservarium.operations.changes.settling import settle
+from preservarium.errors import Retry
 from preservarium.stages.sink import EventSink, LegacySink, ReadingSink
 from preservarium.stores.event_tables import EventStore, EventTable
-from preservarium.stores.journal import TOLD, Journal
+from preservarium.stores.journal import ALARM_OPERATIONS, Journal
 from preservarium.stores.postgres import PostgresPing, PostgresPool
 from preservarium.stores.tables import EVENT_TABLES
 from preservarium.stores.timescale import STAGING, TimescaleStore
@@ -24,8 +23,6 @@ _log = structlog.get_logger(__name__)
 UPKEEP_S = 30.0
 #: TimescaleDB's jobs that its own workers do not run.
 JOBS_S = 60.0
-#: Windows of changes are looked at this often; most of the time there are none.
-CHANGES_S = 60.0
 
 _pool = app.resource(PostgresPool(app.live, temporary=STAGING))
 _ping = app.resource(PostgresPing(app.live))
@@ -64,8 +61,8 @@ app.group_stage(
 def _event_stage(suffix: str, declared: EventTable) -> EventStore:
     """A stage and a consumer group of its own for one topic of events."""
     name = f"sink-{suffix}"
-    # What operators did and what became of commands goes into the event store, too.
-    kind = Journal if declared.table in TOLD else EventStore
+    # What operators did goes into the event store, too.
+    kind = Journal if declared is ALARM_OPERATIONS else EventStore
     events = kind(declared, app.live, sink=name, pool=_pool, clock=app.clock, breaker=_breaker)
     stage = EventSink(name, declared.topic.name, events, app.publisher.publish, app.live, clock=app.clock)
     app.group_stage(
@@ -105,7 +102,6 @@ async def sink_upkeep() -> None:
         await store.maintain()
         for events in event_stores:
             await events.prune()
-        await store.prune_lineage()
         failing = await store.failing_jobs()
     except Retry as e:
         _log.warning("storage upkeep put off", error=str(e))
@@ -113,15 +109,6 @@ async def sink_upkeep() -> None:
     metrics.STORAGE_JOBS_FAILING.set(len(failing))
     if failing:
         _log.warning("storage jobs fail", jobs=failing)
-
-
-@app.timer(interval=CHANGES_S)
-async def sink_changes() -> None:
-    """Windows of changes that were promoted, made once more where nothing can come to them any more."""
-    try:
-        await settle(app.live(), _pool)
-    except PreservariumError as e:
-        _log.warning("windows of changes put off", error=str(e))
 
 
 @app.timer(interval=JOBS_S)

@@ -6,7 +6,6 @@ group's offset and the bounds of the batch under way are all that sync remembers
 
 from preservarium.breaker import Breaker
 from preservarium.stages.sync import (
-    DECODED,
     EMPLOYEES,
     EVENTS,
     EVENTS_MAX,
@@ -14,7 +13,6 @@ from preservarium.stages.sync import (
     TASK_EVENTS,
     EmployeeSync,
     EventSync,
-    LegacySync,
     ReadingSync,
     Table,
     TaskSync,
@@ -29,13 +27,7 @@ from preservarium.streaming.stage import GroupHandler
 _READINGS_PER_MESSAGE = 5
 
 
-def _declare(
-    table: Table,
-    handler: GroupHandler,
-    records_max: int | None = None,
-    memory: Memory | None = None,
-    kafka_topic: str | None = None,
-) -> None:
+def _declare(table: Table, handler: GroupHandler, records_max: int | None = None, memory: Memory | None = None) -> None:
     app.group_stage(
         table.topic,
         name=table.stage,
@@ -48,7 +40,6 @@ def _declare(
         memory=memory,
         # To connect, and for one insert.
         patience_s=lambda: 2 * app.live().clickhouse.timeout_s,
-        kafka_topic=kafka_topic,
     )(handler)
 
 
@@ -58,9 +49,6 @@ if app.live().clickhouse.enabled:
     store = app.resource(ClickHouseStore(app.live, breaker=breaker, clock=app.clock))
     readings = ReadingSync(store, app.live, clock=app.clock)
     _declare(MEASUREMENTS, readings, memory=readings)
-    if _name := app.live().normalize.decoded_topic:  # another system's topic, by the name that it has
-        decoded = LegacySync(store, app.live, clock=app.clock)
-        _declare(DECODED, decoded, EVENTS_MAX, memory=decoded, kafka_topic=_name)
     for _table in EVENTS:
         _declare(_table, EventSync(_table, store, app.live, clock=app.clock), EVENTS_MAX)
     _declare(TASK_EVENTS, TaskSync(store, app.live, clock=app.clock), EVENTS_MAX)

@@ -3,7 +3,7 @@
 import importlib
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import click
@@ -19,8 +19,6 @@ from preservarium.settings import SettingsError
 CLI_MODULES: Final[tuple[str, ...]] = (
     "migrate",
     "registry",
-    "events",
-    "canary",
     "topics",
     "config",
     "up",
@@ -29,36 +27,21 @@ CLI_MODULES: Final[tuple[str, ...]] = (
     "decode",
     "dlq",
     "trace",
-    "lineage_graph",
     "replay",
-    "changes",
     "devices",
     "commands",
     "sync",
     "backup",
-    "archive",
     "extract",
     "doctor",
     "db",
-    "adopt",
-    "storage",
     "alarms",
     "alarms_analysis",
     "notices",
-    "monitoring.command",
-    "people",
-    "capacity",
 )
 
-#: Modules of a command that is not in the module of its name, or not in that alone. What is found in neither is looked for in all.
-MODULES_OF: Final[Mapping[str, tuple[str, ...]]] = {
-    "lineage": ("trace",),
-    "decoders": ("decode",),
-    "alarms": ("alarms", "alarms_analysis"),
-}
-
 #: Commands that ask no server, and so no running system.
-LOCAL: Final = frozenset({"up", "decode", "decoders", "monitoring"})
+LOCAL: Final = frozenset({"up", "decode", "decoders"})
 
 #: A wrong setting, as for wrong arguments: nothing was done.
 EXIT_USAGE: Final = 2
@@ -81,17 +64,15 @@ def _not_text(args: Sequence[str]) -> str:
 
 
 class _Group(click.Group):
-    """Loads each command's module on first use and turns expected errors into one line."""
+    """Loads the command modules on first use and turns expected errors into one line."""
 
-    def __init__(self, *args: Any, **extra: Any) -> None:
-        super().__init__(*args, **extra)
-        self._loaded: set[str] = set()
+    _loaded = False
 
-    def _load(self, modules: Iterable[str]) -> None:
-        for name in modules:
-            if name in self._loaded:
-                continue
-            self._loaded.add(name)
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        for name in CLI_MODULES:
             module = importlib.import_module(f"preservarium.cli.{name}")
             for command in module.commands:
                 if command.name not in LOCAL:
@@ -100,17 +81,13 @@ class _Group(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of all commands, sorted."""
-        self._load(CLI_MODULES)
+        self._load()
         return super().list_commands(ctx)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name; the modules of the others are not imported, which takes longer than most commands."""
-        own = cmd_name.replace("-", "_")
-        self._load(MODULES_OF.get(cmd_name, (own,) if own in CLI_MODULES else ()))
-        if (found := super().get_command(ctx, cmd_name)) is None:
-            self._load(CLI_MODULES)
-            found = super().get_command(ctx, cmd_name)
-        return found
+        """The command of that name."""
+        self._load()
+        return super().get_command(ctx, cmd_name)
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
         """Run; an expected error becomes one line on stderr and an exit code."""

@@ -13,12 +13,6 @@ NAMESPACE = "preservarium"
 
 #: Seconds from a quick database round trip to a stuck dependency.
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-#: From a message that goes straight through to a back-fill of hours. 300 s is what an alert asks for.
-AGE_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3_600.0)
-#: Of requests: few, because each route and code has them all.
-HTTP_BUCKETS_S = (0.005, 0.025, 0.1, 0.5, 2.0, 10.0)
-#: Two seconds is what an alert on dashboards asks for.
-DASHBOARD_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +28,8 @@ class Metric:
 CATALOGUE: dict[str, Metric] = {}
 
 
-def _declare(
-    name: str,
-    kind: Literal["counter", "gauge", "histogram"],
-    labels: tuple[str, ...],
-    meaning: str,
-    namespace: str = f"{NAMESPACE}_",
-) -> str:
-    full = f"{namespace}{name}"
+def _declare(name: str, kind: Literal["counter", "gauge", "histogram"], labels: tuple[str, ...], meaning: str) -> str:
+    full = f"{NAMESPACE}_{name}"
     if full in CATALOGUE:
         message = f"metric {full} is declared twice"
         raise ValueError(message)
@@ -57,14 +45,8 @@ def _gauge(name: str, meaning: str, *labels: str) -> Gauge:
     return Gauge(_declare(name, "gauge", labels, meaning), meaning, labels)
 
 
-def _histogram(
-    name: str,
-    meaning: str,
-    *labels: str,
-    buckets: tuple[float, ...] = LATENCY_BUCKETS_S,
-    namespace: str = f"{NAMESPACE}_",
-) -> Histogram:
-    return Histogram(_declare(name, "histogram", labels, meaning, namespace), meaning, labels, buckets=buckets)
+def _histogram(name: str, meaning: str, *labels: str, buckets: tuple[float, ...] = LATENCY_BUCKETS_S) -> Histogram:
+    return Histogram(_declare(name, "histogram", labels, meaning), meaning, labels, buckets=buckets)
 
 
 # --- every stage ---
@@ -105,79 +87,7 @@ OFFSETS_FOREIGN = _counter(
 )
 WATCHDOG = _counter("watchdog_total", "What the group watchdog did.", "action")
 
-# --- latency ---
-END_TO_END = _histogram(
-    "end_to_end_seconds",
-    "Age of a batch's oldest message when a stage has done with it, since it was received or since its device's own time. One observation a batch; replays and what was redriven are left out.",
-    "to",
-    "since",
-    buckets=AGE_BUCKETS_S,
-)
-PROCESSING_LATENCY = _histogram(
-    "data_processing_latency_seconds",
-    "From the reception of a message until its readings are in PostgreSQL: the oldest of each batch.",
-    buckets=AGE_BUCKETS_S,
-    namespace="",
-)
-LAG_SECONDS = _gauge(
-    "lag_seconds", "At most so old is the oldest record that a stage has not acknowledged; 0 without lag.", "stage"
-)
-WATERMARK_AGE_SECONDS = _gauge(
-    "watermark_age_seconds", "How long ago the newest message was received that a stage has done with.", "stage"
-)
-RETENTION_SECONDS = _gauge(
-    "retention_seconds", "How long Kafka is declared to keep what a stage reads; none where it keeps all.", "stage"
-)
-UNDER_REPLICATED = _gauge(
-    "under_replicated_partitions", "Partitions of a topic with fewer replicas in step than they have.", "topic"
-)
-TOPIC_END_OFFSETS = _gauge(
-    "topic_end_offsets", "Ends of the partitions that this worker reads, added up: its rate is the topic's.", "topic"
-)
-
-# --- workers and what they run on ---
-BUILD_INFO = _gauge("build_info", "1, with the version of this worker.", "version")
-WORKERS = _gauge(
-    "workers", "Workers that this one has heard of within the last hour: there, or silent and gone.", "state"
-)
-WORKERS_WANTED = _gauge(
-    "workers_wanted",
-    "This worker's share of the workers that the load needs: the sum over all workers is their number.",
-)
-LOOP_CPU_SECONDS = _counter(
-    "loop_cpu_seconds_total", "CPU of the event loop's thread: 1 a second is all that one worker can do."
-)
-LOOP_DELAY_SECONDS = _histogram(
-    "loop_delay_seconds",
-    "How late the event loop comes to a timer, looked at once a second.",
-    buckets=(0.01, 0.05, 0.1, 0.5, 1.0, 5.0),
-)
-CPU_CORES = _gauge("cpu_cores", "Cores that this process may use, by its affinity and its container's limit.")
-MEMORY_LIMIT_BYTES = _gauge(
-    "memory_limit_bytes", "Memory that this process may use: its container's, else the machine's."
-)
-MEMORY_BYTES = _gauge("memory_bytes", "Resident memory of this worker and of its sandboxes.")
-DISK_FREE_BYTES = _gauge("disk_free_bytes", "Free on the disk of the data directory.")
-DISK_SIZE_BYTES = _gauge("disk_size_bytes", "Size of that disk.")
-IO_BYTES = _counter("io_bytes_total", "What this process has read from and written to disks.", "direction")
-NETWORK_BYTES = _counter(
-    "network_bytes_total", "What the machine, or the container, has sent and received over the network.", "direction"
-)
-
-# --- web ---
-HTTP_SECONDS = _histogram(
-    "http_seconds",
-    "Time of a request by route (as declared, never the path asked for), method and status.",
-    "route",
-    "method",
-    "code",
-    buckets=HTTP_BUCKETS_S,
-)
-
 # --- dependencies ---
-POOL_CONNECTIONS = _gauge("pool_connections", "Connections to PostgreSQL by state: used, idle.", "pool", "state")
-POOL_WAITING = _gauge("pool_waiting", "Uses of a connection that wait for one.", "pool")
-POOL_CONNECTIONS_MAX = _gauge("pool_connections_max", "Most connections that a pool may hold.", "pool")
 BREAKER_STATE = _gauge("breaker_state", "0 closed, 1 half-open, 2 open.", "dependency")
 BREAKER_OPENED = _counter("breaker_opened_total", "Times a circuit breaker opened.", "dependency")
 DEPENDENCY_ANSWERS = _gauge(
@@ -227,44 +137,6 @@ STORAGE_JOBS_RUN = _counter(
     "Background jobs of TimescaleDB that a worker ran, because the server did not: done, failed.",
     "outcome",
 )
-CANARY_MESSAGES = _counter(
-    "canary_messages_total",
-    "Messages that a canary's candidate and what is in force made readings of: same, different.",
-    "canary",
-    "outcome",
-)
-CANARY_DECISIONS = _counter(
-    "canary_decisions_total", "What limits decided of canaries: step, promote, rollback.", "canary", "action"
-)
-LINEAGE_TURNS = _counter(
-    "lineage_samples_total", "Samples of stored readings that were to be derived again: done, failed.", "outcome"
-)
-LINEAGE_VERIFIED = _counter(
-    "lineage_verified_total",
-    "Stored readings that a worker derived again from their bytes: identical, different, unverifiable.",
-    "outcome",
-)
-LINEAGE_VERIFIED_RATIO = _gauge(
-    "lineage_verified_ratio",
-    "Share of them that came out bit by bit identical, of those that could be verified since the worker began; 1 is what it has to be.",
-)
-LINEAGE_TRACKING_SECONDS = _histogram(
-    "lineage_tracking_latency_seconds",
-    "Time to follow a stored reading back to its raw bytes and derive it again, as the mean of a sample.",
-)
-
-# --- archive ---
-# Each worker that archives looks at all partitions: take the maximum of the lags over the workers, not the sum.
-ARCHIVE_RECORDS = _counter("archive_records_total", "Records that are in the archive's files.", "topic")
-ARCHIVE_BYTES = _counter("archive_bytes_total", "Bytes of the archive's files, compressed.", "topic")
-ARCHIVE_LAG_RECORDS = _gauge("archive_lag_records", "Records in Kafka that are in no file yet.", "topic")
-ARCHIVE_LAG_SECONDS = _gauge(
-    "archive_lag_seconds",
-    "How long ago the partition that waits longest was archived to its end; 0 where none has records to archive.",
-    "topic",
-)
-ARCHIVE_LOST = _counter("archive_lost_total", "Offsets that Kafka had deleted before they were archived.", "topic")
-ARCHIVE_FAILURES = _counter("archive_failures_total", "Turns of the archive that failed; each is tried again.")
 
 # --- dashboards ---
 DASHBOARD_ANSWERS = _counter(
@@ -273,9 +145,7 @@ DASHBOARD_ANSWERS = _counter(
     "dashboard",
     "origin",
 )
-DASHBOARD_SECONDS = _histogram(
-    "dashboard_seconds", "Time of one query of a dashboard.", "dashboard", buckets=DASHBOARD_BUCKETS_S
-)
+DASHBOARD_SECONDS = _histogram("dashboard_seconds", "Time of one query of a dashboard.", "dashboard")
 DASHBOARD_CACHE_BYTES = _gauge("dashboard_cache_bytes", "Answers that are kept.")
 
 # --- windows ---
@@ -331,7 +201,4 @@ DOWNLINKS = _counter("downlinks_total", "Downlinks by outcome: sent, expired, fa
 # --- parser scripts ---
 SCRIPT_FAULTS = _counter("script_faults_total", "Calls of parser scripts without a result.", "code")
 PARSER_EXAMPLES_FAILING = _gauge("parser_examples_failing", "Examples of active parsers that fail; checked at start.")
-SANDBOX_SECONDS = _histogram(
-    "sandbox_seconds", "Time of one round trip to the sandboxes: all calls of a batch.", "lane"
-)
 SANDBOX_KILLS = _counter("sandbox_kills_total", "Sandbox processes killed for a script that did not end.", "lane")

@@ -35,8 +35,8 @@ RAW = Topic(
     "device address",
     "raw message, one a line",
     24 * HOUR_MS,
-    writers="connectors, `dlq redrive`, console (redrive)",
-    readers="`trace`, `lineage verify`, `replay reset`, the archive",
+    writers="connectors, `dlq redrive`",
+    readers="`trace`, `lineage verify`, `replay reset`",
 )
 STANDARDIZED = Topic(
     "iot_standardized_data",
@@ -53,10 +53,10 @@ ERRORS = Topic(
 REDRIVEN = Topic(
     "iot_redriven",
     "raw coordinates",
-    "marker of an input that was redriven, or discarded with a reason",
+    "marker of an input that was redriven",
     14 * DAY_MS,
-    writers="`dlq redrive`, `dlq discard`, console",
-    readers="`dlq`, console",
+    writers="`dlq redrive`",
+    readers="`dlq`",
 )
 ALERTS = Topic("iot_alerts", "device address", "alarm transition", 14 * DAY_MS)
 ANOMALIES = Topic("anomaly_alerts", "device address", "anomaly", 14 * DAY_MS)
@@ -89,7 +89,7 @@ DEVICE_REGISTRY = Topic(
 TYPE_REGISTRY = Topic(
     "iot_type_registry",
     "kind/name",
-    "datatype, parser, device type, rule, recipient or canary",
+    "datatype, parser, device type, rule or recipient",
     None,
     compacted=True,
     writers="registry's relay",

@@ -17,7 +17,6 @@
 | `mosquitto` | session | mqtt:// URL of a real Mosquitto |
 | `mosquitto_service` | session | its object |
 | `mongodb_service` | session | a server that speaks MongoDB's protocol with change streams; not MongoDB's own (tests/mongodb_support.py) |
-| `s3` | session | http:// endpoint of moto's S3 server (tests/s3_support.py); buckets are shared: use names of your own |
 | `told` | test | says a line in the summary at the end |
 | `smtp` | test | a real SMTP server: `.host`, `.port`, `.messages`, `.refuse` |
 
@@ -49,7 +48,6 @@ from preservarium.settings import LEGACY_NAMES, PREFIX
 
 if TYPE_CHECKING:
     from mongodb_support import MongoStandIn
-    from s3_support import S3
 
     from preservarium.embedded.clickhouse import ClickHouse
     from preservarium.embedded.kafka import Kafka
@@ -320,23 +318,6 @@ def mongodb_service(services_directory: Path) -> Iterator["MongoStandIn"]:
     from mongodb_support import MongoStandIn
 
     yield from running(MongoStandIn(services_directory / "mongodb"))
-
-
-# --- S3
-
-
-@pytest.fixture(scope="session")
-def s3_service(services_directory: Path) -> Iterator["S3"]:
-    """The server itself."""
-    from s3_support import S3
-
-    yield from running(S3(services_directory / "s3"))
-
-
-@pytest.fixture
-def s3(s3_service: "S3") -> str:
-    """Endpoint of a server that speaks S3's protocol."""
-    return s3_service.endpoint
 
 
 # --- SMTP

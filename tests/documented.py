@@ -13,26 +13,12 @@ NOT_RUN: Final = {
     ("docs/ALARM_ANALYSIS.md", "preservarium alarms backtest --rule calmer.yaml"): "its output is of four days of 120 devices, "
     "which no sample fleet has sent within a minute; tests/integration/operations/test_backtest.py runs the command",
     ("docs/ALARM_ANALYSIS.md", "preservarium alarms suggest --device dev00150"): "its output is of a device of those days",
-    ("docs/CANARY.md", "preservarium canary start"): "needs a draft that the sample registry has not; tests/integration/operations/"
-    "test_canary.py has one",
-    ("docs/CANARY.md", "preservarium canary show"): "likewise",
-    ("docs/CANARY.md", "preservarium canary step"): "likewise",
-    ("docs/CANARY.md", "preservarium canary promote"): "likewise",
-    ("docs/CANARY.md", "preservarium canary rollback"): "likewise",
-    ("docs/EVENTS.md", "preservarium events verify --"): "writes and reads a file of the reader's; tests/integration/stores/"
-    "test_event_store.py has one",
     ("docs/EXTRACT.md", "preservarium extract check"): "needs the database of somebody else, from which tasks are taken; "
     "tests/integration/extract/test_cli.py has one",
     ("docs/EXTRACT.md", "preservarium extract status"): "likewise",
     ("docs/EXTRACT.md", "preservarium extract again"): "likewise",
     ("docs/REPLAY.md", "preservarium trace --device"): "its device and instant are examples; tests/integration/operations/test_lineage.py "
     "traces one",
-    ("docs/OPERATING.md", "preservarium archive reindex"): "of a back-up that is older than the archive; "
-    "tests/integration/archive/test_archive.py runs it",
-    ("docs/REPLAY.md", "preservarium lineage openlineage"): "needs a server of that protocol; tests/integration/stores/"
-    "test_lineage_graph.py writes a file",
-    ("docs/REPLAY.md", "preservarium lineage up generation:1"): "no replay was opened there; tests/integration/stores/"
-    "test_lineage_graph.py has one",
     ("docs/OPERATING.md", "preservarium backup"): "needs a directory of its own, and empty servers for the restore; "
     "tests/integration/operations/test_backup.py has both",
 }  # fmt: skip

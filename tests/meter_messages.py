@@ -3,7 +3,6 @@
 import struct
 
 from preservarium.domain.decoders.dsmr import crc16
-from preservarium.domain.decoders.wmbus import crc16 as radio_crc
 
 # --- M-Bus ---
 
@@ -91,72 +90,3 @@ LINES = """\
 def telegram(text=LINES):
     text = text.replace("\n", "\r\n")
     return text + f"{crc16(text.encode()):04X}\r\n"
-
-
-# --- wireless M-Bus ---
-
-#: Manufacturer HYD, identification 12345678, version 0x28, device type heat.
-RADIO_ADDRESS = bytes.fromhex("2423") + bytes.fromhex("78563412") + b"\x28\x04"
-RADIO_KEY = bytes(range(16))
-RADIO_RECORDS = bytes.fromhex("0c13 785634120406 a0860100025a cc00446d 2e2d df2c")
-
-
-def radio(body, *, control=0x44):
-    """A frame with its length, without checksums."""
-    frame = bytes([control]) + RADIO_ADDRESS + body
-    return bytes([len(frame)]) + frame
-
-
-def format_a(frame):
-    """With the checksums of format A."""
-    blocks = [frame[:10], *(frame[i : i + 16] for i in range(10, len(frame), 16))]
-    return b"".join(block + radio_crc(block).to_bytes(2, "big") for block in blocks)
-
-
-def format_b(frame):
-    """With the checksum of format B, which its length counts."""
-    frame = bytes([frame[0] + 2]) + frame[1:]
-    return frame + radio_crc(frame).to_bytes(2, "big")
-
-
-def padded(records):
-    plain = b"\x2f\x2f" + records
-    return plain + b"\x2f" * (-len(plain) % 16)
-
-
-def short_header(mode, blocks, *, access=0x55):
-    return bytes([0x7A, access, 0x00, blocks << 4, mode])
-
-
-def mode_5(records=RADIO_RECORDS, key=RADIO_KEY, *, access=0x55):
-    from Crypto.Cipher import AES
-
-    plain = padded(records)
-    sealed = AES.new(key, AES.MODE_CBC, iv=RADIO_ADDRESS + bytes([access]) * 8).encrypt(plain)
-    return radio(short_header(5, len(plain) // 16, access=access) + sealed)
-
-
-def mode_7(records=RADIO_RECORDS, key=RADIO_KEY, *, counter=b"\x0a\x00\x00\x00"):
-    from Crypto.Cipher import AES
-    from Crypto.Hash import CMAC
-
-    def cmac(with_key, data):
-        return CMAC.new(with_key, data, ciphermod=AES).digest()
-
-    plain, derived = padded(records), counter + RADIO_ADDRESS[2:6] + b"\x07" * 7
-    sealed = AES.new(cmac(key, b"\x00" + derived), AES.MODE_CBC, iv=bytes(16)).encrypt(plain)
-    transport = short_header(7, len(plain) // 16) + b"\x10" + sealed
-    kind = b"\x25"  # a counter, and a CMAC of 8 bytes
-    code = cmac(cmac(key, b"\x01" + derived), kind + counter + transport)[:8]
-    layer = (0x2C00).to_bytes(2, "little") + kind + counter + code
-    return radio(b"\x90" + bytes([len(layer)]) + layer + transport)
-
-
-def extended(inner, key=RADIO_KEY, *, session=b"\x01\x02\x03\x20", control=0x20):
-    """CI 8D: an extended link layer whose payload is encrypted by AES-CTR."""
-    from Crypto.Cipher import AES
-
-    plain = radio_crc(inner).to_bytes(2, "little") + inner
-    block = RADIO_ADDRESS + bytes([control]) + session + b"\0\0\0"
-    sealed = AES.new(key, AES.MODE_CTR, nonce=block[:8], initial_value=block[8:]).encrypt(plain)
-    return radio(bytes([0x8D, control, 0x42]) + session + (sealed if key else plain))

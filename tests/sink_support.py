@@ -97,7 +97,7 @@ def on_server(maintenance_dsn: str, database: str) -> str:
 _templates: dict[str, str] = {}
 
 
-async def leave_alone(maintenance_dsn: str, database: str) -> None:
+async def _leave_alone(maintenance_dsn: str, database: str) -> None:
     """Let nobody into a database that is to be copied: TimescaleDB's scheduler and its jobs are in each that has the extension."""
     connection = await asyncpg.connect(maintenance_dsn, timeout=10)
     try:
@@ -119,7 +119,7 @@ def migrated_database(maintenance_dsn: str) -> Iterator[str]:
         template = f"template_{uuid.uuid4().hex[:12]}"
         in_thread(execute(maintenance_dsn, f'CREATE DATABASE "{template}"'))
         in_thread(migrate_postgres(load(postgres={"url": on_server(maintenance_dsn, template)})))
-        in_thread(leave_alone(maintenance_dsn, template))
+        in_thread(_leave_alone(maintenance_dsn, template))
         _templates[maintenance_dsn] = template
     name = f"test_{uuid.uuid4().hex[:12]}"
     in_thread(execute(maintenance_dsn, f'CREATE DATABASE "{name}" TEMPLATE "{template}"'))

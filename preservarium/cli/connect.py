@@ -4,13 +4,11 @@ import asyncio
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 import click
 
 from preservarium.cli.output import print_json
-from preservarium.connectors.logger_files import NAMES as LAYOUTS
-from preservarium.domain.readings.wall_clock import wall_clock
 
 if TYPE_CHECKING:
     from preservarium.cli.process import Process
@@ -101,7 +99,7 @@ def http(host: str | None, port: int, as_json: bool) -> None:
 
 
 @connect.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--format", "form", type=click.Choice(["csv", "ndjson"]), help="Default: by the file's name.")
 @click.option("--device", help="Column (field) of the device's address.")
 @click.option("--device-id", help="The one device that all rows are of.")
@@ -114,20 +112,6 @@ def http(host: str | None, port: int, as_json: bool) -> None:
 @click.option("--mode", default="FILE", show_default=True, help="Connector mode.")
 @click.option("--delimiter", default=",", show_default=True, help=r"Of CSV; \t for a tabulator.")
 @click.option("--encoding", help="Of the file; default: UTF-8, or UTF-16 where a byte order mark says so.")
-@click.option("--layout", type=click.Choice(LAYOUTS), default="auto", show_default=True,
-              help="How a CSV begins: of a logger (auto tells), the header in its first line (plain), or to be guessed.")  # fmt: skip
-@click.option("--time-zone", help="Of times without an offset, e.g. Europe/Berlin; default: UTC.")
-@click.option(
-    "--date-order", type=click.Choice(["dmy", "mdy", "ymd"]), help="Of day and month where it cannot be seen."
-)
-@click.option("--decimal-comma", is_flag=True, help="Numbers are written with a comma.")
-@click.option("--watch", is_flag=True, help="PATHS is a folder: take its files as they appear and grow, until Ctrl-C.")
-@click.option("--pattern", default="*", show_default=True, help="Of the names of watched files.")
-@click.option(
-    "--done", type=click.Path(file_okay=False, path_type=Path), help="Folder to which watched files go that are sent."
-)
-@click.option("--settle", "settle_s", default=60.0, show_default=True, type=click.FloatRange(min=1),
-              help="Seconds after which a watched file that does not change is finished.")  # fmt: skip
 @click.option(
     "--rate", type=click.FloatRange(min=0, min_open=True), help="Rows a second; default: as Kafka takes them."
 )
@@ -149,21 +133,13 @@ def files(
     mode: str,
     delimiter: str,
     encoding: str | None,
-    layout: str,
-    time_zone: str | None,
-    date_order: "Literal['dmy', 'mdy', 'ymd'] | None",
-    decimal_comma: bool,
-    watch: bool,
-    pattern: str,
-    done: Path | None,
-    settle_s: float,
     rate: float | None,
     restart: bool,
     dry_run: bool,
     state: Path | None,
     as_json: bool,
 ) -> None:
-    """Back-fill CSV or NDJSON files (.gz too) and those of data loggers (TOA5, HOBO, Davis); interrupted, it goes on where it was.
+    """Back-fill CSV or NDJSON files (.gz too); interrupted, it goes on where it was.
 
     An NDJSON line is an envelope (device, payload or payload_b64, received_at), or an object whose fields the options
     name. Exit 1 where rows were refused (they stand in iot_errors) or the back-fill was interrupted.
@@ -195,65 +171,8 @@ def files(
         delimiter=delimiter,
         encoding=encoding,
         columns=columns,
-        layout=layout,
-        time_zone=time_zone,
-        date_order=date_order,
-        decimal_comma=decimal_comma,
     )
-    if time_zone is not None:
-        try:
-            wall_clock(time_zone)
-        except ValueError as e:
-            _usage(f"--time-zone: {e}")
-    if watch:
-        if len(paths) != 1 or not paths[0].is_dir():
-            _usage("--watch takes one folder")
-        if dry_run or restart or rate is not None:
-            _usage("--watch goes without --dry-run, --restart and --rate")
-        _watch(paths[0], pattern, form, mapping, state, done, settle_s, as_json)
-        return
-    if folders := [str(path) for path in paths if path.is_dir()]:
-        _usage(f"{folders[0]} is a folder: --watch takes one")
     _files(paths, form, mapping, rate, restart, dry_run, state, as_json)
-
-
-def _watch(
-    folder: Path,
-    pattern: str,
-    form: str | None,
-    mapping: "Columns",
-    state: Path | None,
-    done: Path | None,
-    settle_s: float,
-    as_json: bool,
-) -> None:
-    from preservarium.cli.process import run
-    from preservarium.connectors import files as connector
-    from preservarium.connectors.base import Limits, RawProducer
-
-    started = time.monotonic()
-
-    def tell(path: Path, totals: "Totals") -> None:
-        click.echo(f"{path.name}: {totals.sent:,} rows sent, {totals.refused:,} refused so far", err=True)
-
-    async def main(process: "Process") -> dict[str, Any]:
-        settings = process.live()
-        positions = connector.Positions(state or Path(settings.data_dir) / "files")
-        watched = await connector.watch(
-            folder, pattern, cast("connector.Format | None", form), mapping, RawProducer(process.publisher, connector.CONNECTOR),
-            positions, Limits.of(settings), process.clock, process.stop, done=done, settle_s=settle_s, on_file=tell,
-            on_trouble=lambda path, why: click.echo(f"{path.name}: {why}", err=True),
-            on_wait=lambda e, wait_s: click.echo(f"Kafka does not answer, next attempt in {wait_s:.1f} s: {e}", err=True),
-        )  # fmt: skip
-        return {
-            "connector": "files", "files": watched.files, "sent": watched.sent, "refused": watched.refused, "moved": watched.moved,
-        }  # fmt: skip
-
-    try:
-        document = run(main)
-    except connector.FileError as e:
-        raise click.ClickException(str(e)) from None
-    _summary(document, started, as_json)
 
 
 def _files(

@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -38,8 +38,6 @@ SKEW_YELLOW_S: Final = 1.0
 SKEW_RED_S: Final = 30.0
 #: A machine whose clock was never set starts at the epoch, or at its firmware's date.
 CLOCK_MIN_S: Final = 1_735_689_600  # 2025-01-01 UTC
-#: An archive that is behind by this share of Kafka's retention leaves little time to find out why.
-ARCHIVE_LATE_SHARE: Final = 0.5
 #: A server that does not answer within this time is down for our purpose.
 PROBE_S: Final = 5.0
 
@@ -448,59 +446,6 @@ async def check_mqtt(settings: Settings) -> list[Finding]:
     return [Finding("mqtt", State.GREEN, f"{place} accepts connections")]
 
 
-async def check_archive(settings: Settings) -> list[Finding]:
-    """Whether raw records outlive Kafka's retention: the place, and how far it is behind."""
-    archive, hours = settings.archive, settings.kafka.raw_retention_hours
-    if not archive.url:
-        return [Finding("archive", State.GREEN, f"none: raw records are gone with Kafka's retention ({hours} hours)")]
-    from preservarium.operations.archive.standing import status
-    from preservarium.stores.archive_files import ArchiveError, Files, require
-
-    advice = f"Set {PREFIX}ARCHIVE__URL to a place that can be written."
-    try:
-        require()
-        # PyArrow is imported on the way, which a busy machine takes seconds for.
-        async with asyncio.timeout(3 * PROBE_S):
-            await asyncio.to_thread(Files(archive).check)
-    except (ArchiveError, TimeoutError) as e:
-        return [Finding("archive", State.RED, _cause(e), advice)]
-    try:
-        async with asyncio.timeout(2 * PROBE_S):
-            found = await status(settings)
-    except Exception as e:
-        # Kafka or PostgreSQL, which have lines of their own.
-        return [Finding("archive", State.YELLOW, f"{archive.url} can be written; not told how far it is: {_cause(e)}")]
-    return [archive_finding(archive.url, found)]
-
-
-def archive_finding(url: str, found: Mapping[str, Any]) -> Finding:
-    """How an archive stands that can be written.
-
-    Args:
-        url: where it is.
-        found: what `archive status` says.
-    """
-    files = sum(topic["files"] for topic in found["topics"])
-    waiting = sum(lag["records"] for lag in found["lags"])
-    told = f"{url}: {files:,} files, {waiting:,} records in Kafka and in no file yet"
-    if anew := [lag["topic"] for lag in found["lags"] if lag["made_anew"]]:
-        return Finding("archive", State.RED, told, f"{anew[0]} was made anew: raise {PREFIX}ARCHIVE__EPOCH.")
-    if lost := sum(lag["about_to_be_lost"] for lag in found["lags"]):
-        advice = (
-            f"{lost:,} offsets are neither in Kafka nor in a file: see the log of the workers for archive_interrupted."
-        )
-        return Finding("archive", State.YELLOW, told, advice)
-    late = [
-        lag["topic"]
-        for lag in found["lags"]
-        if lag["records"] and lag["kafka_keeps_s"] and lag["seconds"] > lag["kafka_keeps_s"] * ARCHIVE_LATE_SHARE
-    ]
-    if late:
-        advice = f"Kafka deletes {late[0]} before long: see the log of the workers for archive_interrupted, or run `preservarium archive run`."
-        return Finding("archive", State.YELLOW, told, advice)
-    return Finding("archive", State.GREEN, told)
-
-
 def _cause(e: BaseException) -> str:
     """A short reason, on one line."""
     return reason(e).split(" (for url ")[0][:160]
@@ -530,7 +475,6 @@ async def examine(settings: Settings, *, up: bool) -> list[Finding]:
         "postgres": check_postgres,
         "clickhouse": check_clickhouse,
         "mqtt": check_mqtt,
-        "archive": check_archive,
     }
 
     async def ask(name: str, check: Callable[[Settings], Awaitable[list[Finding]]]) -> list[Finding]:

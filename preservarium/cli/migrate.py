@@ -42,11 +42,6 @@ def _print_report(report: Any) -> None:
         )
     out = console()
     out.print(table)
-    if report.former:
-        out.print(
-            "The old service's database: its table is, or will be, iot_measurements_old; its readers and writers go on by the old name."
-            " `preservarium adopt status` says how far its rows are."
-        )
     if report.newer:
         out.print(f"The database is newer than this checkout: it has {', '.join(report.newer)}.")
 

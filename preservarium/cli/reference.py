@@ -78,8 +78,7 @@ def metrics_page() -> str:
         if match["group"]:
             rows = groups.setdefault(match["group"], [])
             continue
-        full = f"{metrics.NAMESPACE}_{match['name']}"
-        metric = by_name.pop(full if full in by_name else match["name"])
+        metric = by_name.pop(f"{metrics.NAMESPACE}_{match['name']}")
         rows.append((f"`{metric.name}`", metric.kind, _names(metric.labels), metric.meaning))
     if by_name:
         message = f"not under a group in metrics.py: {', '.join(by_name)}"

@@ -182,14 +182,11 @@ def check(file: Path, with_registry: bool, as_json: bool) -> None:
 
 async def _plan_only(file: "RegistryFile") -> None:
     from preservarium.domain.registry.checks import RegistryFileError
-    from preservarium.domain.registry.sealed import Keyring
-    from preservarium.registry.apply import connect, seal_secrets
+    from preservarium.registry.apply import connect
     from preservarium.stores import registry as store
 
-    settings = load()
-    connection = await connect(settings)
+    connection = await connect(load())
     try:
-        seal_secrets(file, Keyring(settings.normalize.secrets_key.get_secret_value()))
         await store.plan(connection, file)
     except RegistryFileError:
         return  # said by the problems

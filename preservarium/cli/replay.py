@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from preservarium.cli import changes
 from preservarium.cli.instants import iso, shown, when
 from preservarium.cli.output import bar, console, print_json
 from preservarium.cli.system import load
@@ -175,7 +174,7 @@ def _print_plan(made: "Plan") -> None:
     for text in made.says:
         out.print(escape(text), soft_wrap=True)
     table = Table(box=None, pad_edge=False)
-    names = ("partition", "there is", "stands at", "to", "again")
+    names = ("partition", "Kafka holds", "stands at", "to", "again")
     for name in names:
         table.add_column(name, justify="right")
     of_generation = made.generation is not None
@@ -191,18 +190,13 @@ def _print_plan(made: "Plan") -> None:
 @replay.command("list")
 @_json
 def list_(as_json: bool) -> None:
-    """List the generations that were opened by `replay reset`, and the shadow replays."""
-    settings = load()
-    found = asyncio.run(_list(settings))
-    shadows = asyncio.run(changes.listed(settings, "replay"))
+    """List the generations that were opened by `replay reset`."""
+    found = asyncio.run(_list(load()))
     if as_json:
-        print_json([*found, *(one.document() for one in reversed(shadows))])
+        print_json(found)
         return
-    if shadows:
-        changes.print_changes(shadows)
     if not found:
-        if not shadows:
-            click.echo("No generation was opened yet.")
+        click.echo("No generation was opened yet.")
         return
     from rich.table import Table
 
@@ -238,8 +232,5 @@ async def _list(settings: "Settings") -> list[dict[str, Any]]:
     finally:
         await connection.close(timeout=5)
 
-
-for _command in changes.of_replay:
-    replay.add_command(_command)
 
 commands: list[click.Command] = [replay]

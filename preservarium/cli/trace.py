@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from preservarium.operations.lineage_check import Report
     from preservarium.settings import Settings
-    from preservarium.stores.clickhouse import ClickHouseStore
 
 #: Characters of a raw message that are printed; --json has more of it.
 RAW_CHARS_MAX: Final = 600
@@ -88,32 +87,13 @@ def trace(
         sys.exit(1)
 
 
-class _ClickHouse:
-    """ClickHouse, whose client takes longer to import than the rest of a trace: meanwhile PostgreSQL and Kafka are asked."""
-
-    def __init__(self, settings: "Settings") -> None:
-        self._settings = settings
-        self._made = asyncio.ensure_future(asyncio.to_thread(self._make))
-
-    def _make(self) -> "ClickHouseStore":
-        from preservarium.stores.clickhouse import ClickHouseStore
-
-        return ClickHouseStore(lambda: self._settings)
-
-    async def ask(self, text: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
-        store = await asyncio.shield(self._made)
-        return await store.ask(text, parameters)
-
-    async def close(self) -> None:
-        await (await self._made).close()
-
-
 async def _tracing(settings: "Settings", ask: Any) -> dict[str, Any]:
     from preservarium.operations.trace import Tracer
+    from preservarium.stores.clickhouse import ClickHouseStore
     from preservarium.stores.migrate import connect_postgres
 
     connection = await connect_postgres(settings, what="a trace")
-    clickhouse = _ClickHouse(settings) if settings.clickhouse.enabled else None
+    clickhouse = ClickHouseStore(lambda: settings) if settings.clickhouse.enabled else None
     tracer = Tracer(settings, connection, clickhouse)
     try:
         document: dict[str, Any] = await ask(tracer)
@@ -177,8 +157,7 @@ def _print_raw(out: _Out, raw: dict[str, Any]) -> None:
         return
     shown = raw.get("text", raw.get("b64", ""))
     cut = shown if len(shown) <= RAW_CHARS_MAX else shown[:RAW_CHARS_MAX] + "…"
-    archived = ", from the archive" if raw.get("source") == "archive" else ""
-    out.line("raw bytes", f"{where}  {raw['bytes']:,} bytes, SHA-256 {raw['sha256']}{archived}".strip())
+    out.line("raw bytes", f"{where}  {raw['bytes']:,} bytes, SHA-256 {raw['sha256']}".strip())
     out.line("", cut if "text" in raw else f"base64: {cut}")
     if "connector" in raw:
         way = ", ".join(

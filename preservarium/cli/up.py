@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import shutil
 import signal
 import sys
@@ -46,7 +45,6 @@ DEFAULTS: Final = {
     "kafka": {"session_timeout_s": "10"},
     "anomaly": {"enabled": "true"},
     "aggregate": {"windows": "30s,1h,24h", "lateness_s": "5", "horizon_s": "600"},
-    "archive": {"interval_s": "300"},
 }
 #: A line of progress this often; on a terminal it is one line that changes.
 LINE_S: Final = 1.0
@@ -93,7 +91,6 @@ class Up:
         # A worker's working directory is its own, so a relative .env would not be found.
         env_file = Path(os.environ.get(f"{PREFIX}ENV_FILE", ".env")).absolute()
         self._environment = {f"{PREFIX}ENV_FILE": str(env_file)}
-        self._supervisor_token = secrets.token_urlsafe(24)
         #: called when a signal asks for the end: what waits in threads gives up
         self._interrupts: list[Callable[[], None]] = []
 
@@ -187,17 +184,10 @@ class Up:
         stack.push_async_callback(ensemble.stop)
         await ensemble.start(given, mqtt=self._options.mqtt)
         self._environment |= ensemble.variables
-        # Whoever is configured, now or while this runs: `up` sees how its own workers are.
-        self._environment[f"{PREFIX}WEB__SUPERVISOR_TOKEN"] = self._supervisor_token
         self._environment[f"{PREFIX}DATA_DIR"] = str(ensemble.directory / "state")
-        if given.web.users_file:
-            # Workers have directories of their own to run in.
-            self._environment[f"{PREFIX}WEB__USERS_FILE"] = _absolute(given.web.users_file)
         for section, values in DEFAULTS.items():
             if not getattr(given, section).model_fields_set & values.keys():
                 self._environment |= {f"{PREFIX}{section}__{name}".upper(): value for name, value in values.items()}
-        if "url" not in given.archive.model_fields_set:
-            self._environment[f"{PREFIX}ARCHIVE__URL"] = str((ensemble.directory / "archive").absolute())
         os.environ.update(self._environment)
         return ensemble
 
@@ -272,7 +262,7 @@ class Up:
         workers = Workers(
             [Worker(directory / str(n), n, port, others if n else self._environment) for n, port in enumerate(ports)],
             self._screen.say,
-            token=self._supervisor_token,
+            token=settings.web.any_token,
         )
         self._interrupts.append(workers.interrupt)
         stack.push_async_callback(workers.stop)
@@ -552,11 +542,6 @@ def up(
 
 async def _run(options: Options, screen: Screen) -> tuple[int, dict[str, Any]]:
     return await Up(options, screen).run()
-
-
-def _absolute(path: str) -> str:
-    """A path that means the same in any directory."""
-    return str(Path(path).absolute())
 
 
 commands: list[click.Command] = [up]

@@ -5,7 +5,7 @@ where it was; at most one batch is sent twice, and rows have a natural key in th
 
 NDJSON: a line is our envelope (`device` and `payload` or `payload_b64`; its own `received_at` is kept), or an object
 whose fields the mapping names. CSV: the first row names the columns (RFC 4180); its cells are text, and what is a number among them
-says their datatype. The files of data loggers begin with more than that: see `logger_files`. A row that cannot be used goes to `iot_errors` with the file's name, its line number and its text; its neighbours live.
+says their datatype. A row that cannot be used goes to `iot_errors` with the file's name, its line number and its text; its neighbours live.
 """
 
 import asyncio
@@ -18,14 +18,13 @@ import io
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final, Literal, NoReturn, cast
 
 import orjson
 
 from preservarium.clock import Clock
-from preservarium.connectors import logger_files
 from preservarium.connectors.base import (
     Backoff,
     Limits,
@@ -38,7 +37,6 @@ from preservarium.connectors.base import (
 from preservarium.domain.readings import json_text
 from preservarium.domain.readings.instant import required_instant_us
 from preservarium.domain.readings.number import number_of
-from preservarium.domain.readings.wall_clock import wall_clock
 from preservarium.errors import PreservariumError, ReasonCode, Reject, Retry, reason
 from preservarium.streaming.records import is_envelope, loads, payload_of
 from preservarium.streaming.stage import Send
@@ -55,15 +53,6 @@ ROW_LINES_MAX: Final = 1_000
 FINGERPRINT_BYTES: Final = 4_096
 #: Under a rate limit, a batch is what is due in this time, so that the flow is even.
 RATE_TICK_S: Final = 0.2
-
-#: A watched folder is looked at this often.
-POLL_S: Final = 2.0
-#: A file that was left alone for so long is finished.
-SETTLE_S: Final = 60.0
-#: Each is looked at in each turn.
-WATCHED_FILES_MAX: Final = 20_000
-#: Endings of files that are still being copied.
-_UNFINISHED: Final = frozenset({".tmp", ".part", ".partial", ".crdownload", ".filepart", ".swp"})
 
 #: What reading a file may bring about: a disk, a torn or damaged gzip, another encoding.
 _UNREADABLE: Final = (OSError, EOFError, zlib.error, UnicodeError)
@@ -91,10 +80,6 @@ class Columns:
     encoding: str | None = None  #: None: UTF-8, or UTF-16 where a byte order mark says so
     #: without a payload column, the payload is an object of these columns; empty: all that have no other use
     columns: tuple[str, ...] = ()
-    layout: str = "auto"  #: how the file begins, see `logger_files`
-    time_zone: str | None = None  #: of times without an offset; None: UTC
-    date_order: logger_files.Order | None = None  #: dmy, mdy or ymd, where it cannot be seen
-    decimal_comma: bool = False  #: numbers are written with one
 
     def used(self) -> set[str]:
         """Columns that are not part of the payload."""
@@ -192,7 +177,7 @@ def format_of(path: Path) -> Format:
         FileError: neither.
     """
     name = path.name.lower().removesuffix(".gz")
-    if name.endswith((".csv", ".tsv", ".txt", ".dat")):
+    if name.endswith((".csv", ".tsv", ".txt")):
         return "csv"
     if name.endswith((".ndjson", ".jsonl", ".json")):
         return "ndjson"
@@ -229,13 +214,9 @@ class _Recoded:
 class Reader:
     """The rows of one file from a position on."""
 
-    def __init__(self, path: Path, form: Format, mapping: Columns, start: Position, *, grows: bool = False) -> None:
+    def __init__(self, path: Path, form: Format, mapping: Columns, start: Position) -> None:
         self._form = form
         self._mapping = mapping
-        self._grows = grows
-        self._layout: logger_files.Layout | None = None
-        self._zone = None if mapping.time_zone is None else wall_clock(mapping.time_zone)
-        self._before: int | None = None
         self._header: list[str] = []
         self._offset = start.offset
         self._line = start.line
@@ -276,8 +257,6 @@ class Reader:
         return min(1.0, self._raw.tell() / self._size) if self._size else 1.0
 
     def _read_header(self, path: Path, start: Position) -> None:
-        if self._read_layout(path, start):
-            return
         first = self._file.readline(ROW_BYTES_MAX)
         try:
             self._header = self._cells(first.decode().removeprefix("\ufeff"))
@@ -305,34 +284,6 @@ class Reader:
         else:
             self._file.seek(0)
 
-    def _read_layout(self, path: Path, start: Position) -> bool:
-        """Whether the file is one of a logger; then what stands before its rows is behind us."""
-        if self._mapping.layout == "plain":
-            return False
-        lines: list[bytes] = []
-        while len(lines) < logger_files.SAMPLE_LINES and (line := self._file.readline(ROW_BYTES_MAX)):
-            lines.append(line)
-        self._file.seek(0)
-        texts = [line.decode("utf-8", "replace").rstrip("\r\n\0") for line in lines]
-        try:
-            found = logger_files.layout_of(texts, self._mapping.layout, self._mapping.delimiter)
-        except logger_files.LayoutError as e:
-            message = f"{path}: {e}"
-            raise FileError(message) from None
-        if found is None:
-            return False
-        m = self._mapping
-        self._layout = found
-        self._header = list(found.header)
-        self._mapping = replace(
-            m, delimiter=found.delimiter, device_id=m.device_id or (None if m.device else found.device),
-            date_order=m.date_order or found.order, decimal_comma=m.decimal_comma or found.decimal_comma,
-        )  # fmt: skip
-        if start.offset == 0:
-            self._offset, self._line = sum(map(len, lines[: found.skip])), found.skip
-            self._file.seek(self._offset)
-        return True
-
     def _cells(self, text: str) -> list[str]:
         return next(csv.reader([text.rstrip("\r\n")], delimiter=self._mapping.delimiter, strict=True), [])
 
@@ -353,8 +304,6 @@ class Reader:
                 if more is not None:
                     raw = b"".join([raw, *more])
                     self._line += len(more)
-            if self._grows and not raw.endswith(b"\n"):
-                return  # the logger is still writing it
             self._line += 1
             self._offset += len(raw)
             if json_text.bare(raw).strip():
@@ -428,29 +377,11 @@ class Reader:
             _reject(ReasonCode.ENVELOPE_NO_DEVICE, f"no device in {m.device!r}" if m.device else "no device named")
         if isinstance(device, int) and not isinstance(device, bool):
             device = str(device)  # serial numbers are often written as numbers
-        received_at = self._instant(fields, now_us)
+        received_at = required_instant_us(fields.get(m.time)) if m.time is not None else now_us
         port = None
         if m.port is not None and fields.get(m.port) not in (None, ""):
             port = _port(fields[m.port])
         return message_send(device, self._payload(fields), limits, CONNECTOR, m.mode, received_at, port=port)
-
-    def _instant(self, fields: Mapping[str, Any], now_us: int) -> int:
-        m, layout = self._mapping, self._layout
-        columns = (m.time,) if m.time is not None else layout.time if layout is not None else ()
-        if not columns:
-            return now_us
-        given = fields.get(columns[0]) if len(columns) == 1 else " ".join(str(fields.get(c) or "") for c in columns)
-        if layout is None and self._zone is None and m.date_order is None:
-            return required_instant_us(given)
-        if not isinstance(given, str):
-            return required_instant_us(given)
-        offset = layout.offset if layout is not None else None
-        at = logger_files.instant(given, m.date_order, offset, self._zone, now_us, self._before)
-        if at is None:
-            hint = "; is it day or month first? --date-order says" if "/" in given and m.date_order is None else ""
-            _reject(ReasonCode.TIMESTAMP_INVALID, f"{given!r:.60} is no instant{hint}")
-        self._before = at
-        return int(at)
 
     def _payload(self, fields: Mapping[str, Any]) -> Any:
         m = self._mapping
@@ -470,20 +401,12 @@ class Reader:
         if m.columns:
             names = list(m.columns)
         else:
-            used = {"", *m.used(), *(self._layout.time if self._layout is not None else ())}
+            used = m.used()
             names = [name for name in fields if name not in used]
         values = {name: fields.get(name) for name in names}
         if self._form == "csv":
             # An empty cell is no value: sensors that did not measure.
-            missing = logger_files.NO_VALUES if self._layout is not None else frozenset({""})
-            kept = {name: value for name, value in values.items() if value is not None and value.strip() not in missing}
-            if self._layout is not None:
-                kept = {name: value.strip() for name, value in kept.items()}
-            if m.decimal_comma:
-                kept = {name: logger_files.with_point(value) for name, value in kept.items()}
-            if not kept and self._layout is not None:
-                _reject(ReasonCode.ENVELOPE_INVALID, "no cell of the row has a value")
-            return kept
+            return {name: value for name, value in values.items() if value not in (None, "")}
         return values
 
 
@@ -520,7 +443,6 @@ async def backfill(
     totals: Totals | None = None,
     rate: float | None = None,
     stop: asyncio.Event | None = None,
-    grows: bool = False,
     on_progress: Callable[[float, Totals], None] = lambda share, totals: None,
     on_wait: Callable[[Retry, float], None] = lambda e, wait_s: None,
 ) -> Totals:
@@ -537,7 +459,6 @@ async def backfill(
         totals: counted up as it goes, for callers that want to know after an error, too.
         rate: rows a second; None as fast as Kafka takes them.
         stop: ends after the batch in hand.
-        grows: a last line without its end is still being written, and left for the next time.
         on_progress: told the share of the file and the totals after every batch.
         on_wait: told that Kafka does not answer, and the seconds until the next attempt.
 
@@ -549,7 +470,7 @@ async def backfill(
     start = positions.load(path) if positions is not None else Position()
     totals = totals if totals is not None else Totals()
     totals.rows, totals.refused = start.rows, start.refused
-    reader = Reader(path, form, mapping, start, grows=grows)
+    reader = Reader(path, form, mapping, start)
     batch_rows = BATCH_ROWS if rate is None else max(1, min(BATCH_ROWS, round(rate * RATE_TICK_S)))
     started_s = clock.monotonic_s()
     paced = 0
@@ -596,133 +517,6 @@ async def backfill(
     finally:
         reader.close()
     return totals
-
-
-@dataclass(slots=True)
-class Watched:
-    """What a watch has done so far."""
-
-    files: int = 0  #: files that rows were sent of
-    sent: int = 0
-    refused: int = 0
-    moved: int = 0
-
-
-async def watch(
-    folder: Path,
-    pattern: str,
-    form: Format | None,
-    mapping: Columns,
-    producer: RawProducer,
-    positions: Positions,
-    limits: Limits,
-    clock: Clock,
-    stop: asyncio.Event,
-    *,
-    done: Path | None = None,
-    settle_s: float = SETTLE_S,
-    on_file: Callable[[Path, Totals], None] = lambda path, totals: None,
-    on_trouble: Callable[[Path, str], None] = lambda path, why: None,
-    on_wait: Callable[[Retry, float], None] = lambda e, wait_s: None,
-) -> Watched:
-    """Send the rows of files as they appear in a folder, and of those that grow what is new, until `stop` is set.
-
-    How far each was sent is saved, so that a watch that is started again goes on where it was. A last line without its end waits until it is
-    whole, or until the file was left alone for `settle_s`. What cannot be read is told once for each state of it, and left.
-
-    Args:
-        folder: looked at every `POLL_S`.
-        pattern: of names, as a shell has them.
-        form: CSV or NDJSON; None: by each name.
-        mapping: which columns are what.
-        producer: where rows go.
-        positions: how far each file was sent.
-        limits: sizes.
-        clock: for rows without an instant.
-        stop: ends after the batch in hand.
-        done: where files go that were sent whole and then left alone for `settle_s`; None: they stay.
-        settle_s: see above.
-        on_file: told of a file after its rows were sent.
-        on_trouble: told of a file that cannot be read, and why.
-        on_wait: told that Kafka does not answer.
-
-    Raises:
-        FileError: the folder cannot be read, or holds more than `WATCHED_FILES_MAX`.
-        Retry: Kafka did not answer, and it was told to stop.
-    """
-    seen: dict[Path, tuple[int, int, bool]] = {}
-    told = Watched()
-    while not stop.is_set():
-        for path in _watched(folder, pattern):
-            if stop.is_set():
-                break
-            try:
-                state = path.stat()
-            except OSError:
-                continue  # it was taken away meanwhile
-            quiet = clock.now_us() / 1e6 - state.st_mtime >= settle_s
-            known = seen.get(path)
-            if known == (state.st_size, state.st_mtime_ns, quiet):
-                continue
-            totals, before = Totals(), positions.load(path).refused
-            try:
-                chosen = form or format_of(path)
-                if _whole(path) or quiet:
-                    await backfill(
-                        path, chosen, mapping, producer, positions, limits, clock,
-                        totals=totals, stop=stop, grows=not quiet, on_wait=on_wait,
-                    )  # fmt: skip
-            except FileError as e:
-                on_trouble(path, str(e))
-            else:
-                if totals.sent or totals.refused > before:
-                    told.files += 1
-                    told.sent += totals.sent
-                    told.refused += totals.refused - before
-                    on_file(path, totals)
-                if quiet and done is not None and not stop.is_set():
-                    _moved(path, done)
-                    positions.forget(path)
-                    told.moved += 1
-                    continue
-            seen[path] = (state.st_size, state.st_mtime_ns, quiet)
-        await pause(clock, POLL_S, stop)
-    return told
-
-
-def _watched(folder: Path, pattern: str) -> list[Path]:
-    try:
-        found = [
-            p
-            for p in sorted(folder.glob(pattern))
-            if p.is_file() and not p.name.startswith(".") and p.suffix not in _UNFINISHED
-        ]
-    except OSError as e:
-        message = f"{folder}: {e.strerror or e}"
-        raise FileError(message) from None
-    if len(found) > WATCHED_FILES_MAX:
-        message = f"{folder}: more than {WATCHED_FILES_MAX} files; --done takes away what was sent"
-        raise FileError(message)
-    return found
-
-
-def _whole(path: Path) -> bool:
-    """Whether a file has a whole line."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(ROW_BYTES_MAX)
-    except OSError:
-        return False
-    return b"\n" in start or start.startswith(b"\x1f\x8b")
-
-
-def _moved(path: Path, done: Path) -> None:
-    """Move a file; one of its name that is there already keeps its place."""
-    done.mkdir(parents=True, exist_ok=True)
-    target, number = done / path.name, 1
-    while target.exists():
-        target, number = done / f"{path.stem}.{number}{path.suffix}", number + 1
-    path.rename(target)
 
 
 async def _deliver(

@@ -43,7 +43,7 @@ from aiohttp import hdrs, web
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
-from preservarium.connectors import influx_write, metric_writes
+from preservarium.connectors import influx_write
 from preservarium.connectors.base import (
     Limits,
     Publishes,
@@ -63,7 +63,7 @@ from preservarium.domain.readings.address import canonical_address
 from preservarium.domain.readings.json_text import to_bytes
 from preservarium.domain.readings.number import number_of
 from preservarium.errors import Fatal, ReasonCode, Reject, Retry
-from preservarium.serving import bodies, hosts, people, server
+from preservarium.serving import bodies, hosts, server
 from preservarium.serving.clients import Places, client_of
 from preservarium.serving.rights import Handler, Right, bearer, needs
 from preservarium.settings import LiveSettings, Settings
@@ -120,12 +120,8 @@ def _not_let_in(
 ) -> web.Response | None:
     """Why a sender is not let in: the one check of every way in."""
     token = settings.http.token.get_secret_value()
-    if token or people.current(settings.web).sends:
-        given = shown(request)
-        if token and hmac.compare_digest(given, token.encode()):
-            return None
-        program = people.by_token(settings.web, given)
-        if program is not None and Right.SENDER in program.rights:
+    if token:
+        if hmac.compare_digest(shown(request), token.encode()):
             return None
         return _refuse(401, "unauthorized", "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
     # Nothing proves that the sender may. A browser would send for any page what programs send, from inside our network.
@@ -152,7 +148,7 @@ class Fetch:
         async def commands(request: web.Request) -> web.StreamResponse:
             return await self._commands(request)
 
-        return _versioned([web.get("/ingest/commands", needs(Right.SENDER, commands))])
+        return [web.get("/ingest/commands", needs(Right.SENDER, commands))]
 
     async def _commands(self, request: web.Request) -> web.StreamResponse:
         """What waits for the device that the query names; 204 where nothing does."""
@@ -232,26 +228,23 @@ class Ingest:
         async def ping(request: web.Request) -> web.StreamResponse:
             return _not_let_in(request, self._live(), influx_write.token_of) or influx_write.pong()
 
-        made = [
+        return [
             web.post("/ingest", self._guarded(self._messages)),
             *(
                 web.post(path, self._guarded(self._points, influx_write.token_of, _influx_answer))
                 for path in ("/write", "/api/v2/write")
             ),
-            web.post("/api/v1/write", self._guarded(self._remote_write, answer=_prometheus_answer)),
-            web.post("/v1/metrics", self._guarded(self._otlp, answer=_otlp_answer)),
             web.post("/query", needs(Right.SENDER, query)),
             web.get("/query", needs(Right.SENDER, query)),
             web.get("/ping", needs(Right.SENDER, ping)),
             *(web.post(_path(name), self._guarded(partial(self._platform, name))) for name in FORMATS),
         ]
-        return _versioned(made)
 
     def _guarded(
         self,
         parse: Parse,
         shown: Callable[[web.Request], bytes] = bearer,
-        answer: "Answer | None" = None,
+        answer: "Callable[[Taken], web.StreamResponse] | None" = None,
     ) -> Handler:
         answer = answer or _answer
 
@@ -271,7 +264,7 @@ class Ingest:
         return needs(Right.SENDER, handler)
 
     async def _take(
-        self, request: web.Request, parse: Parse, body_bytes_max: int, answer: "Answer"
+        self, request: web.Request, parse: Parse, body_bytes_max: int, answer: "Callable[[Taken], web.StreamResponse]"
     ) -> web.StreamResponse:
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -325,11 +318,11 @@ class Ingest:
             return _unavailable()
         except Reject as e:
             return _refuse(413, e.code, str(e))
-        return answer(request, Taken(len(sends), refused, refused_count, ignored))
+        return answer(Taken(len(sends), refused, refused_count, ignored))
 
     def _validation(self, request: web.Request, body: bytes) -> str | None:
         """The code that Azure's Event Grid wants to hear back before it sends anything; None for all else."""
-        if not request.path.endswith(_path(azure_iot.FORMAT.name)) or azure_iot.VALIDATION.encode() not in body:
+        if request.path != _path(azure_iot.FORMAT.name) or azure_iot.VALIDATION.encode() not in body:
             return None
         try:
             return azure_iot.validation_code(loads(body))
@@ -360,24 +353,6 @@ class Ingest:
         """
         settings = self._live()
         return influx_write.messages_of(request.query, body, settings, settings.normalize.payload_bytes_max)
-
-    def _remote_write(self, request: web.Request, body: bytes) -> Iterator[Any]:
-        """The messages of Prometheus' remote write.
-
-        Raises:
-            Reject: the request as a whole is none.
-        """
-        settings = self._live()
-        return metric_writes.remote_write(request, body, settings, settings.normalize.payload_bytes_max)
-
-    def _otlp(self, request: web.Request, body: bytes) -> Iterator[Any]:
-        """The messages of OpenTelemetry's metrics.
-
-        Raises:
-            Reject: the request as a whole is none.
-        """
-        settings = self._live()
-        return metric_writes.otlp(request, body, settings, settings.normalize.payload_bytes_max)
 
     def _platform(self, name: str, request: web.Request, body: bytes) -> Iterator[Any]:
         """The messages of `POST /ingest/NAME`: everything in it is of that platform.
@@ -437,10 +412,6 @@ class Ingest:
             raise item
         if isinstance(item, Points):
             return message_send(item.device, item.text, limits, CONNECTOR, item.mode or MODE, now_us, meta=item.meta)
-        if isinstance(item, metric_writes.Metrics):
-            send = message_send(item.device, item.payload, limits, CONNECTOR, MODE, now_us, meta={})
-            request[metric_writes.WRITTEN] = request.get(metric_writes.WRITTEN, 0) + len(item.payload["metrics"])
-            return send
         if isinstance(item, _Report):
             return report_send(item.line)
         if isinstance(item, Uplink):
@@ -461,12 +432,6 @@ def _path(name: str) -> str:
     return f"/ingest/{name}"
 
 
-def _versioned(routes: list[web.RouteDef]) -> list[web.RouteDef]:
-    """The routes, those that are ours under the API's version too; InfluxDB's clients know their own paths alone."""
-    ours = [route for route in routes if route.path.startswith("/ingest")]
-    return routes + [web.route(route.method, f"/api/v1{route.path}", route.handler, **route.kwargs) for route in ours]
-
-
 @dataclass(frozen=True, slots=True)
 class Taken:
     """What became of a request whose messages Kafka has."""
@@ -477,31 +442,16 @@ class Taken:
     ignored: int  #: events that carry nothing of a device
 
 
-#: What a request is answered when Kafka has its messages.
-Answer = Callable[[web.Request, Taken], web.StreamResponse]
-
-
-def _answer(_request: web.Request, taken: Taken) -> web.StreamResponse:
+def _answer(taken: Taken) -> web.StreamResponse:
     said: dict[str, Any] = {"accepted": taken.accepted, "refused": taken.refused, "refused_count": taken.refused_count}
     if taken.ignored:
         said["ignored"] = taken.ignored
-    if taken.refused_count and not taken.accepted:
-        why = "none of the messages could be taken: `refused` says of each why"
-        said |= {**server.problem_details(400, why), "error": "nothing_taken", "message": why}
-        return web.Response(body=orjson.dumps(said), status=400, content_type=server.PROBLEM)
-    return web.Response(body=orjson.dumps(said), status=202, content_type="application/json")
+    status = 400 if taken.refused_count and not taken.accepted else 202
+    return web.Response(body=orjson.dumps(said), status=status, content_type="application/json")
 
 
-def _influx_answer(_request: web.Request, taken: Taken) -> web.StreamResponse:
+def _influx_answer(taken: Taken) -> web.StreamResponse:
     return influx_write.answer(taken.accepted, taken.refused, taken.refused_count)
-
-
-def _prometheus_answer(request: web.Request, taken: Taken) -> web.StreamResponse:
-    return metric_writes.prometheus_answer(request.get(metric_writes.WRITTEN, 0), taken.refused, taken.refused_count)
-
-
-def _otlp_answer(request: web.Request, taken: Taken) -> web.StreamResponse:
-    return metric_writes.otlp_answer(request, taken.refused, taken.refused_count)
 
 
 class _Payload:

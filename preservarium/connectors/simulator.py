@@ -243,9 +243,7 @@ class Catalogue:
     def templates(self, device: Document) -> tuple[Template, ...]:
         """What this device can send; empty where its parser has no examples, or none that can be sent at any time."""
         varied = {
-            k: v
-            for k, v in device.items()
-            if k in ("type", "mapping", "datatypes", "rules", "variables", "secrets", "time_zone")
+            k: v for k, v in device.items() if k in ("type", "mapping", "datatypes", "rules", "variables", "time_zone")
         }
         key = orjson.dumps(varied, option=orjson.OPT_SORT_KEYS)
         if key not in self._templates:

@@ -106,10 +106,10 @@ class Commands:
     async def request(self, request: web.Request) -> web.Response:
         """Ask for a command."""
         name = request[OPERATOR]
-        asked = await body_of(request)
+        asked = await _body(request)
         if "idempotency_key" not in asked and (key := request.headers.get("Idempotency-Key")):
             asked["idempotency_key"] = key
-        asked["actor"] = actor_of(name, asked.get("actor"))
+        asked["actor"] = _actor(name, asked.get("actor"))
         device_id = _name(request, "device_id")
         try:
             made = await self._desk.request(device_id, asked)
@@ -124,10 +124,10 @@ class Commands:
     async def cancel(self, request: web.Request) -> web.Response:
         """Ask to cancel a command."""
         name = request[OPERATOR]
-        body = await body_of(request) if request.can_read_body else {}
+        body = await _body(request) if request.can_read_body else {}
         try:
             await self._desk.cancel(
-                _name(request, "device_id"), _name(request, "command_id"), actor_of(name, body.get("actor"))
+                _name(request, "device_id"), _name(request, "command_id"), _actor(name, body.get("actor"))
             )
         except Reject as e:
             return answer({"error": str(e), "code": str(e.code)}, status=400)
@@ -141,7 +141,7 @@ def _name(request: web.Request, name: str) -> str:
     return text
 
 
-def actor_of(proven: str, given: Any) -> str:
+def _actor(proven: str, given: Any) -> str:
     """Who acts: what the token proves, else what the request says."""
     if proven and given not in (None, "", proven):
         _refuse(web.HTTPForbidden, f"this token is {proven}'s: actor must be {proven}, or left out")
@@ -152,8 +152,7 @@ def _refuse(kind: type[web.HTTPException], message: str) -> NoReturn:
     raise kind(text=orjson.dumps({"error": message}).decode(), content_type="application/json")
 
 
-async def body_of(request: web.Request) -> dict[str, Any]:
-    """The JSON object of a request's body; whatever else it is ends in an answer that says so."""
+async def _body(request: web.Request) -> dict[str, Any]:
     if request.content_type != "application/json":
         # A page of a stranger can send a form or plain text across origins, and JSON only after asking.
         _refuse(web.HTTPUnsupportedMediaType, "send application/json")

@@ -145,7 +145,7 @@ class DeviceViews:
 
     async def device(self, request: web.Request) -> web.Response:
         """One device."""
-        found = await self._reads.device(device_name(request))
+        found = await self._reads.device(_name(request))
         if found is None:
             missing("neither the registry nor a reading knows this device")
         now_us = self._host.clock.now_us()
@@ -153,16 +153,11 @@ class DeviceViews:
 
     async def series(self, request: web.Request) -> web.Response:
         """Curves of a span; the last day where none is named."""
-        from_us, to_us = span_of(request, self._host.clock.now_us())
+        from_us, to_us = self._span(request)
         points = number_of(request, "points", POINTS_DEFAULT, POINTS_MIN, POINTS_MAX)
-        series = series_ids(request, CURVES_MAX)
+        series = _series(request, CURVES_MAX)
         found = await self._reads.curves(
-            device_name(request),
-            series=series,
-            from_us=from_us,
-            to_us=to_us,
-            points=points,
-            now_us=self._host.clock.now_us(),
+            _name(request), series=series, from_us=from_us, to_us=to_us, points=points, now_us=self._host.clock.now_us()
         )
         if found is None:
             missing("this device has no such series")
@@ -179,8 +174,8 @@ class DeviceViews:
             before = (cursor[0], cursor[1])
         from_us = instant_of(request, "from", 0)
         found = await self._reads.readings(
-            device_name(request),
-            series=series_ids(request, None),
+            _name(request),
+            series=_series(request, None),
             from_us=min(from_us, INSTANT_MAX),
             before=before,
             limit=limit_of(request),
@@ -191,13 +186,13 @@ class DeviceViews:
 
     async def export(self, request: web.Request) -> web.StreamResponse:
         """The readings of a span as CSV, series by series; `# cut` is the last line where there were more than a file may have."""
-        from_us, to_us = span_of(request, self._host.clock.now_us())
-        device_id = device_name(request)
+        from_us, to_us = self._span(request)
+        device_id = _name(request)
         if self._exports.locked():
             message = "another file is being made"
             raise Retry(message)
         async with self._exports:
-            pages = aiter(self._reads.export(device_id, series=series_ids(request, None), from_us=from_us, to_us=to_us))
+            pages = aiter(self._reads.export(device_id, series=_series(request, None), from_us=from_us, to_us=to_us))
             # What goes wrong before the first line can still be said.
             page: list[dict[str, Any]] | None = await anext(pages, None)
             name = "".join(c if c.isascii() and c.isalnum() else "-" for c in device_id)
@@ -221,33 +216,23 @@ class DeviceViews:
                     request.transport.abort()
             return response
 
-
-def span_of(request: web.Request, now_us: int) -> tuple[int, int]:
-    """The query's `from` and `to`, µs; the last day where it has none.
-
-    Raises:
-        web.HTTPBadRequest: they are no span, or a longer one than anything is kept for.
-    """
-    to_us = instant_of(request, "to", now_us)
-    from_us = instant_of(request, "from", to_us - DAY_US)
-    if not 0 <= from_us < to_us <= INSTANT_MAX or to_us - from_us > SPAN_US_MAX:
-        bad("from is before to, and they are at most five years apart")
-    return from_us, to_us
+    def _span(self, request: web.Request) -> tuple[int, int]:
+        now_us = self._host.clock.now_us()
+        to_us = instant_of(request, "to", now_us)
+        from_us = instant_of(request, "from", to_us - DAY_US)
+        if not 0 <= from_us < to_us <= INSTANT_MAX or to_us - from_us > SPAN_US_MAX:
+            bad("from is before to, and they are at most five years apart")
+        return from_us, to_us
 
 
-def device_name(request: web.Request) -> str:
-    """The device that the path names.
-
-    Raises:
-        web.HTTPBadRequest: no device can be called so.
-    """
+def _name(request: web.Request) -> str:
     text = request.match_info["device_id"]
     if not 0 < len(text) <= NAME_CHARS_MAX or "\0" in text:
         bad(f"a device's address is at most {NAME_CHARS_MAX} characters, without NUL")
     return text
 
 
-def series_ids(request: web.Request, most: int | None) -> list[int]:
+def _series(request: web.Request, most: int | None) -> list[int]:
     """The series that are asked for, by id; none: all."""
     text = text_of(request, "series")
     words = text.split(",") if text else []

@@ -1,34 +1,17 @@
-"""The description of the API (OpenAPI 3.1), served at /api/v1/openapi.json.
+"""The description of the API of devices and operators (OpenAPI 3.1), served at /api/openapi.json.
 
 A literal document: a test holds its paths, parameters and fields equal to the routes and types. It is one file, although a long
-one: all of it is data, and whoever looks for a path searches in one place. What a worker is, who there is, and what senders send, is in openapi_worker.py.
-Paths may be written without their version: `api.versioned` puts it before them.
+one: all of it is data, and whoever looks for a path searches in one place.
 """
 
 from typing import Any, Final
 
 from preservarium import __version__
-from preservarium.console.api import versioned
-from preservarium.console.openapi_pages import PATHS as PAGE_PATHS
-from preservarium.console.openapi_words import CURSOR as _CURSOR
-from preservarium.console.openapi_words import FLAG as _FLAG
-from preservarium.console.openapi_words import INSTANT as _INSTANT
-from preservarium.console.openapi_words import LIMIT as _LIMIT
-from preservarium.console.openapi_words import NAME as _NAME
-from preservarium.console.openapi_words import NUMBER as _NUMBER
-from preservarium.console.openapi_words import TEXT as _TEXT
-from preservarium.console.openapi_words import answers as _answers
-from preservarium.console.openapi_words import maybe as _maybe
-from preservarium.console.openapi_words import object_of as _object
-from preservarium.console.openapi_words import path_of as _path
-from preservarium.console.openapi_words import query as _query
-from preservarium.console.openapi_words import ref as _ref
-from preservarium.console.openapi_worker import PATHS as WORKER_PATHS
-from preservarium.console.openapi_worker import SCHEMAS as WORKER_SCHEMAS
 from preservarium.domain.alarms.action import (
     ACTION_ID_CHARS_MAX,
     ACTIONS,
     COMMENT_CHARS_MAX,
+    NAME_CHARS_MAX,
     SHELVE_S_DEFAULT,
     SHELVE_S_MAX,
 )
@@ -41,6 +24,55 @@ from preservarium.operations.alarm_board import BULK, BULK_MAX, SORTS, STATES
 from preservarium.stores.device_reads import EXPORT_ROWS_MAX, POINTS_MAX, POINTS_MIN
 from preservarium.stores.device_reads import SORTS as DEVICE_SORTS
 from preservarium.stores.device_reads import STATES as DEVICE_STATES
+
+_TEXT: Final = {"type": "string"}
+_NAME: Final = {"type": "string", "maxLength": NAME_CHARS_MAX}
+_INSTANT: Final = {"type": "integer", "format": "int64", "description": "µs since the epoch, UTC"}
+_NUMBER: Final = {"type": ["number", "null"]}
+_FLAG: Final = {"type": "boolean"}
+
+
+def _maybe(schema: dict[str, Any]) -> dict[str, Any]:
+    return {**schema, "type": [schema["type"], "null"]}
+
+
+def _object(required: tuple[str, ...], **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": list(required), "properties": properties}
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _answers(description: str, schema: Any, *errors: int, status: int = 200, problems: bool = False) -> dict[str, Any]:
+    said = {
+        400: "The question or the action is not well formed",
+        401: "The operator token is missing or wrong",
+        403: "No operators are configured, and it is not asked from this machine or by our page; or another operator's token",
+        404: "There is none",
+        413: "The body is too large",
+        415: "The body is no JSON",
+        503: "Kafka or the database cannot be reached now; repeat",
+    }
+    found: dict[str, Any] = {
+        str(status): {"description": description, "content": {"application/json": {"schema": schema}}}
+    }
+    kind, error = ("application/problem+json", "Problem") if problems else ("application/json", "Error")
+    for code in errors:
+        found[str(code)] = {"description": said[code], "content": {kind: {"schema": _ref(error)}}}
+    return found
+
+
+def _query(name: str, description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": "query", "description": description, "schema": schema}
+
+
+def _path(name: str, description: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "description": description, "schema": _NAME}
+
+
+_LIMIT: Final = _query("limit", "Most rows", {"type": "integer", "minimum": 1, "default": 50})
+_CURSOR: Final = _query("cursor", "`next_cursor` of the page before", _TEXT)
 
 _ALARM: Final = _object(
     ("device_id", "rule", "pin_position", "severity", "state"),
@@ -333,8 +365,7 @@ _TRACE: Final = _object(
         topic=_TEXT,
         **_COORDINATES,
         line={"type": ["integer", "null"]},
-        available={**_FLAG, "description": "Whether Kafka or the archive has it"},
-        source={"type": "string", "enum": ["kafka", "archive"], "description": "Which of them it is from"},
+        available={**_FLAG, "description": "Whether Kafka still has it"},
         gone={**_TEXT, "description": "Why not, for people"},
         kafka_time=_INSTANT,
         received_at=_INSTANT,
@@ -447,14 +478,14 @@ _DEVICE_PATHS: Final[dict[str, Any]] = {
                 _LIMIT,
                 _CURSOR,
             ],
-            "responses": _answers("A page", _ref("Devices"), 400, 401, 503),
+            "responses": _answers("A page", _ref("Devices"), 400, 401, 503, problems=True),
         }
     },
     "/api/fleet": {
         "get": {
             "operationId": "showFleet",
             "summary": "How many devices there are in each state, and of each type",
-            "responses": _answers("The fleet", _ref("Fleet"), 401, 503),
+            "responses": _answers("The fleet", _ref("Fleet"), 401, 503, problems=True),
         }
     },
     "/api/devices/{device_id}": {
@@ -462,7 +493,7 @@ _DEVICE_PATHS: Final[dict[str, Any]] = {
             "operationId": "showDevice",
             "summary": "One device: its registry, its series with their last readings, what they are held to, the rules that watch it",
             "parameters": [_DEVICE],
-            "responses": _answers("The device", _ref("Device"), 400, 401, 404, 503),
+            "responses": _answers("The device", _ref("Device"), 400, 401, 404, 503, problems=True),
         }
     },
     "/api/devices/{device_id}/series": {
@@ -473,7 +504,7 @@ _DEVICE_PATHS: Final[dict[str, Any]] = {
                 _DEVICE, _SERIES, _FROM, _TO,
                 _query("points", "Most points of a curve", {"type": "integer", "minimum": POINTS_MIN, "maximum": POINTS_MAX, "default": 1000}),
             ],
-            "responses": _answers("The curves", _ref("Curves"), 400, 401, 404, 503),
+            "responses": _answers("The curves", _ref("Curves"), 400, 401, 404, 503, problems=True),
         }
     },
     "/api/devices/{device_id}/readings": {
@@ -481,7 +512,7 @@ _DEVICE_PATHS: Final[dict[str, Any]] = {
             "operationId": "listReadings",
             "summary": "Readings of a device with flags, parser and raw coordinates, newest first",
             "parameters": [_DEVICE, _SERIES, _query("from", "Not before: µs since the epoch, or RFC 3339", _TEXT), _LIMIT, _CURSOR],
-            "responses": _answers("A page", _ref("Readings"), 400, 401, 404, 503),
+            "responses": _answers("A page", _ref("Readings"), 400, 401, 404, 503, problems=True),
         }
     },
     "/api/devices/{device_id}/readings.csv": {
@@ -491,7 +522,7 @@ _DEVICE_PATHS: Final[dict[str, Any]] = {
             "parameters": [_DEVICE, _SERIES, _FROM, _TO],
             "responses": {
                 "200": {"description": "The file", "content": {"text/csv": {"schema": _TEXT}}},
-                **{code: said for code, said in _answers("", {}, 401, 404, 503).items() if code != "200"},
+                **{code: said for code, said in _answers("", {}, 400, 401, 503, problems=True).items() if code != "200"},
             },
         }
     },
@@ -501,27 +532,9 @@ _DEVICE_PATHS: Final[dict[str, Any]] = {
             "summary": "What was refused within the last day: causes over time, and the newest with their original bytes",
             "parameters": [
                 _query("stage", "Refused by this stage", _TEXT), _query("code", "With this reason code", _TEXT),
-                _query("device", "Of this device", _TEXT), _query("parser", "Of this parser, by name or name@version", _TEXT),
-                _query("since", "Refused then or later: µs, or ISO 8601", _TEXT), _query("until", "Refused then or earlier", _TEXT),
-                _LIMIT, _CURSOR,
+                _query("device", "Of this device", _TEXT), _LIMIT, _CURSOR,
             ],
-            "responses": _answers("Causes and a page", _ref("Refusals"), 400, 401, 503),
-        }
-    },
-    "/api/refusals/redrive": {
-        "post": {
-            "operationId": "redriveRefusals",
-            "summary": "Send inputs again to the stage that failed, each once; asked again, it goes on",
-            "requestBody": {"required": True, "content": {"application/json": {"schema": _ref("RefusalSelection")}}},
-            "responses": _answers("What was done", _ref("Redriven"), 400, 401, 403, 413, 415, 503),
-        }
-    },
-    "/api/refusals/discard": {
-        "post": {
-            "operationId": "discardRefusals",
-            "summary": "Say, with a reason, that nothing more is to be done about inputs: an event of the stream dlq/discards",
-            "requestBody": {"required": True, "content": {"application/json": {"schema": _ref("RefusalSelection")}}},
-            "responses": _answers("What was done", _ref("Discarded"), 400, 401, 403, 413, 415, 503),
+            "responses": _answers("Causes and a page", _ref("Refusals"), 400, 401, 503, problems=True),
         }
     },
     "/api/refusals/{refusal_id}": {
@@ -529,7 +542,7 @@ _DEVICE_PATHS: Final[dict[str, Any]] = {
             "operationId": "showRefusal",
             "summary": "One refusal with its original bytes, out of iot_raw_data where its line has none",
             "parameters": [_path("refusal_id", "Partition and offset in iot_errors, as 3:1042")],
-            "responses": _answers("The refusal", _ref("Refusal"), 401, 404, 503),
+            "responses": _answers("The refusal", _ref("Refusal"), 401, 404, 503, problems=True),
         }
     },
 }  # fmt: skip
@@ -542,10 +555,6 @@ _REFUSAL: Final = {
         message=_TEXT,
         device_id={"type": ["string", "null"]},
         at=_INSTANT,
-        settled={
-            "type": ["object", "null"],
-            "description": "Whether its input was redriven, or discarded: how, at, reason, actor",
-        },
         original={
             "type": ["object", "null"],
             "description": "Null where its line has none: `/api/refusals/{id}` looks for them",
@@ -637,24 +646,6 @@ _DEVICE_SCHEMAS: Final[dict[str, Any]] = {
         next_cursor={"type": ["string", "null"]},
     ),
     "Refusal": _REFUSAL,
-    "RefusalSelection": {
-        **_object(
-            (),
-            stage=_TEXT, code=_TEXT, device=_TEXT, parser={**_TEXT, "description": "Name, or name@version"}, since=_INSTANT, until=_INSTANT,
-            ids={"type": "array", "items": _TEXT}, limit={"type": "integer", "minimum": 1},
-            dry_run={**_FLAG, "description": "Only count"}, discarded={**_FLAG, "description": "redrive: what was discarded, too"},
-            reason={**_TEXT, "description": "discard: why; needed"}, actor={**_NAME, "description": "Who; needed unless the token proves a name"},
-        ),
-        "description": "At least one of stage, code, device, parser, since, until and ids",
-    },
-    "Redriven": _object(
-        ("matched", "sent", "already", "unusable", "dry_run", "more"),
-        **{name: {"type": "integer"} for name in ("matched", "sent", "already", "unusable")}, dry_run=_FLAG, more=_FLAG,
-    ),
-    "Discarded": _object(
-        ("matched", "discarded", "already", "version", "dry_run", "more"),
-        **{name: {"type": "integer"} for name in ("matched", "discarded", "already")}, version={"type": ["integer", "null"]}, dry_run=_FLAG, more=_FLAG,
-    ),
     "Refusals": _object(
         ("causes", "span_s", "bucket_s", "refusals", "next_cursor", "unknown_devices", "since", "complete", "note", "at"),
         causes={
@@ -678,34 +669,25 @@ _DEVICE_SCHEMAS: Final[dict[str, Any]] = {
     "Problem": {
         **_object(
             ("type", "title", "status", "detail", "error"),
-            type=_TEXT, title=_TEXT, status={"type": "integer"}, detail=_TEXT,
-            error={**_TEXT, "description": "As `detail`; of the door and of senders a code for programs"},
+            type=_TEXT, title=_TEXT, status={"type": "integer"}, detail=_TEXT, error={**_TEXT, "description": "As `detail`"},
         ),
-        "description": "RFC 9457; some have more, as `code`, `message`, `refused`",
+        "description": "RFC 9457",
     },
 }  # fmt: skip
-
-
-def _versioned(paths: dict[str, Any]) -> dict[str, Any]:
-    return {versioned(path): item for path, item in paths.items()}
-
 
 DOCUMENT: Final[dict[str, Any]] = {
     "openapi": "3.1.0",
     "info": {
-        "title": "Preservarium",
+        "title": "Preservarium: devices, alarms, commands, refusals and lineage",
         "version": __version__,
-        "description": "What devices say, what is not normal, what people do about it, and where numbers come from. A token or a session proves who asks; where nobody is configured, "
-        "the port is bound to loopback, and this machine may do everything. Paths without `/v1` are aliases. Lists are paged: `limit`, and `cursor` with the `next_cursor` "
-        "of the page before. Every refusal is problem details (RFC 9457). Within a version fields are added, and none is taken away.",
+        "description": "What devices say, what is not normal, what people do about it, and where numbers come from. Where operators are configured, all of it needs a token of "
+        "`web.operators` or `web.operator_token`; where none are, everybody may read, and this machine may act.",
     },
-    "security": [{"token": []}, {"session": []}, {}],
-    "paths": _versioned({
-        **WORKER_PATHS,
+    "security": [{"token": []}, {}],
+    "paths": {
         **_COMMAND_PATHS,
         **_TRACE_PATHS,
         **_DEVICE_PATHS,
-        **PAGE_PATHS,
         "/api/alarms": {
             "get": {
                 "operationId": "listAlarms",
@@ -792,17 +774,10 @@ DOCUMENT: Final[dict[str, Any]] = {
                 "responses": _answers("OpenAPI 3.1", {"type": "object"}),
             }
         },
-    }),
+    },
     "components": {
-        "securitySchemes": {
-            "token": {"type": "http", "scheme": "bearer", "description": "Of `preservarium tokens`, `web.operators`, `web.operator_token`; of senders also `http.token`"},
-            "session": {
-                "type": "apiKey", "in": "cookie", "name": "preservarium-session",
-                "description": "Of a log-in; over TLS __Host-preservarium-session. What changes something needs the header X-CSRF-Token besides",
-            },
-        },
+        "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         "schemas": {
-            **WORKER_SCHEMAS,
             **_DEVICE_SCHEMAS,
             "Command": _COMMAND,
             "CommandRequest": _REQUEST,
@@ -828,6 +803,7 @@ DOCUMENT: Final[dict[str, Any]] = {
             "Answer": _ANSWER,
             "Bulk": {**_BULK, "additionalProperties": False},
             "BulkAnswer": _BULK_ANSWER,
+            "Error": _object(("error",), error=_TEXT, code=_TEXT),
             "Alarms": _object(
                 ("alarms", "next_cursor", "total", "source"),
                 alarms={"type": "array", "items": _ref("Alarm")},

@@ -20,7 +20,6 @@ import orjson
 from aiohttp import web
 
 from preservarium.console import access, pages
-from preservarium.console.api import base_of
 from preservarium.console.host import Host
 from preservarium.console.openapi import DOCUMENT
 from preservarium.console.replies import (
@@ -246,7 +245,7 @@ class Operators:
             action_id = await self._desk.act(line)
         except Reject as e:
             return answer({"error": str(e), "code": str(e.code)}, status=400)
-        where = f"{base_of(request)}/alarms/actions/{action_id}"
+        where = f"/api/alarms/actions/{action_id}"
         return web.Response(
             status=202,
             body=orjson.dumps({"action_id": action_id, "answer": where}),

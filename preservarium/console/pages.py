@@ -1,6 +1,5 @@
 """The console's pages, made of the templates in `page/`: one layout, one script and style for what they share."""
 
-import gzip
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any, Final
@@ -21,12 +20,6 @@ _PAGES: Final[Mapping[str, str]] = {
     "/alarms": "alarms.html",
     "/refusals": "refusals.html",
     "/commands": "commands.html",
-    "/explore": "explore.html",
-    "/registry": "registry.html",
-    "/messages": "messages.html",
-    "/tables": "tables.html",
-    "/unknown": "unknown.html",
-    "/lineage": "lineage.html",
 }
 #: What they load, under /console/.
 _FILES: Final[Mapping[str, str]] = {
@@ -34,7 +27,6 @@ _FILES: Final[Mapping[str, str]] = {
     "uplot.css": "text/css",
     "uplot.js": "text/javascript",
     "common.js": "text/javascript",
-    "login.js": "text/javascript",
     "list.js": "text/javascript",
     "console.js": "text/javascript",
     "devices.js": "text/javascript",
@@ -43,18 +35,6 @@ _FILES: Final[Mapping[str, str]] = {
     "refusals.js": "text/javascript",
     "alarms.js": "text/javascript",
     "commands.js": "text/javascript",
-    "pages.css": "text/css",
-    "codemirror.js": "text/javascript",
-    "editor.js": "text/javascript",
-    "explore.js": "text/javascript",
-    "registry.js": "text/javascript",
-    "messages.js": "text/javascript",
-    "tables.js": "text/javascript",
-    "unknown.js": "text/javascript",
-    "lineage.js": "text/javascript",
-    "acting.js": "text/javascript",
-    "bench.js": "text/javascript",
-    "redrive.js": "text/javascript",
 }
 
 
@@ -67,9 +47,9 @@ def page(template: str, **values: Any) -> str:
     return _templates.get_template(template).render(values)
 
 
-def static() -> dict[str, tuple[bytes, bytes, str]]:
-    """Path -> body, the same packed by gzip, and content type, of everything that does not change while a worker runs."""
+def static() -> dict[str, tuple[bytes, str]]:
+    """Path -> body and content type, of everything that does not change while a worker runs."""
     folder = resources.files("preservarium.console") / "page"
     pages = {path: (page(template).encode(), "text/html") for path, template in _PAGES.items()}
     files = {f"/console/{name}": ((folder / name).read_bytes(), kind) for name, kind in _FILES.items()}
-    return {path: (body, gzip.compress(body, 9, mtime=0), kind) for path, (body, kind) in (pages | files).items()}
+    return pages | files

@@ -1,45 +1,25 @@
-"""Refusals over HTTP: what was refused of late, by cause, with its original bytes, why, and what to do; and doing it.
+"""Refusals over HTTP: what was refused of late, by cause, with its original bytes, why, and what to do.
 
 Followed from Kafka by the worker that is asked, from the first question on and until nobody has asked for a while.
-
-| request | what it does |
-|---|---|
-| `GET /api/refusals` | causes over time, and the newest |
-| `GET /api/refusals/{id}` | one, with its original bytes |
-| `POST /api/refusals/redrive` | sends inputs again to the stage that failed, each once |
-| `POST /api/refusals/discard` | says, with a reason, that nothing more is to be done about them |
 """
 
 import asyncio
 import contextlib
 import functools
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any, Final
 
 from aiohttp import web
 
 from preservarium.clock import Clock
-from preservarium.console.commands import actor_of, body_of
 from preservarium.console.host import Host
-from preservarium.console.replies import (
-    OPERATOR,
-    answer,
-    bad,
-    cursor_of,
-    instant_of,
-    limit_of,
-    missing,
-    pack,
-    text_of,
-    wrapped,
-)
-from preservarium.errors import ReasonCode, Retry
+from preservarium.console.replies import answer, bad, cursor_of, limit_of, missing, pack, text_of, wrapped
+from preservarium.errors import Retry
 from preservarium.operations import dlq
 from preservarium.operations.refusals import BUCKET_S, SPAN_S, Kept, Refusals, bytes_of, follow
 from preservarium.serving.rights import Right
 from preservarium.settings import Settings
-from preservarium.stores.migrate import MigrationError
 from preservarium.streaming.following import Follower
 
 #: A page asks every few seconds; a tab that is hidden for so long is read anew when it is looked at.
@@ -52,15 +32,6 @@ ORIGINAL_BYTES_MAX: Final = 65_536
 #: Looks into Kafka for one refusal, each with a connection of its own.
 LOOKS_MAX: Final = 2
 LOOK_TIMEOUT_S: Final = 15.0
-#: Inputs that one request redrives or discards: some seconds. Who wants more asks again, or uses `preservarium dlq`.
-DONE_MAX: Final = 10_000
-#: All of `iot_errors` may have to be read; what was sent by then is marked, so that asking again goes on.
-DO_TIMEOUT_S: Final = 120.0
-#: Ids that one request may name.
-IDS_MAX: Final = 1_000
-REASON_CHARS_MAX: Final = 1_000
-#: The oldest instant that a query may name: 1970.
-_EVER_US: Final = 0
 
 
 class RefusalsFollower(Follower):
@@ -122,7 +93,6 @@ class RefusalViews:
         self._refusals = refusals
         self._asked = asked
         self._looks = asyncio.Semaphore(LOOKS_MAX)
-        self._doing = asyncio.Semaphore(1)
         self._began_s: float | None = None  #: when somebody began to wait for the first reading, monotonic
 
     def mount(self, application: web.Application) -> None:
@@ -131,21 +101,9 @@ class RefusalViews:
         application.router.add_get("/api/refusals", read(self.list))
         application.router.add_get("/api/refusals/{refusal_id}", read(self.show, timeout_s=LOOK_TIMEOUT_S + 5))
 
-        act = functools.partial(
-            wrapped, right=Right.OPERATE, live=self._host.live, problems=True, timeout_s=DO_TIMEOUT_S
-        )
-        application.router.add_post("/api/refusals/redrive", act(self.redrive))
-        application.router.add_post("/api/refusals/discard", act(self.discard))
-
     async def list(self, request: web.Request) -> web.Response:
-        """Causes of the last day over time, and the newest refusals.
-
-        `?stage`, `?code`, `?device`, `?parser`, `?since`, `?until`, `?limit`, `?cursor`.
-        """
-        stage, code, device, parser = (text_of(request, name) for name in ("stage", "code", "device", "parser"))
-        since_us, until_us = (
-            instant_of(request, name, _EVER_US) if text_of(request, name) else None for name in ("since", "until")
-        )
+        """Causes of the last day over time, and the newest refusals: `?stage`, `?code`, `?device`, `?limit`, `?cursor`."""
+        stage, code, device = (text_of(request, name) for name in ("stage", "code", "device"))
         cursor, limit = cursor_of(request), limit_of(request)
         if cursor is not None and (len(cursor) != 2 or any(type(each) is not int for each in cursor)):
             bad("cursor is not one of ours")
@@ -153,16 +111,15 @@ class RefusalViews:
         refusals = self._refusals
         await self._read()
         page, following = refusals.newest(
-            stage=stage, code=code, device_id=device, parser=parser, since_us=since_us, until_us=until_us,
-            before=(cursor[0], cursor[1]) if cursor else None, limit=limit,
-        )  # fmt: skip
+            stage=stage, code=code, device_id=device, before=(cursor[0], cursor[1]) if cursor else None, limit=limit
+        )
         now_us = self._host.clock.now_us()
         return answer(
             {
                 "causes": refusals.causes(now_us),
                 "span_s": SPAN_S,
                 "bucket_s": BUCKET_S,
-                "refusals": [self._shown(kept.id, kept.line, SAMPLE_BYTES_MAX) for kept in page],
+                "refusals": [_document(kept.id, kept.line, SAMPLE_BYTES_MAX) for kept in page],
                 "next_cursor": pack([*following]) if following else None,
                 "unknown_devices": refusals.unknown(now_us),
                 "since": refusals.since_us,
@@ -210,95 +167,7 @@ class RefusalViews:
                 missing(str(e))
             except dlq.DlqError as e:
                 raise Retry(str(e)) from None
-        return answer(self._shown(identity, letter.line, ORIGINAL_BYTES_MAX, original))
-
-    def _shown(
-        self, identity: str, line: Mapping[str, Any], bytes_max: int, original: bytes | None = None
-    ) -> dict[str, Any]:
-        return {**_document(identity, line, bytes_max, original), "settled": self._refusals.settled(line)}
-
-    # --- doing something about it
-
-    async def redrive(self, request: web.Request) -> web.Response:
-        """Send inputs again to the stage that failed."""
-        asked = await body_of(request)
-        actor_of(request[OPERATOR], asked.get("actor"))
-        select, dry_run = _selection(asked), _flag(asked, "dry_run")
-        discarded = _flag(asked, "discarded")
-        now_us = self._host.clock.now_us()
-        settings = self._host.live()
-
-        async def work() -> dict[str, Any]:
-            done = await dlq.redrive(settings, select, now_us=now_us, dry_run=dry_run, discarded=discarded)
-            return {**done.document(), "dry_run": dry_run, "more": done.sent >= (select.limit or DONE_MAX)}
-
-        return await self._do(work)
-
-    async def discard(self, request: web.Request) -> web.Response:
-        """Say that nothing more is to be done about inputs."""
-        asked = await body_of(request)
-        actor = actor_of(request[OPERATOR], asked.get("actor"))
-        select, dry_run = _selection(asked), _flag(asked, "dry_run")
-        why = asked.get("reason", "")
-        if not isinstance(why, str) or len(why) > REASON_CHARS_MAX or "\0" in why or (not why.strip() and not dry_run):
-            bad(f"reason is a text of 1 to {REASON_CHARS_MAX} characters")
-        now_us = self._host.clock.now_us()
-        settings = self._host.live()
-
-        async def work() -> dict[str, Any]:
-            done = await dlq.discard(settings, select, actor=actor, cause=why, now_us=now_us, dry_run=dry_run)
-            return {**done.document(), "dry_run": dry_run, "more": done.discarded >= (select.limit or DONE_MAX)}
-
-        return await self._do(work)
-
-    async def _do(self, work: Callable[[], Awaitable[dict[str, Any]]]) -> web.Response:
-        if self._doing.locked():
-            message = "somebody else is redriving or discarding"
-            raise Retry(message)
-        async with self._doing:
-            try:
-                return answer(await work())
-            except dlq.NoSuchError as e:
-                bad(str(e))
-            except (dlq.DlqError, MigrationError) as e:
-                raise Retry(str(e)) from None
-
-
-def _selection(asked: Mapping[str, Any]) -> dlq.Select:
-    """What a request narrows down to; it must narrow, by something else than its limit."""
-    texts = {name: asked.get(name) for name in ("stage", "code", "device", "parser")}
-    if any(value is not None and (not isinstance(value, str) or not value) for value in texts.values()):
-        bad("stage, code, device and parser are texts")
-    if texts["code"] is not None and texts["code"] not in set(ReasonCode):
-        bad("code is none of the reason codes")
-    times = {name: asked.get(name) for name in ("since", "until")}
-    if any(value is not None and (type(value) is not int or not 0 <= value < 2**62) for value in times.values()):
-        bad("since and until are µs since the epoch")
-    ids = asked.get("ids", [])
-    if not isinstance(ids, list) or len(ids) > IDS_MAX or not all(isinstance(each, str) for each in ids):
-        bad(f"ids is a list of at most {IDS_MAX} ids")
-    limit = asked.get("limit", DONE_MAX)
-    if type(limit) is not int or not 1 <= limit <= DONE_MAX:
-        bad(f"limit is 1 to {DONE_MAX}")
-
-    def one(name: str) -> tuple[str, ...]:
-        value = texts[name]
-        return (value,) if value else ()
-
-    select = dlq.Select(
-        one("code"), texts["device"], times["since"] or 0, limit, until_us=times["until"], stages=one("stage"),
-        parsers=one("parser"), ids=tuple(ids),
-    )  # fmt: skip
-    if not select.narrows:
-        bad("say which: by stage, code, device, parser, since, until or ids")
-    return select
-
-
-def _flag(asked: Mapping[str, Any], name: str) -> bool:
-    value = asked.get(name, False)
-    if type(value) is not bool:
-        bad(f"{name} is true or false")
-    return value
+        return answer(_document(identity, letter.line, ORIGINAL_BYTES_MAX, original))
 
 
 def _document(identity: str, line: Mapping[str, Any], bytes_max: int, original: bytes | None = None) -> dict[str, Any]:

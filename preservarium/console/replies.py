@@ -3,7 +3,8 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import Callable, Collection, Mapping
+import http
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NoReturn, cast
 
@@ -13,9 +14,7 @@ from aiohttp import web
 
 from preservarium.console import access
 from preservarium.errors import Retry, reason
-from preservarium.serving.people import Caller
 from preservarium.serving.rights import Handler, Right, needs
-from preservarium.serving.server import PROBLEM, problem_details
 from preservarium.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -33,10 +32,11 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 #: Longest cursor: the position of a thousand partitions.
 PACKED_MAX: Final = 16_384
 
-#: Under this the request has the name of who asks, as far as it is proven; else "".
+#: Media type of problem details, RFC 9457.
+PROBLEM: Final = "application/problem+json"
+
+#: Under this the request has who asks, as far as a token proves it; else "".
 OPERATOR: Final = web.RequestKey("operator", str)
-#: Under this it has all that is known of who asks.
-CALLER: Final = web.RequestKey("caller", Caller)
 
 
 def wrapped(
@@ -45,23 +45,21 @@ def wrapped(
     live: Callable[[], Settings],
     *,
     timeout_s: float = READ_TIMEOUT_S,
-    problems: bool = True,
+    problems: bool = False,
 ) -> Handler:
-    """The handler for those who have the right, with our headers on each answer, a limit on its time, and errors as problem details.
+    """The handler for those who have the right, with our headers on each answer, a limit on its time, and errors as JSON.
 
-    Problem details (RFC 9457) say `error` besides, which is the same as `detail`. Without `problems` there is that alone.
+    With `problems`, errors are problem details (RFC 9457), which say `error` besides, as those of all other views.
     """
 
     async def view(request: web.Request) -> web.StreamResponse:
         try:
-            request[CALLER] = caller = access.admit(request, live().web, right)
-            request[OPERATOR] = caller.name
+            request[OPERATOR] = access.admit(request, live().web, right)
             async with asyncio.timeout(timeout_s):
                 response = await handler(request)
         except web.HTTPException as e:
-            if problems and e.status >= 400:
-                said = orjson.loads(e.text)["error"] if e.text and e.content_type == "application/json" else e.reason
-                e.text = orjson.dumps(problem(e.status, said)).decode()
+            if problems and e.text and e.content_type == "application/json":
+                e.text = orjson.dumps(_problem(e.status, orjson.loads(e.text)["error"])).decode()
                 e.content_type = PROBLEM
             e.headers.update(access.HEADERS)
             raise
@@ -76,16 +74,10 @@ def wrapped(
             # What went wrong is for the log, not for whoever asks.
             log.exception("console_view_failed", path=request.path)
             response = answer({"error": "internal error"}, status=500)
-        if (
-            problems
-            and response.status >= 400
-            and isinstance(response, web.Response)
-            and response.content_type == "application/json"
-        ):
+        if problems and response.status >= 400 and isinstance(response, web.Response) and response.body:
             said = orjson.loads(cast("bytes", response.body))
-            if "error" in said:
-                response.body = orjson.dumps({**problem(response.status, said["error"]), **said})
-                response.headers["Content-Type"] = PROBLEM
+            response = answer({**_problem(response.status, said["error"]), **said}, status=response.status)
+            response.content_type = PROBLEM
         for name, value in access.HEADERS.items():
             response.headers.setdefault(name, value)
         return response
@@ -93,9 +85,14 @@ def wrapped(
     return needs(right, view)
 
 
-def problem(status: int, detail: str) -> dict[str, Any]:
-    """Problem details, RFC 9457."""
-    return {**problem_details(status, detail), "error": detail}
+def _problem(status: int, detail: str) -> dict[str, Any]:
+    return {
+        "type": "about:blank",
+        "title": http.HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "error": detail,
+    }
 
 
 def _gone(request: web.Request) -> bool:
@@ -116,17 +113,6 @@ def answer(value: Any, status: int = 200) -> web.Response:
 def bad(message: str) -> NoReturn:
     """Refuse with 400 and a reason."""
     raise web.HTTPBadRequest(text=orjson.dumps({"error": message}).decode(), content_type="application/json") from None
-
-
-def refuse(status: int, message: str, headers: Mapping[str, str] | None = None) -> NoReturn:
-    """Refuse with a status and a reason."""
-    kinds: dict[int, type[web.HTTPException]] = {
-        401: web.HTTPUnauthorized, 403: web.HTTPForbidden, 404: web.HTTPNotFound, 415: web.HTTPUnsupportedMediaType, 429: web.HTTPTooManyRequests,
-    }  # fmt: skip
-    text = orjson.dumps({"error": message}).decode()
-    if status == 413:
-        raise web.HTTPRequestEntityTooLarge(0, 0, text=text, content_type="application/json")
-    raise kinds[status](text=text, content_type="application/json", headers=headers) from None
 
 
 def missing(message: str) -> NoReturn:

@@ -34,19 +34,6 @@ class StateTable(Protocol):
         """Partitions whose store is open in this worker. Asking for another would open it."""
         ...
 
-    def owned(self) -> Sequence[int]:
-        """Those of them that this worker's stages write; the others are copies."""
-        ...
-
-    @property
-    def key(self) -> str:
-        """What a key is, in words."""
-        ...
-
-    def size(self, partition: int) -> tuple[int, int]:
-        """Keys (an estimate) and bytes of a partition that is open here."""
-        ...
-
 
 class TableReader:
     """The tables of one worker, read only.
@@ -63,28 +50,6 @@ class TableReader:
     ) -> None:
         self._tables = tables
         self._partition_of = partition_of
-
-    def described(self) -> list[dict[str, Any]]:
-        """Every table with what its key is, and of each partition that is here whether it is owned, its keys and bytes."""
-        found = []
-        for name, table in sorted(self._tables().items()):
-            owned = {*table.owned()}
-            partitions = []
-            for partition in table.partitions():
-                keys, size = table.size(partition)
-                partitions.append({"partition": partition, "owned": partition in owned, "keys": keys, "bytes": size})
-            found.append({"name": name, "key": table.key, "partitions": partitions})
-        return found
-
-    def held(self) -> list[dict[str, Any]]:
-        """What this worker has, for the others: `{names, owned, copies}`, tables with the same partitions together."""
-        groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
-        for name, table in sorted(self._tables().items()):
-            owned = tuple(table.owned())
-            copies = tuple(p for p in table.partitions() if p not in owned)
-            if owned or copies:
-                groups.setdefault((owned, copies), []).append(name)
-        return [{"names": names, "owned": [*owned], "copies": [*copies]} for (owned, copies), names in groups.items()]
 
     def list(self) -> list[dict[str, Any]]:
         """Every table with the partitions held."""
@@ -136,14 +101,7 @@ class TableReader:
         held = partition in table.partitions()
         value = table.peek(partition, key) if held else None
         shown = _shown(value) if value is not None else {"value": None, "bytes": 0}
-        return {
-            "name": name,
-            "key": _text(key),
-            "partition": partition,
-            "held": held,
-            "owned": partition in table.owned(),
-            **shown,
-        }
+        return {"name": name, "key": _text(key), "partition": partition, "held": held, **shown}
 
     def devices(self, *, q: str, after: str, limit: int) -> dict[str, Any]:
         """Devices of the table `device_configs` by address, for when the database cannot be asked: without values."""

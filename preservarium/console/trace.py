@@ -15,7 +15,6 @@ from preservarium.errors import Retry, reason
 from preservarium.operations.raw_records import RecordsError
 from preservarium.operations.trace import Point, TraceError, Tracer
 from preservarium.serving.rights import Right
-from preservarium.stores.archive_files import ArchiveError
 from preservarium.stores.clickhouse import ClickHouseStore
 from preservarium.stores.connections import Pool
 
@@ -98,7 +97,7 @@ class TraceViews:
     async def _answer(self, ask: Callable[[Tracer], Awaitable[dict[str, Any]]]) -> web.Response:
         try:
             return await self._ask(ask)
-        except (RecordsError, ArchiveError) as e:
+        except RecordsError as e:
             raise Retry(str(e)) from e
         except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as e:
             # OSError includes TimeoutError.

@@ -8,11 +8,11 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final, Protocol
 
 import structlog
-from aiohttp import hdrs, web
+from aiohttp import web
 from prometheus_client import REGISTRY
 from prometheus_client.exposition import choose_encoder
 
@@ -21,7 +21,6 @@ from preservarium.console import health, pages, samples
 from preservarium.console.host import Host
 from preservarium.console.replies import (
     LIMIT_DEFAULT,
-    OPERATOR,
     TEXT_MAX,
     answer,
     bad,
@@ -34,7 +33,6 @@ from preservarium.console.replies import (
 from preservarium.console.tables import TableReader, TableUnknown
 from preservarium.console.workers import REASONS_MAX, Workers
 from preservarium.serving.rights import Right
-from preservarium.stores.people_log import UNKNOWN
 
 log = structlog.get_logger(__name__)
 
@@ -61,14 +59,7 @@ class Worker(Host, Protocol):
 class Console:
     """The views of one worker."""
 
-    def __init__(
-        self,
-        host: Worker,
-        tables: TableReader,
-        workers: Workers | None = None,
-        tell: Callable[..., None] = lambda *_, **__: None,
-    ) -> None:
-        self._tell = tell
+    def __init__(self, host: Worker, tables: TableReader, workers: Workers | None = None) -> None:
         self._host = host
         self._workers = workers or Workers()
         self._started_us = host.clock.now_us()
@@ -89,8 +80,6 @@ class Console:
             ("/health", self.health, Right.OPEN),
             ("/ready", self.ready, Right.OPEN),
             ("/metrics", self.metrics, Right.OPEN),
-            ("/api/health", self.health, Right.OPEN),
-            ("/api/ready", self.ready, Right.OPEN),
             ("/api/status", self.status, Right.READ),
             ("/api/errors", self.errors, Right.READ),
             ("/api/tables", self.tables, Right.OPERATE),
@@ -133,23 +122,14 @@ class Console:
             "ready": h.ready,
             "reasons": h.reasons[:REASONS_MAX],
             "guards": self._host.guards(),
-            "tables": self._tables.held(),
         }
-
-    @property
-    def worker(self) -> str:
-        """This worker's name."""
-        return self._worker
 
     # --- page, health, metrics ---
 
     async def page(self, request: web.Request) -> web.Response:
         """A page, or a file that it loads."""
-        body, packed, content_type = self._static.get(request.path) or self._static[pages.DEVICE]
-        # Packed once and for all: the editor is 360 kB, and a page is looked at over a phone, too.
-        takes = "gzip" in request.headers.get(hdrs.ACCEPT_ENCODING, "").lower()
-        headers = {hdrs.VARY: hdrs.ACCEPT_ENCODING, **({hdrs.CONTENT_ENCODING: "gzip"} if takes else {})}
-        return web.Response(body=packed if takes else body, content_type=content_type, charset="utf-8", headers=headers)
+        body, content_type = self._static.get(request.path) or self._static[pages.DEVICE]
+        return web.Response(body=body, content_type=content_type, charset="utf-8")
 
     def _health(self) -> health.Health:
         return health.judge(self._host.health_report(), health.dependencies())
@@ -250,7 +230,6 @@ class Console:
         stage = request.match_info["stage"][:TEXT_MAX]
         if not self._host.reset_fuse(stage):
             missing("there is no stage of that name")
-        self._tell("fuse_closed", request[OPERATOR] or UNKNOWN, stage=stage, worker=self._worker)
         return answer({"stage": stage, "reset": True})
 
     async def tables(self, _request: web.Request) -> web.Response:

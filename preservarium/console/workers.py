@@ -14,7 +14,7 @@ import orjson
 import structlog
 from mode import Service
 
-from preservarium import metrics, topics
+from preservarium import topics
 from preservarium.clock import Clock, ClockCheck
 from preservarium.settings import LiveSettings
 from preservarium.streaming.following import Follower, follow
@@ -166,14 +166,7 @@ class WorkersFollower(Follower):
                     if not failed:
                         log.warning("worker_status_not_sent", error=f"{type(e).__name__}: {e}")
                     failed = True
-            self._count()
             await self.sleep(CHANGED_EVERY_S)
-
-    def _count(self) -> None:
-        found = self._workers.all(self._clock.now_us())
-        gone = sum(1 for worker in found if worker["gone"])
-        metrics.WORKERS.labels("there").set(len(found) - gone)
-        metrics.WORKERS.labels("gone").set(gone)
 
     @property
     def current(self) -> bool:

@@ -61,9 +61,6 @@ def shareable(settings: Settings) -> dict[str, str]:
         value = getattr(holder, each.name)
         if _secret(value) or value == type(holder).model_fields[each.name].default or each.name in _OWN:
             continue
-        # Without its secret, what else is said of an archive in S3 would be half of a log-in, which is refused.
-        if each.section == "archive" and _secret(settings.archive.s3_secret_key):
-            continue
         text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
         found[each.variable] = text.lower() if isinstance(value, bool) else text
     return found

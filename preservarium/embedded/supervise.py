@@ -179,12 +179,12 @@ class Workers:
         await asyncio.gather(*(asyncio.to_thread(worker.stop) for worker in self.workers))
 
     async def statuses(self, http: aiohttp.ClientSession) -> dict[str, dict[str, Any]]:
-        """/api/v1/status of every worker that answers, by name."""
+        """/api/status of every worker that answers, by name."""
 
         async def ask(worker: Worker) -> tuple[str, dict[str, Any] | None]:
             try:
                 timeout = aiohttp.ClientTimeout(total=ASK_S)
-                async with http.get(f"{worker.url}/api/v1/status", timeout=timeout, headers=self._headers) as response:
+                async with http.get(f"{worker.url}/api/status", timeout=timeout, headers=self._headers) as response:
                     return worker.name, await response.json() if response.status == HTTPStatus.OK else None
             except (aiohttp.ClientError, TimeoutError, ValueError):
                 return worker.name, None

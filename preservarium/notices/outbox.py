@@ -240,11 +240,6 @@ class Notifier:
         metrics.NOTICES.labels(notice.channel, outcome).inc()
         waited_us = self._clock.now_us() - notice.delivery["planned_at"]
         metrics.NOTICE_SECONDS.labels(notice.channel).observe(max(0, waited_us) / 1e6)
-        first = notice.delivery["lines"][0] if notice.delivery["lines"] else None
-        if outcome == "sent" and first is not None and first.get("new") and first.get("status") == "raised":
-            # With whatever the rule, the group and an escalation ask to wait for.
-            age_us = self._clock.now_us() - first["detected_at"]
-            metrics.END_TO_END.labels("notice", "receipt").observe(max(0, age_us) / 1e6)
 
     def _error(self, batch: Batch, record: Record, delivery: Mapping[str, Any], text: str) -> Any:
         first: Mapping[str, Any] = delivery["lines"][0] if delivery["lines"] else {}

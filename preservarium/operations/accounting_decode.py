@@ -10,7 +10,6 @@ from preservarium.domain.decoders.scripts import ScriptParser
 from preservarium.domain.readings.address import canonical_address
 from preservarium.domain.readings.normalize import CompiledDevice, compile_device, normalize, standardize
 from preservarium.domain.readings.reading import Message, RawMessage
-from preservarium.domain.registry.sealed import NO_KEYS, Keyring
 from preservarium.errors import Reject
 from preservarium.sandbox.pool import Call, Limits, SandboxPool
 from preservarium.settings import Settings
@@ -47,9 +46,7 @@ async def registry_decode(settings: Settings) -> "RegistryDecode":
             limits, cpu_s=limits.cpu_s * 5, wall_s=limits.wall_s * 5, hard_faults_max=1_000, soft_faults_max=1 << 62
         )
     )
-    normalize_settings = settings.normalize
-    keys = Keyring(normalize_settings.secrets_key.get_secret_value())
-    return RegistryDecode(documents, sandbox, readings_max=normalize_settings.readings_max, keys=keys)
+    return RegistryDecode(documents, sandbox, readings_max=settings.normalize.readings_max)
 
 
 class RegistryDecode:
@@ -59,18 +56,12 @@ class RegistryDecode:
         documents: datatypes, parsers, types and devices.
         sandbox: runs parser scripts; closed by `close`.
         readings_max: most readings that a message may become.
-        keys: opens devices' secrets.
     """
 
     def __init__(
-        self,
-        documents: Mapping[str, Sequence[Mapping[str, Any]]],
-        sandbox: SandboxPool,
-        *,
-        readings_max: int,
-        keys: Keyring = NO_KEYS,
+        self, documents: Mapping[str, Sequence[Mapping[str, Any]]], sandbox: SandboxPool, *, readings_max: int
     ) -> None:
-        self._compiled = _compiler(documents, keys)
+        self._compiled = _compiler(documents)
         self._sandbox = sandbox
         self._readings_max = readings_max
 
@@ -119,9 +110,7 @@ class RegistryDecode:
         await self._sandbox.close()
 
 
-def _compiler(
-    documents: Mapping[str, Sequence[Mapping[str, Any]]], keys: Keyring
-) -> Callable[[str], CompiledDevice | None]:
+def _compiler(documents: Mapping[str, Sequence[Mapping[str, Any]]]) -> Callable[[str], CompiledDevice | None]:
     datatypes: dict[str, Any] = {d["name"]: d for d in documents["datatype"]}
     parsers: dict[str, Any] = {p["name"]: p for p in documents["parser"] if p["status"] == "active"}
     types: dict[str, Any] = {t["name"]: t for t in documents["type"]}
@@ -136,11 +125,11 @@ def _compiler(
         parser = parsers.get(device_type["parser"]) if device_type else None
         if device is None or device_type is None or parser is None:
             return None
-        own_words = device.get("variables") or device.get("secrets") or device.get("time_zone")
+        own_words = device.get("variables") or device.get("time_zone")
         common = parser["name"], device_type.get("time_zone")
         decoder = None if own_words else shared.get(common)
         try:
-            found = compile_device(device, device_type, parser, datatypes.get, decoder, keys=keys)
+            found = compile_device(device, device_type, parser, datatypes.get, decoder)
         except Reject:
             return None
         if not own_words:

@@ -26,8 +26,6 @@ ROWS_MAX: Final = 500
 PASSES_MAX: Final = 3
 #: Later than every instant.
 FOREVER_US: Final = 2**62
-#: The last instant that the engine can say.
-LAST_US: Final = 7_258_118_400_000_000
 _WRAP: Final = 2**64
 
 
@@ -221,42 +219,6 @@ async def _newest(
                 sum(wrong[key][4] for key in of),
                 repair and not any(key in left for key in of),
             )
-
-
-async def restore(
-    engine: Maintenance, table: Newest, keys: Sequence[tuple[Any, ...]], *, settle_s: float, passes: int = 10
-) -> int:
-    """Bring rows of some keys to what the source makes of them, whatever became of it; how many were wrong.
-
-    Args:
-        engine: ClickHouse.
-        table: which.
-        keys: of rows, as texts, in the order of the table's key.
-        settle_s: what is wrong for so long is wrong.
-        passes: so often it is looked at, at most.
-
-    Raises:
-        VerificationError: ClickHouse refuses a statement.
-    """
-    if not keys:
-        return 0
-    owners = sorted({key[table.key.index(table.owner)] for key in keys}, key=str.encode)
-    span = 0, LAST_US
-    parameters = {"low": owners[0], "high": owners[-1], "from": span[0], "to": span[1]}
-    listed = ", ".join(f"tuple({', '.join(map(literal, key))})" for key in keys)
-    text = _compared(table, bounded=True, listed=listed)
-    mended: set[tuple[Any, ...]] = set()
-    for _ in range(passes):
-        seen = {tuple(r[0]): tuple(r[1:]) for r in await engine.query(text, parameters)}
-        if not seen:
-            break
-        await asyncio.sleep(settle_s)
-        again = {tuple(r[0]): tuple(r[1:]) for r in await engine.query(text, parameters)}
-        wrong = {key: one for key, one in again.items() if seen.get(key) == one}
-        if wrong:
-            await _mend(engine, table, wrong, span)
-            mended |= wrong.keys()
-    return len(mended)
 
 
 async def _mend(

@@ -19,7 +19,7 @@ from preservarium.domain.quality.rederivation import Status, StoredReading
 from preservarium.domain.readings import legacy
 from preservarium.operations.raw_records import Records
 from preservarium.operations.rederive import LEARNT_US, Rederiver, Verdict
-from preservarium.operations.sync_status import full_name
+from preservarium.operations.trace import full_name
 from preservarium.settings import Settings
 from preservarium.stores import lineage
 from preservarium.stores.registry_past import Past
@@ -140,8 +140,7 @@ class Checker:
         ):
             some = list(group)
             full = full_name(self._settings, topics.DECODED if old else topics.RAW)
-            wanted = {row.raw.offset for row in some if row.parser != legacy.SQL_PARSER}
-            found: Mapping[int, Any] = await records.at(full, partition, wanted) if wanted else {}
+            found: Mapping[int, Any] = await records.at(full, partition, {row.raw.offset for row in some})
             pairs = [(row, found.get(row.raw.offset)) for row in some]
             for row, verdict in zip(some, await rederiver.verify_many(pairs), strict=True):
                 report.add(row, verdict)

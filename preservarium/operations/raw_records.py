@@ -1,7 +1,6 @@
-"""Records of a topic by their offsets, of Kafka or the archive: no scan, no group, nothing is committed.
+"""Records of a topic by their offsets: no scan, no group, nothing is committed.
 
-What Kafka has deleted comes out of the archive, where that has it. What neither has is told apart from what never stood at an offset: a
-partition's beginning says so.
+What Kafka has deleted is told apart from what never stood at an offset: a partition's beginning says so.
 """
 
 import asyncio
@@ -13,9 +12,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from preservarium.errors import PreservariumError, reason
-from preservarium.operations.archive.reading import ArchivedRecords
 from preservarium.settings import Settings
-from preservarium.stores.archive_files import ArchivedRecord
 from preservarium.streaming import kafka_clients
 
 #: A broker answers within this time, or is told as not to be asked.
@@ -31,31 +28,23 @@ class RecordsError(PreservariumError):
 
 
 class Span:
-    """What there is of a partition: offsets from `begin` to before `end`, of which Kafka holds those from `kafka` on."""
+    """What Kafka holds of a partition: offsets from `begin` to before `end`."""
 
-    __slots__ = ("begin", "end", "kafka")
+    __slots__ = ("begin", "end")
 
-    def __init__(self, begin: int, end: int, kafka: int | None = None) -> None:
+    def __init__(self, begin: int, end: int) -> None:
         self.begin, self.end = begin, end
-        self.kafka = begin if kafka is None else kafka
-
-
-def source_of(record: Any) -> str:
-    """Where a record came from: kafka, or archive."""
-    return "archive" if isinstance(record, ArchivedRecord) else "kafka"
 
 
 class Records:
     """Reads records by their offsets. For one task at a time.
 
     Args:
-        settings: where Kafka and the archive are.
-        archived: whether what Kafka holds no more is read from the archive, where there is one.
+        settings: where Kafka is.
     """
 
-    def __init__(self, settings: Settings, *, archived: bool = True) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._archive = ArchivedRecords(settings) if archived and settings.archive.url else None
         self._consumer: Any = None
         self._spans: dict[TopicPartition, Span | None] = {}
         self._partitions: dict[str, frozenset[int]] = {}
@@ -81,13 +70,10 @@ class Records:
         except (KafkaError, OSError, TimeoutError) as e:
             await kafka_clients.stop(self._consumer)
             raise self._error(e) from None
-        kafka_clients.keep_as_parsed(self._consumer, lambda _topic: True)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Disconnect."""
-        if self._archive is not None:
-            await self._archive.close()
         await kafka_clients.stop(self._consumer, 5.0)
 
     def _error(self, e: BaseException) -> RecordsError:
@@ -118,7 +104,7 @@ class Records:
         return self._partitions.get(topic, frozenset())
 
     async def span(self, topic: str, partition: int, *, again: bool = False) -> Span | None:
-        """What there is of a partition of a topic (full name); None where there is none.
+        """What Kafka holds of a partition of a topic (full name); None where there is none.
 
         Args:
             topic: full name.
@@ -127,13 +113,11 @@ class Records:
 
         Raises:
             RecordsError: Kafka cannot be asked.
-            ArchiveError: the archive cannot be asked.
         """
         tp = TopicPartition(topic, partition)
         if tp not in self._spans or again:
-            archived = None if self._archive is None else await self._archive.span(topic, partition)
             if partition not in await self.partitions(topic):
-                self._spans[tp] = None if archived is None else Span(*archived, archived[1])
+                self._spans[tp] = None
             else:
                 try:
                     async with asyncio.timeout(ASK_S):
@@ -141,27 +125,11 @@ class Records:
                         ends = await self._consumer.end_offsets([tp])
                 except (KafkaError, OSError, TimeoutError) as e:
                     raise self._error(e) from None
-                begin = begins[tp] if archived is None else min(archived[0], begins[tp])
-                self._spans[tp] = Span(begin, ends[tp], begins[tp])
+                self._spans[tp] = Span(begins[tp], ends[tp])
         return self._spans[tp]
 
-    async def bounds(
-        self, partitions: Sequence[TopicPartition]
-    ) -> tuple[dict[TopicPartition, int], dict[TopicPartition, int]]:
-        """First offsets and ends of partitions that are there, of many topics at once.
-
-        Raises:
-            RecordsError: Kafka cannot be asked.
-        """
-        try:
-            async with asyncio.timeout(ASK_S):
-                begins = await self._consumer.beginning_offsets([*partitions])
-                return begins, await self._consumer.end_offsets([*partitions])
-        except (KafkaError, OSError, TimeoutError) as e:
-            raise self._error(e) from None
-
     async def at(self, topic: str, partition: int, offsets: Iterable[int]) -> dict[int, Any]:
-        """Records by their offsets; those that neither Kafka nor the archive has are left out.
+        """Records by their offsets; those that Kafka does not hold are left out.
 
         Args:
             topic: full name.
@@ -170,16 +138,12 @@ class Records:
 
         Raises:
             RecordsError: Kafka cannot be asked.
-            ArchiveError: the archive cannot be read.
         """
         span = await self.span(topic, partition)
         found: dict[int, Any] = {}
         if span is None:
             return found
-        asked = set(offsets)
-        if self._archive is not None and (gone := {offset for offset in asked if span.begin <= offset < span.kafka}):
-            found.update(await self._archive.at(topic, partition, gone))
-        wanted = sorted({offset for offset in asked if span.kafka <= offset < span.end})
+        wanted = sorted({offset for offset in offsets if span.begin <= offset < span.end})
         for run in _runs(wanted):
             needed = set(run)
             async for records in self.between(topic, partition, run[0], run[-1] + 1):
@@ -187,18 +151,11 @@ class Records:
         return found
 
     async def between(self, topic: str, partition: int, begin: int, end: int) -> AsyncIterator[Sequence[Any]]:
-        """Records from offset `begin` to before `end`, which lie within the partition's span, some at a time.
+        """Records from offset `begin` to before `end`, both of which Kafka holds, some at a time.
 
         Raises:
             RecordsError: Kafka cannot be asked, or gives nothing.
-            ArchiveError: the archive cannot be read.
         """
-        if self._archive is not None and begin < end:
-            span = await self.span(topic, partition)
-            if span is not None and begin < span.kafka:
-                async for archived in self._archive.between(topic, partition, begin, min(end, span.kafka)):
-                    yield archived
-                begin = span.kafka
         if begin >= end:
             return
         tp = TopicPartition(topic, partition)
@@ -228,27 +185,16 @@ class Records:
 
         Raises:
             RecordsError: Kafka cannot be asked.
-            ArchiveError: the archive cannot be read.
         """
         tps = [TopicPartition(topic, p) for p in partitions]
-        archived: dict[int, int] = {}
-        for tp in tps if self._archive is not None else ():
-            assert self._archive is not None
-            span = await self.span(topic, tp.partition)
-            if span is None or span.begin >= span.kafka:
-                continue
-            offset = await self._archive.since(topic, tp.partition, at_us)
-            if offset is not None and offset < span.kafka:
-                archived[tp.partition] = offset
-        tps = [tp for tp in tps if tp.partition not in archived]
         if not tps:
-            return archived
+            return {}
         try:
             async with asyncio.timeout(ASK_S):
                 found = await kafka_clients.offsets_since(self._consumer, dict.fromkeys(tps, max(0, at_us // 1_000)))
         except (KafkaError, OSError, TimeoutError) as e:
             raise self._error(e) from None
-        return archived | {tp.partition: offset for tp, offset in found.items()}
+        return {tp.partition: offset for tp, offset in found.items()}
 
 
 def _runs(offsets: Sequence[int]) -> list[list[int]]:

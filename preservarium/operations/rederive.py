@@ -15,7 +15,6 @@ import structlog
 from preservarium import topics
 from preservarium.domain.decoders.base import Decoded, sorted_out
 from preservarium.domain.decoders.scripts import ScriptParser
-from preservarium.domain.quality import correction
 from preservarium.domain.quality.checks import DeviceChecks, compile_checks
 from preservarium.domain.quality.rederivation import (
     Difference,
@@ -38,7 +37,6 @@ from preservarium.domain.readings.normalize import (
     standardize,
 )
 from preservarium.domain.readings.reading import RawMessage
-from preservarium.domain.registry.sealed import Keyring
 from preservarium.errors import Fatal, Reject
 from preservarium.sandbox.pool import Call, SandboxPool
 from preservarium.sandbox.pool import Limits as SandboxLimits
@@ -96,7 +94,6 @@ class Rederiver:
     def __init__(self, settings: Settings, past: Past) -> None:
         self._settings = settings
         self._past = past
-        self._keys = Keyring(settings.normalize.secrets_key.get_secret_value())
         self._sandbox: SandboxPool | None = None
         self._known: dict[tuple[str, int, str | None], Configuration | str] = {}
         quality = settings.quality
@@ -140,9 +137,7 @@ class Rederiver:
             named = parser or f"{documents.type['parser']}, active"
             return f"the registry has no parser {named}{when}"
         try:
-            compiled = compile_device(
-                documents.device, documents.type, documents.parser, documents.datatype, keys=self._keys
-            )
+            compiled = compile_device(documents.device, documents.type, documents.parser, documents.datatype)
         except Reject as e:
             return str(e)
         checks = compile_checks(documents.device, documents.datatype, documents.type)
@@ -241,12 +236,7 @@ class Rederiver:
         for i, (stored, record) in enumerate(rows):
             if i % 200 == 199:
                 await asyncio.sleep(0)
-            if stored.parser == legacy.SQL_PARSER:
-                # Before anything else: its coordinates are nobody's, and a record of others may stand there.
-                verdicts[i] = Verdict(Status.UNVERIFIABLE, Unverifiable.NO_RAW)
-            elif not correction.FLAGS.isdisjoint(stored.flags):
-                verdicts[i] = Verdict(Status.UNVERIFIABLE, Unverifiable.CORRECTED)
-            elif record is None:
+            if record is None:
                 verdicts[i] = Verdict(Status.UNVERIFIABLE, Unverifiable.RAW_GONE)
             elif stored.parser == legacy.PARSER:
                 verdicts[i] = _legacy(stored, record)

@@ -21,7 +21,6 @@ import orjson
 from preservarium import topics
 from preservarium.domain.readings.address import canonical_address
 from preservarium.errors import ReasonCode
-from preservarium.operations.dlq import REDRIVEN, Letter
 from preservarium.settings import Settings
 from preservarium.streaming import following
 
@@ -38,8 +37,6 @@ KEPT_MAX: Final = 20_000
 KEPT_BYTES_MAX: Final = 24 << 20
 #: Devices remembered that the registry does not know.
 UNKNOWN_MAX: Final = 20_000
-#: Inputs remembered that were redriven or discarded: their marks are a hundred bytes each.
-SETTLED_MAX: Final = 50_000
 #: Causes told apart: stages by codes are a few hundred, of which a handful happen.
 CAUSES_MAX: Final = 500
 
@@ -112,7 +109,6 @@ class Kept:
     cause: tuple[str, str]  #: (stage, code)
     device: str  #: canonical address; "" where none is known
     value: bytes
-    parser: str = ""  #: name@version that read the message; "" where none is known
 
     @property
     def place(self) -> tuple[int, int]:
@@ -149,7 +145,6 @@ class Refusals:
         self._devices: dict[str, dict[str, Kept]] = {}
         self._ids: dict[str, Kept] = {}
         self._unknown: OrderedDict[str, int] = OrderedDict()
-        self._settled: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._bytes = 0
         self._number = 0
         self.since_us: int | None = None  #: of the oldest line that was read
@@ -166,10 +161,7 @@ class Refusals:
                 continue
             device = canonical_address(str(line.get("device_id") or ""))
             self._number += 1
-            kept = Kept(
-                self._number, f"{record.partition}:{record.offset}", at_us, (stage, code), device, record.value,
-                str(line.get("parser") or ""),
-            )  # fmt: skip
+            kept = Kept(self._number, f"{record.partition}:{record.offset}", at_us, (stage, code), device, record.value)
             if kept.id in self._ids:
                 continue
             self.since_us = at_us if self.since_us is None else min(self.since_us, at_us)
@@ -179,28 +171,6 @@ class Refusals:
                 self._unknown.move_to_end(device)
                 if len(self._unknown) > UNKNOWN_MAX:
                     self._unknown.popitem(last=False)
-
-    def settle(self, records: Sequence[Any]) -> None:
-        """Take records of `iot_redriven`: what became of inputs. What is none of ours is left out."""
-        for record in records:
-            try:
-                marker = orjson.loads(record.value or b"null")
-                key, at_us = (record.key or b"").decode(), int(marker["at"])
-            except (orjson.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
-                continue
-            self._settled[key] = {
-                "how": str(marker.get("outcome", REDRIVEN)),
-                "at": at_us,
-                "reason": marker.get("reason"),
-                "actor": marker.get("actor"),
-            }
-            self._settled.move_to_end(key)
-            if len(self._settled) > SETTLED_MAX:
-                self._settled.popitem(last=False)
-
-    def settled(self, line: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What became of the input of an error line: `{how, at, reason, actor}`; None where nothing is known of it."""
-        return self._settled.get(Letter("", dict(line)).coordinates)
 
     def _count(self, kept: Kept) -> None:
         cause = self._causes.get(kept.cause)
@@ -256,16 +226,7 @@ class Refusals:
         return found
 
     def newest(
-        self,
-        *,
-        stage: str = "",
-        code: str = "",
-        device_id: str = "",
-        parser: str = "",
-        since_us: int | None = None,
-        until_us: int | None = None,
-        before: tuple[int, int] | None = None,
-        limit: int,
+        self, *, stage: str = "", code: str = "", device_id: str = "", before: tuple[int, int] | None = None, limit: int
     ) -> tuple[list[Kept], tuple[int, int] | None]:
         """Lines that are kept, newest first, and `before` of the next page.
 
@@ -273,9 +234,6 @@ class Refusals:
             stage: of this stage; "" for all.
             code: of this code; "" for all.
             device_id: of this device, in any spelling; "" for all.
-            parser: of this parser, by name in any version, or by name@version; "" for all.
-            since_us: refused then or later, µs.
-            until_us: refused then or earlier, µs.
             before: (instant, number) of the last one of the page before.
             limit: most lines.
         """
@@ -292,12 +250,7 @@ class Refusals:
         found = [
             kept
             for kept in lines
-            if (before is None or kept.place < before)
-            and stage in ("", kept.cause[0])
-            and code in ("", kept.cause[1])
-            and parser in ("", kept.parser, kept.parser.rpartition("@")[0])
-            and (since_us is None or kept.at_us >= since_us)
-            and (until_us is None or kept.at_us <= until_us)
+            if (before is None or kept.place < before) and stage in ("", kept.cause[0]) and code in ("", kept.cause[1])
         ]
         newest = heapq.nlargest(limit + 1, found, key=lambda kept: kept.place)
         page = newest[:limit]
@@ -323,9 +276,6 @@ async def follow(refusals: Refusals, settings: Settings, *, now_us: int, stopped
     taken: dict[int, int] = {}
 
     def take(records: Sequence[Any], first: bool) -> None:
-        if records and records[0].topic == markers:
-            refusals.settle(records)
-            return
         refusals.take(records)
         if first and records:
             partition = records[0].partition
@@ -337,9 +287,7 @@ async def follow(refusals: Refusals, settings: Settings, *, now_us: int, stopped
         refusals.ready.set()
 
     kafka = settings.kafka
-    since_ms = max(0, now_us - SPAN_S * S_US) // 1_000
-    markers = topics.REDRIVEN.full(kafka.topic_prefix)
-    source = {topics.ERRORS.full(kafka.topic_prefix): since_ms, markers: since_ms}
+    source = {topics.ERRORS.full(kafka.topic_prefix): max(0, now_us - SPAN_S * S_US) // 1_000}
     await following.follow(
         kafka, source, take, caught_up, client="preservarium-refusals", stopped=stopped, records_max=RECORDS_MAX
     )

@@ -31,14 +31,14 @@ from preservarium import topics
 from preservarium.clock import SystemClock
 from preservarium.domain.readings.lineage import GENERATION_LIVE, GENERATIONS_MAX
 from preservarium.errors import PreservariumError, reason
-from preservarium.operations.raw_records import Records, source_of
+from preservarium.operations.raw_records import Records
 from preservarium.operations.sync_status import STAGES as SYNC_STAGES
-from preservarium.operations.sync_status import full_name, group_positions
+from preservarium.operations.sync_status import group_positions
 from preservarium.registry.catalogue import Catalogue
 from preservarium.sandbox.pool import Limits, SandboxPool
 from preservarium.settings import LiveSettings, Settings
 from preservarium.stages.normalize import Normalizer
-from preservarium.stores import changes, positions, registry
+from preservarium.stores import positions, registry
 from preservarium.stores.tables import EVENT_TABLES
 from preservarium.streaming import kafka_clients
 from preservarium.streaming.publish import Publisher
@@ -115,16 +115,10 @@ class Target:
 class Place:
     """One partition: where the stage stands, and where it will."""
 
-    begin: int  #: what there is begins here
+    begin: int  #: what Kafka holds begins here
     end: int
     now: int | None  #: where the stage stands; None: nowhere yet, so that it begins at the beginning
     to: int
-    kafka: int = 0  #: what is below comes out of the archive
-
-    @property
-    def archived(self) -> int:
-        """Offsets that are read from the archive."""
-        return max(0, min(self.kafka, self.end) - self.to)
 
     @property
     def again(self) -> int:
@@ -182,14 +176,7 @@ class Plan:
             "records": self.records,
             "skipped": self.skipped,
             "partitions": {
-                str(p): {
-                    "begin": at.begin,
-                    "end": at.end,
-                    "now": at.now,
-                    "to": at.to,
-                    "again": at.again,
-                    "archived": at.archived,
-                }
+                str(p): {"begin": at.begin, "end": at.end, "now": at.now, "to": at.to, "again": at.again}
                 for p, at in sorted(self.places.items())
             },
             "says": self.says,
@@ -249,7 +236,7 @@ async def plan(
     if generation is not None and way is not Way.GENERATION:
         message = f"stage {stage} has no generations of its own: leave --generation out"
         raise ReplayError(message)
-    full = full_name(settings, topic)
+    full = settings.normalize.decoded_topic if topic is topics.DECODED else topic.full(settings.kafka.topic_prefix)
     made = Plan(stage, way, topic.name, str(target), {})
     now: Mapping[int, int | None] = {}
     if way is not Way.GENERATION:
@@ -260,8 +247,7 @@ async def plan(
     elif way is Way.GROUP:
         found = (await group_positions(settings, [(stage, topic)]))[stage]
         now = {p: at.committed for p, at in found.items()}
-    # A generation is made of what is anywhere; a consumer gets what Kafka holds.
-    async with Records(settings, archived=way is Way.GENERATION) as records:
+    async with Records(settings) as records:
         there = await records.partitions(full)
         if not there:
             message = f"Kafka has no topic {full}"
@@ -281,7 +267,7 @@ async def plan(
             if target.offset is not None and not span.begin <= to <= span.end:
                 message = f"{full}[{partition}] holds offsets {span.begin} to {span.end}, and not {to}"
                 raise ReplayError(message)
-            made.places[partition] = Place(span.begin, span.end, now.get(partition), max(to, span.begin), span.kafka)
+            made.places[partition] = Place(span.begin, span.end, now.get(partition), max(to, span.begin))
     if way is Way.GENERATION:
         await _plan_generation(connection, made, generation)
     made.says = _says(made, settings)
@@ -299,16 +285,13 @@ async def _plan_generation(connection: Any, made: Plan, generation: int | None) 
         made.resumed = True
         made.target = f"generation {generation}, as it was opened"
         made.places = {
-            p: Place(place.begin, one.ends[p], None, max(one.starts[p], place.begin), place.kafka)
+            p: Place(place.begin, one.ends[p], None, max(one.starts[p], place.begin))
             for p, place in made.places.items()
             if p in one.ends
         }
         made.generation = generation
         return
-    # Changes have generations of the same numbers (operations/changes).
-    highest = max(
-        [*known, await _highest(connection), await changes.highest_generation(connection)], default=GENERATION_LIVE
-    )
+    highest = max([*known, await _highest(connection)], default=GENERATION_LIVE)
     made.generation = highest + 1 if generation is None else generation
     if not GENERATION_LIVE < made.generation <= GENERATION_MAX:
         message = f"a generation is a number from 1 to {GENERATION_MAX}"
@@ -340,17 +323,11 @@ def _says(made: Plan, settings: Settings) -> list[str]:
             "a counter tells no consumption, and windows that the time holds in part are made of that part.",
             f"A device keeps the state of {GENERATIONS_MAX - 1} replays: of more, the oldest must be over.",
         ]
-        if archived := sum(place.archived for place in made.places.values()):
-            says.append(
-                f"{archived:,} of these records are Kafka's no more and come from the archive ({settings.archive.url})."
-            )
         if gone := [p for p, place in made.places.items() if place.to == place.begin and place.begin > 0]:
-            kept = (
-                "The archive begins there, and Kafka holds nothing older"
-                if settings.archive.url
-                else f"Kafka keeps raw records for {settings.kafka.raw_retention_hours} hours unless told otherwise, and nothing is archived"
+            says.append(
+                f"Kafka keeps raw records for {(topics.RAW.retention_ms or 0) // topics.HOUR_MS} hours unless told otherwise: partition "
+                f"{', '.join(map(str, gone))} begins where its retention says."
             )
-            says.append(f"{kept}: partition {', '.join(map(str, gone))} begins there.")
         return says
     says = []
     if made.way is Way.DATABASE:
@@ -427,13 +404,13 @@ async def move(settings: Settings, connection: Any, made: Plan, *, skip: bool = 
     if made.way is Way.DATABASE:
         await positions.move(connection, made.stage, made.topic, settings.sink.generation, to)
         topic = SINKS[made.stage]
-        full = full_name(settings, topic)
+        full = settings.normalize.decoded_topic if topic is topics.DECODED else topic.full(settings.kafka.topic_prefix)
         # Who has nothing to write does not look at its position.
         return await _share_out_anew(settings, made.group, full) if made.members else False
     if made.members:
         message = f"group {made.group} has {made.members} members: stop the workers first"
         raise ReplayError(message)
-    full = full_name(settings, SYNCS[made.stage])
+    full = SYNCS[made.stage].full(settings.kafka.topic_prefix)
     consumer = AIOKafkaConsumer(**kafka_clients.reading(settings.kafka), group_id=made.group, enable_auto_commit=False)
     try:
         async with asyncio.timeout(ASK_S):
@@ -493,7 +470,6 @@ class Sent:
     passed: int = 0  #: raw records of a replay before: not replayed
     messages: int = 0  #: records of standardized messages
     errors: int = 0  #: error lines
-    archived: int = 0  #: records of `records` and `passed` that came from the archive
     gone: int = 0  #: offsets without a record by now: deleted by Kafka's retention meanwhile, or never one
 
     def document(self) -> dict[str, int]:
@@ -504,7 +480,6 @@ class Sent:
             "passed": self.passed,
             "messages": self.messages,
             "errors": self.errors,
-            "archived": self.archived,
             "gone": self.gone,
         }
 
@@ -588,7 +563,6 @@ async def send(
                 async for some in records.between(full, partition, place.to, place.end):
                     live_ones = [one for one in some if generation_of(one) == GENERATION_LIVE]
                     done.passed += len(some) - len(live_ones)
-                    done.archived += len(some) if source_of(some[0]) == "archive" else 0
                     if live_ones:
                         again = [
                             _Again(one.offset, one.timestamp, one.key, one.value, (*_without(one.headers), header))

@@ -20,14 +20,14 @@ from preservarium.errors import PreservariumError, reason
 from preservarium.operations.compared_tables import Compared
 from preservarium.operations.topic_comparison import Replayed
 from preservarium.settings import Settings
-from preservarium.stages.sync import DECODED, EMPLOYEES, EVENTS, MEASUREMENTS, TASK_EVENTS
+from preservarium.stages.sync import EMPLOYEES, EVENTS, MEASUREMENTS, TASK_EVENTS
 from preservarium.streaming import kafka_clients
 from preservarium.streaming.feeds import MEMORY, PLAN
 from preservarium.topics import Topic
 
 #: (stage, and suffix of its consumer group; topic; table)
 STAGES: Final[tuple[tuple[str, Topic, str], ...]] = tuple(
-    (t.stage, t.topic, t.name) for t in (MEASUREMENTS, DECODED, *EVENTS, TASK_EVENTS, EMPLOYEES)
+    (t.stage, t.topic, t.name) for t in (MEASUREMENTS, *EVENTS, TASK_EVENTS, EMPLOYEES)
 )
 
 #: A server that does not answer within this time is told as unknown.
@@ -84,13 +84,6 @@ class Status:
     breaker_reason: str = ""
 
 
-def full_name(settings: Settings, topic: Topic) -> str:
-    """A topic's name in the cluster; that of the replaced service is a setting."""
-    if topic is topics.DECODED:
-        return settings.normalize.decoded_topic
-    return topic.full(settings.kafka.topic_prefix)
-
-
 async def group_positions(settings: Settings, stages: Sequence[tuple[str, Topic]]) -> dict[str, dict[int, Partition]]:
     """Where the groups of stages stand: suffix of the group -> partition -> position.
 
@@ -108,13 +101,13 @@ async def group_positions(settings: Settings, stages: Sequence[tuple[str, Topic]
             # All topics are asked for: naming one that is missing makes it on brokers that auto-create.
             there = {t["topic"]: t["partitions"] for t in await admin.describe_topics(None) if not t["error_code"]}
             for suffix, topic in stages:
-                full = full_name(settings, topic)
+                full = topic.full(kafka.topic_prefix)
                 if full not in there:
                     found[suffix] = {}
                     continue
                 tps = [TopicPartition(full, p) for p in sorted(p["partition"] for p in there[full])]
                 ends = await consumer.end_offsets(tps)
-                committed = await committed_by(admin, f"{kafka.group}-{suffix}", tps)
+                committed = await _committed(admin, f"{kafka.group}-{suffix}", tps)
                 found[suffix] = {tp.partition: _position(committed.get(tp), ends[tp]) for tp in tps}
     except (KafkaError, OSError, TimeoutError) as e:
         message = f"Kafka cannot be asked at {kafka.bootstrap_servers}: {reason(e)}"
@@ -125,8 +118,7 @@ async def group_positions(settings: Settings, stages: Sequence[tuple[str, Topic]
     return found
 
 
-async def committed_by(admin: Any, group: str, tps: list[TopicPartition]) -> Mapping[TopicPartition, Any]:
-    """What a group has committed of partitions; -1 where nothing."""
+async def _committed(admin: Any, group: str, tps: list[TopicPartition]) -> Mapping[TopicPartition, Any]:
     while True:
         try:
             found: Mapping[TopicPartition, Any] = await admin.list_consumer_group_offsets(group, partitions=tps)

@@ -1,6 +1,6 @@
 """Where a stored reading comes from, and what became of a raw record: each step with what it knew and made.
 
-Nothing is searched: a row has the raw coordinates of its message, Kafka or the archive gives a record by its offset, and the databases answer by
+Nothing is searched: a row has the raw coordinates of its message, Kafka gives a record by its offset, and the databases answer by
 their keys. Of `iot_errors`, which has no index, the lines of the device's partition are read from the receipt of the message on, and
 no more than `ERRORS_READ_MAX` of them.
 """
@@ -30,12 +30,13 @@ from preservarium.domain.readings import legacy
 from preservarium.domain.readings.lineage import Coordinates, derivation_of
 from preservarium.domain.readings.reading import Quality, RawMessage
 from preservarium.errors import Fatal, PreservariumError, Reject, Retry
-from preservarium.operations.raw_records import Records, source_of
+from preservarium.operations.raw_records import Records
 from preservarium.operations.rederive import LEARNT_US, Configuration, Derived, Rederiver, Verdict
-from preservarium.operations.sync_status import full_name
 from preservarium.settings import Settings
 from preservarium.stores import lineage
+from preservarium.stores.clickhouse import ClickHouseStore
 from preservarium.stores.registry_past import Past
+from preservarium.streaming.publish import partition_of
 from preservarium.streaming.records import attempt_of, generation_of, original_line, parse_raw, received_ms
 
 #: Bytes of a raw message that are shown; all of them count for the hash.
@@ -53,8 +54,7 @@ CANDIDATES_MAX: Final = 10
 #: A database that has not answered within this time is told as not to be asked.
 ASK_S: Final = 10.0
 
-GONE: Final = "Kafka has deleted it, and it is not archived: partition {partition} of {topic} begins at offset {begin}"
-NOT_ARCHIVED: Final = "; nothing is archived (PRESERVARIUM_ARCHIVE__URL)"
+GONE: Final = "Kafka has deleted it: {topic} keeps {days:g} days, and partition {partition} begins at offset {begin}"
 
 
 class TraceError(PreservariumError):
@@ -81,7 +81,7 @@ class Tracer:
         clickhouse: where ClickHouse is; None: it is not asked.
     """
 
-    def __init__(self, settings: Settings, connection: Any, clickhouse: lineage.Asked | None = None) -> None:
+    def __init__(self, settings: Settings, connection: Any, clickhouse: ClickHouseStore | None = None) -> None:
         self._settings = settings
         self._connection = connection
         self._clickhouse = clickhouse
@@ -100,22 +100,18 @@ class Tracer:
         Raises:
             TraceError: there is no such reading, or there are several.
             RecordsError: Kafka cannot be asked.
-            ArchiveError: the archive cannot be read.
         """
         stored, series_id = await self._find(point)
         await self._past.prepare(stored.received_at - 2 * LEARNT_US)
         topic = topics.DECODED if stored.parser == legacy.PARSER else topics.RAW
         full = full_name(self._settings, topic)
-        if stored.parser == legacy.SQL_PARSER:
-            record, gone = None, legacy.BY_SQL
-        else:
-            async with Records(self._settings) as records:
-                record, gone = await self._record(records, full, stored.raw)
+        async with Records(self._settings) as records:
+            record, gone = await self._record(records, full, topic, stored.raw)
         clickhouse = asyncio.ensure_future(self._in_clickhouse(stored))
         try:
             verdict = await self._rederiver.verify(stored, record)
             configuration = verdict.derived.configuration if verdict.derived is not None else None
-            if configuration is None and topic is topics.RAW and stored.parser != legacy.SQL_PARSER:
+            if configuration is None and topic is topics.RAW:
                 found = await self._rederiver.configuration(stored.device_id, stored.received_at, stored.parser)
                 configuration = found if isinstance(found, Configuration) else None
             raw = self._raw(record, stored.raw, topic.name, gone)
@@ -181,11 +177,10 @@ class Tracer:
         Raises:
             TraceError: there is no such record, or Kafka has deleted it: then nothing says whose it was.
             RecordsError: Kafka cannot be asked.
-            ArchiveError: the archive cannot be read.
         """
         full = topics.RAW.full(self._prefix)
         async with Records(self._settings) as records:
-            record, gone = await self._record(records, full, Coordinates(partition, offset, line or 0))
+            record, gone = await self._record(records, full, topics.RAW, Coordinates(partition, offset, line or 0))
             if record is None:
                 message = f"raw {partition}:{offset}: {gone}"
                 raise TraceError(message)
@@ -215,7 +210,6 @@ class Tracer:
                 "partition": partition,
                 "offset": offset,
                 "line": line,
-                "source": source_of(record),
                 "kafka_time": record.timestamp * 1_000,
                 "key": (record.key or b"").decode("utf-8", "replace") or None,
                 "bytes": len(record.value or b""),
@@ -281,9 +275,6 @@ class Tracer:
         if not there:
             return [], True
         count = len(there)
-        # With Kafka's producer, which nothing else of a trace needs.
-        from preservarium.streaming.publish import partition_of
-
         places = {partition_of(key.encode(), count) for key in keys} & there
         # A second before: the clocks of brokers and connectors differ.
         begins = await records.since(full, places, since_us - 1_000_000)
@@ -308,15 +299,17 @@ class Tracer:
     def _prefix(self) -> str:
         return self._settings.kafka.topic_prefix
 
-    async def _record(self, records: Records, full: str, raw: Coordinates) -> tuple[Any | None, str]:
+    async def _record(
+        self, records: Records, full: str, topic: topics.Topic, raw: Coordinates
+    ) -> tuple[Any | None, str]:
         """The record, or why there is none."""
         span = await records.span(full, raw.partition)
         if span is None:
             return None, f"Kafka has no partition {raw.partition} of {full}"
         if raw.offset < span.begin:
-            gone = GONE.format(topic=full, partition=raw.partition, begin=span.begin)
-            return None, gone if self._settings.archive.url else gone + NOT_ARCHIVED
-        if raw.offset >= max(span.end, span.kafka):
+            days = (topic.retention_ms or 0) / topics.DAY_MS
+            return None, GONE.format(topic=full, days=days, partition=raw.partition, begin=span.begin)
+        if raw.offset >= span.end:
             return None, f"partition {raw.partition} of {full} ends at offset {span.end}: the topic was made anew"
         found = await records.at(full, raw.partition, [raw.offset])
         return found.get(raw.offset), "" if raw.offset in found else "no record stands at this offset"
@@ -328,13 +321,7 @@ class Tracer:
         if topic != topics.RAW.name:
             lines = (record.value or b"").split(b"\n")
             line = lines[raw.line] if raw.line < len(lines) else b""
-            return {
-                **place,
-                "available": True,
-                "source": source_of(record),
-                "kafka_time": record.timestamp * 1_000,
-                **_bytes(line),
-            }
+            return {**place, "available": True, "kafka_time": record.timestamp * 1_000, **_bytes(line)}
         payload_max = self._settings.normalize.payload_bytes_max
         messages, refused = parse_raw(record, topic, raw.partition, payload_bytes_max=payload_max)
         alone = len(messages) + len(refused) == 1
@@ -346,7 +333,6 @@ class Tracer:
 
     def _raw_of(self, message: RawMessage, line: bytes, record: Any) -> dict[str, Any]:
         return {
-            "source": source_of(record),
             "kafka_time": record.timestamp * 1_000,
             "connector": message["connector"],
             "mode": message["mode"] or None,
@@ -387,6 +373,13 @@ class Tracer:
         if bits(row["value"]) != bits(stored.value):
             other.append("value")
         return {"asked": True, "row": row, "same": not other, "differs_in": sorted(other)}
+
+
+def full_name(settings: Settings, topic: topics.Topic) -> str:
+    """A topic's name in the cluster; that of the replaced service is a setting."""
+    if topic is topics.DECODED:
+        return settings.normalize.decoded_topic
+    return topic.full(settings.kafka.topic_prefix)
 
 
 # --- what is said of each step
@@ -557,10 +550,8 @@ def _quality(quality: int) -> str:
 
 _WHY: Final[Mapping[Unverifiable, str]] = {
     Unverifiable.RAW_GONE: "Kafka has the raw record no more",
-    Unverifiable.NO_RAW: legacy.BY_SQL,
     Unverifiable.OTHER_MESSAGES: "other messages decided it, too: a later verdict, or what a counter consumed since its last state",
     Unverifiable.NO_CONFIGURATION: "the registry has not what read it",
-    Unverifiable.CORRECTED: "people have corrected it: `preservarium correct list` shows what stood there",
     Unverifiable.NO_SANDBOX: "its parser is a script, and the sandbox does not start here",
 }
 

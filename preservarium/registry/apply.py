@@ -4,7 +4,6 @@ import asyncio
 import getpass
 import socket
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -14,14 +13,12 @@ from aiokafka.errors import KafkaError
 
 from preservarium.clock import Clock, SystemClock
 from preservarium.domain.registry.checks import RegistryFile
-from preservarium.domain.registry.sealed import Keyring
 from preservarium.errors import reason
 from preservarium.registry.file import read
 from preservarium.registry.proving import check_scripts
 from preservarium.registry.relay import Relay
 from preservarium.settings import Settings
 from preservarium.stores import registry as store
-from preservarium.stores.events import ConflictError
 from preservarium.stores.migrate import connect_postgres
 
 #: After a commit we wait so long for the records to be sent; then a worker's relay will do it.
@@ -78,49 +75,12 @@ async def apply(
     """
     # The parser of YAML is slow and pure Python; nobody else waits for this event loop but the caller's worker may.
     file = await asyncio.to_thread(read, path)
-    return await apply_file(settings, file, actor=actor, prune=prune, dry_run=dry_run, wait_s=wait_s, clock=clock)
-
-
-async def apply_file(
-    settings: Settings,
-    file: RegistryFile,
-    *,
-    actor: str | None = None,
-    prune: bool = False,
-    dry_run: bool = False,
-    wait_s: float = 0.0,
-    clock: Clock | None = None,
-    expected: Mapping[str, int] | None = None,
-) -> Applied:
-    """As `apply`, of a file that was read.
-
-    Args:
-        settings: where PostgreSQL and Kafka are.
-        file: what was read; problems are added to it.
-        actor: who does it.
-        prune: remove what the file does not name, in the sections that it has.
-        dry_run: only plan.
-        wait_s: how long to wait for a PostgreSQL that is starting.
-        clock: for the events' instants.
-        expected: stream -> version that its document must have still, 0 where it must not be there: what somebody looked at before
-            he changed it.
-
-    Raises:
-        RegistryFileError, ConflictError, RegistryError, MigrationError: as `apply`.
-    """
     file.raise_for_errors()
     await check_scripts(file, settings)
-    seal_secrets(file, Keyring(settings.normalize.secrets_key.get_secret_value()))
     file.raise_for_errors()
     connection = await connect(settings, wait_s=wait_s)
     try:
         planned = await store.plan(connection, file, prune=prune)
-        for change in planned.changes:
-            wanted = (expected or {}).get(change.stream)
-            there = 0 if change.before is None else change.expected_version
-            if wanted is not None and wanted != there:
-                message = f"{change.stream} was changed by someone else meanwhile; nothing was written: look at it and try again"
-                raise ConflictError(message)
         result = Applied(file, planned)
         if dry_run:
             return result
@@ -131,16 +91,6 @@ async def apply_file(
         return result
     finally:
         await connection.close(timeout=5)
-
-
-def seal_secrets(file: RegistryFile, keys: Keyring) -> None:
-    """Put sealed secrets in the place of plain ones, before anything of the file goes anywhere; what cannot be sealed is noted."""
-    for i, device in enumerate(file.documents.get("device", ())):
-        for name, plain in (device.get("secrets") or {}).items():
-            try:
-                device["secrets"][name] = keys.seal(device["device_id"], name, plain)
-            except ValueError as e:
-                file.problem("device", i, ("secrets", name), str(e))
 
 
 async def connect(settings: Settings, *, wait_s: float = 0.0) -> Any:

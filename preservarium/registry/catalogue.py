@@ -12,7 +12,6 @@ import orjson
 import structlog
 
 from preservarium import metrics, topics
-from preservarium.domain.canary import CanaryDoc
 from preservarium.domain.registry.changes import is_newer
 from preservarium.domain.registry.device import DatatypeDoc, DeviceTypeDoc, ParserDoc, RecipientDoc, RuleDoc
 from preservarium.errors import Retry
@@ -24,7 +23,7 @@ log = structlog.get_logger(__name__)
 
 Document = dict[str, Any]
 
-KINDS: Final = ("datatype", "parser", "type", "rule", "recipient", "canary")
+KINDS: Final = ("datatype", "parser", "type", "rule", "recipient")
 
 #: A handler waits so long for the first reading; then its batch is tried again, which shows as a paused partition.
 READY_WAIT_S: Final = 10.0
@@ -78,11 +77,6 @@ class Catalogue(Follower):
     def recipient(self, name: str) -> RecipientDoc | None:
         """The recipient of that name."""
         return cast(RecipientDoc | None, self._documents["recipient"].get(name))
-
-    @property
-    def canaries(self) -> Mapping[str, CanaryDoc]:
-        """Candidates that a share of the devices sees, by name; see domain/canary.py: seen_by."""
-        return cast(Mapping[str, CanaryDoc], self._documents["canary"])
 
     def documents(self) -> Mapping[str, Mapping[str, Document]]:
         """Every document: kind -> name -> document."""

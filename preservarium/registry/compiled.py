@@ -7,7 +7,6 @@ import orjson
 
 from preservarium import metrics
 from preservarium.clock import Clock
-from preservarium.domain.canary import Variant, seen_by
 from preservarium.domain.quality.checks import CheckCompiler, DeviceChecks
 from preservarium.domain.registry.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc, RuleDoc
 from preservarium.settings import LiveSettings
@@ -103,8 +102,8 @@ class CompiledDevices(Generic[T]):
         self._now_s = clock.monotonic_s
         #: device -> (kept until, its configuration); the oldest first
         self._cache: dict[str, tuple[float, T]] = {}
-        #: which canaries are seen, type and the fields that count -> configuration
-        self._shared: dict[tuple[Variant, str, bytes], T] = {}
+        #: type and the fields that count -> configuration
+        self._shared: dict[tuple[str, bytes], T] = {}
         self._unknown: T | None = None
         self._hits = metrics.CACHE.labels(name, "hit")
         self._misses = metrics.CACHE.labels(name, "miss")
@@ -147,8 +146,7 @@ class CompiledDevices(Generic[T]):
         if self._says is None:
             return self._make(device)
         said = self._says(device)
-        variant, _ = seen_by(self._documents, device["device_id"])
-        key = variant, device["type"], orjson.dumps(said, option=orjson.OPT_SORT_KEYS) if said else b""
+        key = device["type"], orjson.dumps(said, option=orjson.OPT_SORT_KEYS) if said else b""
         made = self._shared.get(key)
         if made is None:
             if len(self._shared) >= self._devices_max:
@@ -182,19 +180,12 @@ class CompiledChecks(CompiledDevices[DeviceChecks]):
         super().__init__(name, self._checks, _of_checks, known, documents, live, clock)
         self._compiler = CheckCompiler(documents.datatype)
         self._compiler_rev = documents.rev
-        #: of devices that see other datatypes than those in force
-        self._variants: dict[Variant, CheckCompiler] = {}
 
     def _checks(self, device: DeviceDoc | None) -> DeviceChecks:
         if self._documents.rev != self._compiler_rev:
             self._compiler = CheckCompiler(self._documents.datatype)
-            self._variants.clear()
             self._compiler_rev = self._documents.rev
-        if device is None:
-            return self._compiler.device(None, None)
-        variant, types = seen_by(self._documents, device["device_id"])
-        compiler = self._compiler if not variant else self._variants.setdefault(variant, CheckCompiler(types.datatype))
-        return compiler.device(device, self._documents.type(device["type"]))
+        return self._compiler.device(device, self._documents.type(device["type"]) if device else None)
 
     def take_problems(self) -> list[str]:
         """What of the datatypes cannot be used, and was not taken yet; for people."""

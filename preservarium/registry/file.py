@@ -7,7 +7,7 @@ where it stands; nothing of a file with an error is applied.
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from ruamel.yaml.scalarstring import LiteralScalarString
 
@@ -28,7 +28,7 @@ from preservarium.domain.registry.documents import (
     source_hash,
 )
 from preservarium.registry import codecs
-from preservarium.registry.yaml_tree import PlainError, editor, line_of, load_tree, plain, plain_file, text_tree
+from preservarium.registry.yaml_tree import PlainError, editor, line_of, load_tree, plain, plain_file
 
 
 def read(path: str | Path) -> RegistryFile:
@@ -40,24 +40,8 @@ def read(path: str | Path) -> RegistryFile:
         RegistryFileError: the file cannot be read, or is no YAML or JSON.
     """
     path = Path(path)
-    return _read(load_tree(path), str(path), path.parent.resolve())
-
-
-#: What a text is called that stands in no file.
-TEXT: Final = "registry.yaml"
-
-
-def read_text(text: str) -> RegistryFile:
-    """Read and check a registry file that is a text, as `read` does. It can name no other file: a parser's source stands in it.
-
-    Raises:
-        RegistryFileError: it is no YAML.
-    """
-    return _read(text_tree(text, TEXT), TEXT, None)
-
-
-def _read(tree: Any, name: str, base: Path | None) -> RegistryFile:
-    result = RegistryFile(name, partial(line_of, tree))
+    tree = load_tree(path)
+    result = RegistryFile(str(path), partial(line_of, tree))
     if tree is None:
         result.note((), "the file is empty")
         return result
@@ -85,20 +69,17 @@ def _read(tree: Any, name: str, base: Path | None) -> RegistryFile:
             except PlainError as e:
                 result.note((*place, *e.path), str(e))
                 continue
-            if document is not None and (kind != "parser" or _load_source(result, place, document, base)):
+            if document is not None and (kind != "parser" or _load_source(result, place, document)):
                 result.add(kind, place, document)
     check_duplicates(result)
     return result
 
 
-def _load_source(registry: RegistryFile, place: Place, document: Document, base: Path | None) -> bool:
+def _load_source(registry: RegistryFile, place: Place, document: Document) -> bool:
     """Put the source in the place of `file`, and the hash beside it; False where there is none to be had, which is noted."""
     name = document.pop("file", None)
-    if name is not None and base is None:
-        registry.note((*place, "file"), "names a file, and there is none here: put the text under `source`")
-        return False
     if name is not None:
-        assert base is not None
+        base = Path(registry.path).parent.resolve()
         path = (base / name).resolve()
         if not path.is_relative_to(base):
             registry.note((*place, "file"), "leads out of the registry file's folder")
@@ -152,8 +133,7 @@ def _load_script(document: Document, path: Path) -> None:
             message = f"{path}: is {bundle.kind}, not {document['kind']}"
             raise RegistryFileError(message)
         document["source"] = bundle.source
-        # An example of a downlink that does not hold is no reason against reading uplinks.
-        found = [example for example in bundle.examples if "call" not in example]
+        found = bundle.examples
     if found:
         document.setdefault("examples", found)
 

@@ -44,7 +44,7 @@ async def prove(docs: Sequence[Mapping[str, Any]], sandbox: Sandbox) -> list[lis
         for call in asked:
             waiting.append((outcomes, call, doc["examples"][call.index]))
             script = Script(call.parser.script_id, call.parser.name, call.parser.kind, call.parser.source)
-            calls.append(Call(script, call.function, call.arguments))
+            calls.append(Call(script, call.parser.function, call.arguments))
     if calls:
         for (outcomes, call, example), done in zip(waiting, await sandbox.run(calls), strict=True):
             fault = done.fault

@@ -179,19 +179,6 @@ def load_tree(path: Path) -> Any:
         except orjson.JSONDecodeError as e:
             message = f"{path}:{e.lineno}: {e.msg}"
             raise RegistryFileError(message) from e
-    return text_tree(text, str(path))
-
-
-def text_tree(text: str, path: str) -> Any:
-    """YAML as ruamel's tree with line numbers.
-
-    Args:
-        text: the whole of it.
-        path: what it is called, for errors.
-
-    Raises:
-        RegistryFileError: it is no YAML.
-    """
     yaml = YAML(typ="rt")
     yaml.version = (1, 2)
     yaml.Constructor = _Constructor

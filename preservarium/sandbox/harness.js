@@ -33,36 +33,6 @@
     return copy;
   });
 
-  // A clock of the engine's own, which newer engines have: nothing that a codec makes of a payload may depend on it.
-  delete global.performance;
-
-  // Dates and numbers as V8 writes them in American English, which is what codecs' published examples were made with. The zone is UTC.
-  function clockTime(date, seconds) {
-    var h = date.getUTCHours(), m = date.getUTCMinutes(), s = date.getUTCSeconds();
-    function two(n) { return (n < 10 ? '0' : '') + n; }
-    return (h % 12 || 12) + ':' + two(m) + (seconds ? ':' + two(s) : '') + ' ' + (h < 12 ? 'AM' : 'PM');
-  }
-  function day(date) { return date.getUTCMonth() + 1 + '/' + date.getUTCDate() + '/' + date.getUTCFullYear(); }
-  function replace(target, name, value) {
-    Object.defineProperty(target, name, { value: value, writable: true, configurable: true, enumerable: false });
-  }
-  function written_(both) {
-    return function () { return isNaN(this.getTime()) ? 'Invalid Date' : both(this); };
-  }
-  replace(Date.prototype, 'toLocaleString', written_(function (date) { return day(date) + ', ' + clockTime(date, true); }));
-  replace(Date.prototype, 'toLocaleDateString', written_(day));
-  replace(Date.prototype, 'toLocaleTimeString', written_(function (date) { return clockTime(date, true); }));
-  replace(Number.prototype, 'toLocaleString', function (locale, options) {
-    var value = Number(this), given = options || {};
-    if (value - value !== 0) return value !== value ? 'NaN' : value < 0 ? '-∞' : '∞';
-    var least = given.minimumFractionDigits || 0;
-    var most = given.maximumFractionDigits === undefined ? Math.max(3, least) : given.maximumFractionDigits;
-    var parts = Math.abs(value).toFixed(Math.min(most, 20)).split('.'), fraction = parts[1] || '';
-    while (fraction.length > least && fraction[fraction.length - 1] === '0') fraction = fraction.slice(0, -1);
-    if (given.useGrouping !== false) parts[0] = parts[0].replace(/\B(?=(\d{3})+(?!\d))/g, ',');
-    return (value < 0 || Object.is(value, -0) ? '-' : '') + parts[0] + (fraction ? '.' + fraction : '');
-  });
-
   // Captured before any codec runs: what one does to built-in objects does not reach the code below.
   var parse = JSON.parse, stringify = JSON.stringify, freeze = Object.freeze, keysOf = Object.keys;
   var sourceOf = Function.prototype.call.bind(Function.prototype.toString);
@@ -80,19 +50,15 @@
     return typeof text === 'string' && indexOf(text, 'null') >= 0 ? stringify(value, mark) : text;
   }
 
-  // The codec may define plain functions, or hang them on exports, module.exports or an object `driver` (ThingPark's libraries).
+  // The codec may define plain functions, or hang them on exports / module.exports.
   function finder(defined, module, exports) {
     var exported = module && module.exports;
-    function held(object, name) {
-      return object && typeof object[name] === 'function' ? object[name].bind(object) : undefined;
-    }
-    function inside(object, name) {
-      return object && (held(object, name) || held(object.driver, name) || held(object.default, name) ||
-        (object.default && held(object.default.driver, name)));
-    }
     return function (name) {
       if (typeof defined[name] === 'function') return defined[name];
-      return inside(defined.driver, name) || inside(exported, name) || inside(exports, name) || undefined;
+      if (exported && typeof exported[name] === 'function') return exported[name].bind(exported);
+      if (exported && exported.default && typeof exported.default[name] === 'function') return exported.default[name];
+      if (exports && typeof exports[name] === 'function') return exports[name];
+      return undefined;
     };
   }
   // LoRa Alliance TS013 first, then the older signatures of The Things Network v2 and ChirpStack v3.

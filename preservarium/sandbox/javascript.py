@@ -28,7 +28,6 @@ def _text(name: str) -> str:
 
 HARNESS: Final = _text("harness.js")
 NODE: Final = _text("node.js")
-CRYPTO: Final = _text("crypto.js")
 HARDENING: Final = _text("hardening.js")
 #: A codec keeps tables, not data: 32 MiB is a hundred times what the public ones use.
 CONTEXT_BYTES_MAX: Final = 32 << 20
@@ -38,7 +37,6 @@ STACK_BYTES_MAX: Final = 512 << 10
 DOUBTS_MAX: Final = 8
 #: What node.js defines. A new context for each call goes without where the codec names nothing of it: that is half of the time.
 _NODE: Final = re.compile(r"\b(?:Buffer|require|atob|btoa|TextDecoder|TextEncoder)\b")
-_CRYPTO: Final = re.compile(r"""require\s*\(\s*['"`](?:node:)?crypto['"`]""")
 _EXPORT: Final = re.compile(
     r"^[ \t]*export\s+(?:(?:default\s+)?(?=function|class|const|let|var|async)|\{[^{}]*\}[ \t]*;?|(?P<object>default)(?=\s+\{))",
     re.MULTILINE,
@@ -55,7 +53,6 @@ _BEFORE: Final = "function (module, exports) {" + "\n" * _LINES_BEFORE + "return
 _AFTER: Final = (
     "\n;return {"
     + ", ".join(f"{n}: typeof {n} === 'function' ? {n} : undefined" for n in _NAMES)
-    + ", driver: typeof driver === 'undefined' ? undefined : driver"
     + "};\n}).call(this), module, exports]; }"
 )
 
@@ -89,9 +86,7 @@ class _Context:
         self._door: Any = self._context.eval(HARNESS)
         self._hardening: Any = None
         if kept or watched or _NODE.search(source):
-            libraries = self._context.eval(NODE)
-            if _CRYPTO.search(source):
-                self._context.eval(CRYPTO)(libraries)
+            self._context.eval(NODE)
         if kept or watched:
             self._hardening = self._context.eval(HARDENING)
         if kept:

@@ -1,5 +1,4 @@
-// What Node and browsers offer and codecs use: Buffer, require('buffer'), atob, btoa, TextDecoder, TextEncoder. Its value is what
-// `require` knows.
+// What Node and browsers offer and codecs use: Buffer, require('buffer'), atob, btoa, TextDecoder, TextEncoder.
 'use strict';
 (function (global) {
   var ALPHABET = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/';
@@ -90,49 +89,11 @@
     static allocUnsafe(size) { return new Buffer(size); }
     static isBuffer(value) { return value instanceof Buffer; }
     static byteLength(text, encoding) { return Buffer.from(text, encoding).length; }
-    static concat(list, size) {
+    static concat(list) {
       var out = [];
       list.forEach(function (b) { for (var i = 0; i < b.length; i++) out.push(b[i]); });
-      if (size !== undefined) { while (out.length < size) out.push(0); out.length = size; }
       return new Buffer(out);
     }
-    static compare(one, other) {
-      for (var i = 0; i < one.length && i < other.length; i++) if (one[i] !== other[i]) return one[i] < other[i] ? -1 : 1;
-      return one.length === other.length ? 0 : one.length < other.length ? -1 : 1;
-    }
-    compare(other) { return Buffer.compare(this, other); }
-    // (text, offset, length, encoding), each but the text may be left out
-    write(text, offset, size, encoding) {
-      if (typeof offset === 'string') { encoding = offset; offset = 0; size = undefined; }
-      else if (typeof size === 'string') { encoding = size; size = undefined; }
-      offset = offset || 0;
-      var bytes = Buffer.from(String(text), encoding), room = Math.min(this.length - offset, size === undefined ? Infinity : size);
-      for (var i = 0; i < bytes.length && i < room; i++) this[offset + i] = bytes[i];
-      return Math.max(0, Math.min(bytes.length, room));
-    }
-    copy(target, at, start, end) {
-      var part = this.subarray(start || 0, end === undefined ? this.length : end), room = target.length - (at || 0);
-      part = part.subarray(0, Math.max(0, room));
-      target.set(part, at || 0);
-      return part.length;
-    }
-    fill(value, start, end, encoding) {
-      if (typeof value !== 'string') return super.fill(value, start, end);
-      if (typeof start === 'string') { encoding = start; start = 0; }
-      var bytes = Buffer.from(value, encoding);
-      for (var i = start || 0; i < (end === undefined ? this.length : end); i++) this[i] = bytes.length ? bytes[(i - (start || 0)) % bytes.length] : 0;
-      return this;
-    }
-    swap16() { for (var i = 0; i + 1 < this.length; i += 2) { var b = this[i]; this[i] = this[i + 1]; this[i + 1] = b; } return this; }
-    swap32() { for (var i = 0; i + 3 < this.length; i += 4) this.subarray(i, i + 4).reverse(); return this; }
-    indexOf(value, from, encoding) {
-      if (typeof value === 'number') return super.indexOf(value, from);
-      var wanted = Buffer.from(value, encoding);
-      for (var i = from || 0; i + wanted.length <= this.length; i++)
-        if (wanted.every(function (b, k) { return b === this[i + k]; }, this)) return i;
-      return -1;
-    }
-    includes(value, from, encoding) { return this.indexOf(value, from, encoding) >= 0; }
     slice(start, end) { return this.subarray(start, end); }
     equals(other) {
       return this.length === other.length && this.every(function (b, i) { return b === other[i]; });
@@ -182,34 +143,6 @@
       };
     });
   });
-  ['BE', 'LE'].forEach(function (order) {
-    ['UInt', 'Uint', 'Int'].forEach(function (sign) {
-      if (sign === 'Uint') Buffer.prototype['readUint' + order] = Buffer.prototype['readUInt' + order];
-      Buffer.prototype['write' + sign + order] = function (value, offset, size) {
-        this._check(offset, size);
-        var n = value < 0 ? value + Math.pow(2, 8 * size) : value;
-        for (var i = 0; i < size; i++) {
-          this[order === 'LE' ? offset + i : offset + size - 1 - i] = n % 256;
-          n = Math.floor(n / 256);
-        }
-        return offset + size;
-      };
-    });
-  });
-  [['Float', 4], ['Double', 8], ['BigInt64', 8], ['BigUInt64', 8], ['BigUint64', 8]].forEach(function (row) {
-    ['BE', 'LE'].forEach(function (order) {
-      Buffer.prototype['write' + row[0] + order] = function (value, offset) {
-        offset = offset || 0;
-        this._check(offset, row[1]);
-        var view = new DataView(this.buffer, this.byteOffset, this.byteLength), little = order === 'LE';
-        if (row[0] === 'Float') view.setFloat32(offset, value, little);
-        else if (row[0] === 'Double') view.setFloat64(offset, value, little);
-        else if (row[0] === 'BigInt64') view.setBigInt64(offset, value, little);
-        else view.setBigUint64(offset, value, little);
-        return offset + row[1];
-      };
-    });
-  });
   [['Float', 4], ['Double', 8]].forEach(function (row) {
     ['BE', 'LE'].forEach(function (order) {
       Buffer.prototype['read' + row[0] + order] = function (offset) {
@@ -228,13 +161,8 @@
     };
   });
   global.Buffer = Buffer;
-
-  // What require gives; crypto.js adds itself where a codec asks for it.
-  var libraries = { buffer: { Buffer: Buffer }, util: { TextDecoder: global.TextDecoder, TextEncoder: global.TextEncoder }, __proto__: null };
   global.require = function (name) {
-    name = String(name).replace(/^node:/, '');
-    if (libraries[name]) return libraries[name];
+    if (name === 'buffer') return { Buffer: Buffer };
     throw new Error('require(' + JSON.stringify(name) + '): a parser script can import nothing');
   };
-  return libraries;
 })(globalThis);

@@ -176,9 +176,7 @@ class SandboxPool:
                 pending = ready
                 if not pending:
                     return
-                began_s = self._monotonic()
                 finished, killed = await process.run([calls[i] for i in pending])
-                metrics.SANDBOX_SECONDS.labels(process.lane).observe(self._monotonic() - began_s)
                 for i, outcome in zip(pending, finished, strict=False):
                     outcomes[i] = outcome
                     self._note(calls[i], outcome)
@@ -236,7 +234,7 @@ class _Process:
     """One sandbox process, started when first needed and again after a kill."""
 
     def __init__(self, lane: str, limits: Limits) -> None:
-        self.lane = lane
+        self._lane = lane
         self._limits = limits
         self._running: _Running | None = None
         self.lock = asyncio.Lock()
@@ -266,8 +264,8 @@ class _Process:
             number = min(max(number, len(finished)), len(calls) - 1)
             await self.close()
             how = "over its wall-clock limit" if isinstance(e, TimeoutError) else "the sandbox process died"
-            log.warning("sandbox_killed", lane=self.lane, script=calls[number].script.name, reason=how)
-            metrics.SANDBOX_KILLS.labels(self.lane).inc()
+            log.warning("sandbox_killed", lane=self._lane, script=calls[number].script.name, reason=how)
+            metrics.SANDBOX_KILLS.labels(self._lane).inc()
             return finished, (number, Fault(ReasonCode.SCRIPT_TIMEOUT, how))
         except BaseException:
             # Cancelled in mid-answer: what is still in the pipe would be taken for the next batch's.
@@ -351,7 +349,7 @@ class _Process:
             last = error.decode(errors="replace").strip().splitlines()[-1:] or ["it did not answer"]
             message = f"the script sandbox does not start (pip install 'preservarium[scripts]'?): {last[0]}"
             raise Fatal(message) from None
-        log.info("sandbox_started", lane=self.lane, pid=process.pid, filtered=hello["filtered"])
+        log.info("sandbox_started", lane=self._lane, pid=process.pid, filtered=hello["filtered"])
         self._running = running
         return running
 

@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-import cramjam
 from aiohttp import hdrs, web
 
 if sys.version_info >= (3, 14):
@@ -19,7 +18,7 @@ else:
     from backports import zstd
 
 #: What we unpack; said to a sender whose encoding is another.
-ENCODINGS: Final = ("gzip", "deflate", "zstd", "snappy")
+ENCODINGS: Final = ("gzip", "deflate", "zstd")
 #: Unpacked at once: some milliseconds, after which the event loop is given free.
 SLICE_BYTES: Final = 262_144
 #: Packed bytes that a decompressor is given at once. What it leaves of them is copied.
@@ -115,8 +114,6 @@ async def unpack(encoding: str, body: bytes, limit: int) -> bytes:
     Raises:
         BodyRefused: over `limit`, torn, damaged, or followed by something else.
     """
-    if encoding == "snappy":
-        return await _snappy(body, limit)
     left = memoryview(body)
     parts: list[bytes] = []
     size = streams = since = idle = 0
@@ -146,18 +143,6 @@ async def unpack(encoding: str, body: bytes, limit: int) -> bytes:
                 await asyncio.sleep(0)
                 since = 0
     return b"".join(parts)
-
-
-async def _snappy(body: bytes, limit: int) -> bytes:
-    """One block of snappy, as Prometheus packs: it says how long it is before it is unpacked."""
-    try:
-        if cramjam.snappy.decompress_raw_len(body) > limit:
-            raise TooLarge(limit)
-        # Megabytes take milliseconds, and the library lets other threads run meanwhile.
-        return bytes(await asyncio.to_thread(cramjam.snappy.decompress_raw, body))
-    except cramjam.DecompressionError as e:
-        text = f"it is not snappy: {e}"
-        raise Torn(text) from e
 
 
 _Step = Callable[[memoryview], tuple[bytes, int]]

@@ -14,15 +14,11 @@ _ATTRIBUTE: Final = "preservarium_right"
 class Right(StrEnum):
     """Who may ask; preservarium/console/access.py decides, and connectors/http.py for senders."""
 
-    OPEN = (
-        "open"  #: everybody: health, metrics, the pages without what they show, the description of the API, logging in
-    )
+    OPEN = "open"  #: everybody: health, metrics, the pages without what they show, the description of the API
     LINK = "link"  #: whoever has a signed link: the handler checks it
-    SENDER = "send"  #: devices and gateways: `http.token` or a token with the scope `send`, which the handler checks
-    READ = "read"  #: viewers, and all above them
-    OPERATE = "operate"  #: operators: alarms, commands, fuses, state tables
-    ENGINEER = "engineer"  #: engineers: what the registry says
-    ADMIN = "admin"  #: administrators: who there is, and what they did
+    SENDER = "sender"  #: devices and gateways: `http.token`, which the handler checks
+    READ = "read"  #: operators; everybody where there are none
+    OPERATE = "operate"  #: operators; this machine alone where there are none
 
 
 def needs(right: Right, handler: Handler) -> Handler:

@@ -4,7 +4,6 @@ Bodies are left packed (bodies.py), and a head must come within a time. A client
 take all of them. A request that is not for us (hosts.py) comes to no handler, neither one of ours nor one of Faust's.
 """
 
-import asyncio
 import resource
 import time
 from collections.abc import Awaitable, Callable
@@ -15,7 +14,6 @@ import orjson
 import structlog
 from aiohttp import hdrs, http_exceptions, web
 
-from preservarium import metrics
 from preservarium.serving import bodies, hosts
 from preservarium.serving.clients import Places, client_of
 from preservarium.serving.rights import Right, right_of
@@ -33,31 +31,13 @@ CONNECTIONS_MAX: Final = 2_048
 #: A client over its limit is told of in the log, but not for each connection.
 TOLD_EVERY_S: Final = 60.0
 
-#: Methods that are counted by name; strangers send others.
-METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-#: What no route of ours matches, counted as one: a path that somebody asks for never becomes a label.
-NO_ROUTE: Final = "other"
-#: Whoever asked has gone before there was an answer; nginx's number for it.
-CLIENT_GONE: Final = 499
-#: Media type of problem details, RFC 9457.
-PROBLEM: Final = "application/problem+json"
-
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def problem_details(status: int, detail: str) -> dict[str, Any]:
-    """What every refusal says (RFC 9457)."""
-    phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "Refused"
-    return {"type": "about:blank", "title": phrase, "status": status, "detail": detail}
-
-
-def _refusal(status: int, code: str, message: str) -> bytes:
-    return orjson.dumps({**problem_details(status, message), "error": code, "message": message})
-
-
 def refusal(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> web.Response:
-    """A refusal: problem details, with a code for programs (`error`) and a text for people (`message`)."""
-    return web.Response(body=_refusal(status, code, message), status=status, content_type=PROBLEM, headers=headers)
+    """A refusal: a code for programs, a text for people."""
+    body = orjson.dumps({"error": code, "message": message})
+    return web.Response(body=body, status=status, content_type="application/json", headers=headers)
 
 
 def install(application: web.Application, live: LiveSettings, *, bound: str | None = None) -> "Runner":
@@ -83,32 +63,8 @@ def install(application: web.Application, live: LiveSettings, *, bound: str | No
                 return refusal(e.status, e.code, str(e))
         return await handler(request)
 
-    application.middlewares.append(timed)
     application.middlewares.append(door)
     return Runner(application, live)
-
-
-@web.middleware
-async def timed(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    """Measure a request, whatever becomes of it, by the route as it was declared."""
-    began_s = time.monotonic()
-    code = 500
-    try:
-        response = await handler(request)
-        code = response.status
-    except web.HTTPException as e:
-        code = e.status
-        raise
-    except asyncio.CancelledError:
-        code = CLIENT_GONE
-        raise
-    finally:
-        match = request.match_info
-        found = None if match.http_exception is not None else match.route.resource
-        route = NO_ROUTE if found is None else found.canonical
-        method = request.method if request.method in METHODS else NO_ROUTE
-        metrics.HTTP_SECONDS.labels(route, method, str(code)).observe(time.monotonic() - began_s)
-    return response
 
 
 def _as_json(e: web.HTTPException) -> web.Response:
@@ -216,9 +172,9 @@ class _Connection(web.RequestHandler):
     def _part(self, status: int, code: str, message: str) -> None:
         """Say why, where there is no request yet that could be answered, and close."""
         if self.transport is not None:
-            body = _refusal(status, code, message)
+            body = orjson.dumps({"error": code, "message": message})
             self.transport.write(
-                f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: {PROBLEM}\r\n"
+                f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
                 f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
                 + body
             )
@@ -228,7 +184,7 @@ class _Connection(web.RequestHandler):
         self, request: Any, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         """As aiohttp does; its own refusals become JSON."""
-        if isinstance(resp, web.HTTPException) and resp.status >= 400 and not resp.content_type.endswith("json"):
+        if isinstance(resp, web.HTTPException) and resp.status >= 400 and resp.content_type != "application/json":
             resp = _as_json(resp)
         return await super().finish_response(request, resp, start_time)
 

@@ -7,7 +7,7 @@ travel there in one round trip.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol, cast
 
 import orjson
@@ -16,7 +16,6 @@ from cachetools import LRUCache
 
 from preservarium import metrics, topics
 from preservarium.clock import Clock
-from preservarium.domain.canary import Variant, seen_by
 from preservarium.domain.decoders.base import Decoded, Decoder, PartRefused
 from preservarium.domain.decoders.kinds import compile_any
 from preservarium.domain.decoders.scripts import ScriptParser
@@ -35,7 +34,6 @@ from preservarium.domain.readings.normalize import (
 )
 from preservarium.domain.readings.reading import ErrorLine, RawMessage
 from preservarium.domain.registry.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc, ParserDoc
-from preservarium.domain.registry.sealed import Keyring
 from preservarium.errors import Fatal, ReasonCode, Reject
 from preservarium.sandbox.pool import Call, Outcome, Script
 from preservarium.settings import LiveSettings
@@ -120,7 +118,6 @@ class Normalizer:
         clock: for error lines and for how long a configuration is kept.
         live: the settings in force.
         sandbox: runs parser scripts; None: devices with such a parser are refused.
-        saw: is given the messages of each batch, where canaries are under way: what is in force runs beside the candidate.
     """
 
     def __init__(
@@ -130,24 +127,21 @@ class Normalizer:
         clock: Clock,
         live: LiveSettings,
         sandbox: Sandbox | None = None,
-        saw: Callable[[int, Iterable[RawMessage]], None] | None = None,
     ) -> None:
         self._sandbox = sandbox
-        self._saw = saw
         self._sandbox_down: tuple[float, str] | None = None  # until when it is not tried, and why
         self._devices = devices
         self._catalogue = catalogue
         self._clock = clock
         self._live = live
         settings = live().normalize
-        self._keys = Keyring(settings.secrets_key.get_secret_value())
         self._devices_max, self._ttl_s = settings.config_cache_devices_max, settings.config_cache_ttl_s
         #: canonical address -> (kept until, catalogue's revision, compiled configuration or why there is none); oldest first
         self._compiled: dict[str, tuple[float, int, CompiledDevice | Reject]] = {}
         #: for each look-up under way: devices that changed meanwhile, whose answer may be the old one
         self._changed: list[set[str]] = []
-        #: (canaries that are seen, device type) -> what its devices have in common, as of a revision of the catalogue
-        self._types: dict[tuple[Variant, str], _Type] = {}
+        #: device type -> what its devices have in common, as of a revision of the catalogue
+        self._types: dict[str, _Type] = {}
         self._types_rev = catalogue.rev
         self._decoders: LRUCache[tuple[str, int, str, bytes], Decoder | ScriptParser | Reject] = LRUCache(DECODERS_MAX)
 
@@ -182,8 +176,6 @@ class Normalizer:
             parsed.append((record, messages, len(messages) + len(errors)))
         compiled = await self._configurations(batch.partition, {m["device"] for _, ms, _ in parsed for m in ms})
         ran = await self._run_scripts(parsed, compiled)
-        if self._saw is not None and getattr(self._catalogue, "canaries", None):
-            self._saw(batch.partition, (message for _, messages, _ in parsed for message in messages))
         handled = readings = empty = 0
         for record, messages, lines in parsed:
             made: list[tuple[str, bytes]] = []
@@ -341,30 +333,23 @@ class Normalizer:
             self._changed = [other for other in self._changed if other is not changed]
         return found
 
-    def compiled(self, device: DeviceDoc) -> CompiledDevice | Reject:
-        """A device's configuration by the catalogue as it is, or why there is none; parsers and mappings are shared."""
-        return self._compile(device)
-
     def _compile(self, device: DeviceDoc) -> CompiledDevice | Reject:
         try:
-            # A device that is in the share of a canary is read with its candidate (domain/canary.py).
-            variant, types = seen_by(self._catalogue, device["device_id"])
-            kind = self._type(device["type"], variant, types)
-            decoder = kind.decoder
-            if device.get("variables") or device.get("secrets") or device.get("time_zone"):
-                decoder = self._decoder(kind.parser, variables_of(device, kind.document, kind.parser, self._keys))
+            kind = self._type(device["type"])
+            own_words = device.get("variables") or device.get("time_zone")
+            decoder = self._decoder(kind.parser, variables_of(device, kind.document)) if own_words else kind.decoder
             if isinstance(decoder, Reject):
                 return decoder
             # A device that says nothing of its own has the mapping of its type.
             own = device.get("mapping") or device.get("datatypes")
-            datatype = types.datatype
+            datatype = self._catalogue.datatype
             mapper = Mapper(device, kind.document, datatype) if own else kind.mapper
             return compile_device(device, kind.document, kind.parser, datatype, decoder, mapper)
         except Reject as e:
             return e
 
-    def _type(self, name: str, variant: Variant, types: Types) -> "_Type":
-        """What the devices of a type have in common that see these documents.
+    def _type(self, name: str) -> "_Type":
+        """What the devices of a type have in common.
 
         Raises:
             Reject: NO_PARSER, the type or its parser is not there.
@@ -372,18 +357,18 @@ class Normalizer:
         if self._types_rev != self._catalogue.rev:
             self._types_rev = self._catalogue.rev
             self._types.clear()
-        kind = self._types.get((variant, name))
+        kind = self._types.get(name)
         if kind is None:
-            document = types.type(name)
+            document = self._catalogue.type(name)
             if document is None:
                 message = f"device type {name} is not registered"
                 raise Reject(ReasonCode.NO_PARSER, message)
-            parser = types.parser(document["parser"])
+            parser = self._catalogue.parser(document["parser"])
             if parser is None:
                 message = f"device type {name} has no active parser {document['parser']}"
                 raise Reject(ReasonCode.NO_PARSER, message)
-            mapper = Mapper(cast(DeviceDoc, {}), document, types.datatype)
-            kind = self._types[variant, name] = _Type(
+            mapper = Mapper(cast(DeviceDoc, {}), document, self._catalogue.datatype)
+            kind = self._types[name] = _Type(
                 document, parser, self._decoder(parser, variables_of({}, document)), mapper
             )
         return kind

@@ -23,15 +23,13 @@ import orjson
 from preservarium import metrics, topics
 from preservarium.clock import Clock, SystemClock
 from preservarium.domain.readings.json_text import to_bytes
-from preservarium.domain.readings.legacy import legacy_message
 from preservarium.domain.readings.reading import ErrorLine
 from preservarium.domain.tasks import employee_row, task_rows
 from preservarium.errors import ReasonCode, Reject
 from preservarium.settings import Settings
-from preservarium.stores.base import FUTURE_MAX_US, series_fault, timestamp_code
 from preservarium.stores.clickhouse import ClickHouseStore
 from preservarium.stores.maintenance import literal
-from preservarium.streaming.records import error_line, generation_of, lines_of, loads, parse_trusted, refuse
+from preservarium.streaming.records import error_line, lines_of, loads, parse_trusted, refuse
 from preservarium.streaming.stage import RECORDS_AT_ONCE, Batch, Effects, Record
 from preservarium.topics import Topic
 from preservarium.waiting import alive
@@ -92,9 +90,6 @@ MEASUREMENTS: Final = Table(topics.VALIDATED, "sync", "measurements", {
     "raw_index": "UInt32",
     "circular": "Float64",
 })  # fmt: skip
-
-#: The replaced service's messages are readings, too.
-DECODED: Final = Table(topics.DECODED, "sync-decoded", MEASUREMENTS.name, MEASUREMENTS.types)
 
 ALARM_EVENTS: Final = Table(topics.ALERTS, "sync-alarms", "alarm_events", {
     "transition_id": "String",
@@ -344,15 +339,8 @@ _RELEASED: Final = -1
 class ReadingSync(_Stage):
     """Validated messages into `measurements`."""
 
-    def __init__(
-        self,
-        store: ClickHouseStore,
-        settings: Callable[[], Settings],
-        *,
-        clock: Clock | None = None,
-        table: Table = MEASUREMENTS,
-    ) -> None:
-        super().__init__(table, store, settings, clock=clock)
+    def __init__(self, store: ClickHouseStore, settings: Callable[[], Settings], *, clock: Clock | None = None) -> None:
+        super().__init__(MEASUREMENTS, store, settings, clock=clock)
         #: partition -> (offset below which rows may stand already, the server's time when that was found out, µs)
         self._again: dict[int, tuple[int, int]] = {}
 
@@ -506,48 +494,6 @@ class ReadingSync(_Stage):
             columns["circular"].extend([periods.get(row[1], 0.0) for row in rows] if periods else (0.0,) * count)
         seen.pop(source, None)
         seen[source] = at
-
-
-class LegacySync(ReadingSync):
-    """The replaced service's messages into `measurements`, beside the validated ones.
-
-    What is no message of that service is told by `sink-decoded`, and not once more.
-    """
-
-    def __init__(self, store: ClickHouseStore, settings: Callable[[], Settings], *, clock: Clock | None = None) -> None:
-        super().__init__(store, settings, clock=clock, table=DECODED)
-
-    def _fill(self, columns: Columns, batch: Batch, seen: Seen) -> list[ErrorLine]:
-        now_us = self._clock.now_us()
-        # As the sink: nobody has checked these, and what it refuses is in neither store.
-        oldest_us = now_us - self._settings().sink.retention_days * _DAY_US
-        for record in batch.records:
-            for index, raw in enumerate((record.value or b"").split(b"\n")):
-                try:
-                    message = legacy_message(
-                        loads(raw),
-                        received_at=record.timestamp * 1_000,
-                        partition=batch.partition,
-                        offset=record.offset,
-                        index=index,
-                        generation=generation_of(record),
-                    )
-                except Reject:
-                    continue
-                reading = message["readings"][0]
-                key = (
-                    message["device_id"],
-                    message["connector_mode"],
-                    reading["component_type"],
-                    reading["pin_position"],
-                )
-                at = message["timestamp"]
-                if (
-                    timestamp_code(at, oldest_us=oldest_us, newest_us=now_us + FUTURE_MAX_US) is None
-                    and series_fault(key, reading["unit"], message["topic"]) is None
-                ):
-                    self._append(columns, message, seen)
-        return []
 
 
 def row_version(generation: int, revised: int, received_at: int) -> int:

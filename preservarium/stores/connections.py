@@ -12,14 +12,12 @@ On a direct connection nothing of it costs anything.
 """
 
 import asyncio
-import weakref
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any, Final, NoReturn
 
 import asyncpg
 
-from preservarium import metrics
 from preservarium.errors import PreservariumError
 from preservarium.settings import Postgres
 
@@ -67,25 +65,6 @@ async def look(dsn: str, *, timeout: float) -> Link:
         async with asyncio.timeout(max(timeout, LOOK_TIMEOUT_S)):
             known = _found[dsn] = await _look(dsn, timeout)
     return known
-
-
-#: The pools of this process, for the metrics.
-_pools: "weakref.WeakSet[Pool]" = weakref.WeakSet()
-
-
-def show_pools() -> None:
-    """Bring the metrics of the pools up to date; those of one name are added up."""
-    sums: dict[str, list[int]] = {}
-    for pool in list(_pools):
-        used, idle = pool.counts()
-        each = sums.setdefault(pool.name, [0, 0, 0, 0])
-        for place, number in enumerate((used, idle, pool.waiting, pool.connections_max)):
-            each[place] += number
-    for name, (used, idle, waiting, most) in sums.items():
-        metrics.POOL_CONNECTIONS.labels(name, "used").set(used)
-        metrics.POOL_CONNECTIONS.labels(name, "idle").set(idle)
-        metrics.POOL_WAITING.labels(name).set(waiting)
-        metrics.POOL_CONNECTIONS_MAX.labels(name).set(most)
 
 
 def forget() -> None:
@@ -224,23 +203,6 @@ class Pool:
         self._pool: Any = None
         self._lock = asyncio.Lock()
         self.link = Link.DIRECT  #: once connected
-        #: uses that wait for a connection
-        self.waiting = 0
-        #: as the server and the metrics show it
-        self.name = self._server_settings.get("application_name", "preservarium")
-        _pools.add(self)
-
-    @property
-    def connections_max(self) -> int:
-        """Most connections that it may hold."""
-        return self._connections_max()
-
-    def counts(self) -> tuple[int, int]:
-        """Connections in use, and idle."""
-        if self._pool is None:
-            return 0, 0
-        idle = self._pool.get_idle_size()
-        return self._pool.get_size() - idle, idle
 
     def acquire(self) -> "Use":
         """A connection for an `async with` block, given back at its end, closed where it failed."""
@@ -349,11 +311,7 @@ class Use:
     async def of(self, pool: Any) -> Any:
         """Begin, with a pool that is being made."""
         self._pool = pool
-        self._owner.waiting += 1
-        try:
-            self._connection = await pool.acquire(timeout=self._owner.connect_timeout_s)
-        finally:
-            self._owner.waiting -= 1
+        self._connection = await pool.acquire(timeout=self._owner.connect_timeout_s)
         try:
             self._transaction = await self._owner.begin(self._connection)
         except BaseException:

@@ -173,14 +173,12 @@ ORDER BY window_start
 LIMIT 10000;
 
 -- name: fleet
--- Rows, devices, and the share of rows that are suspect or worse, on each of the last days. A replay's rows are not counted; those of a change that
--- was promoted are, in the place of what stood there.
+-- Rows, devices, and the share of rows that are suspect or worse, on each of the last days. A replay's rows are not counted.
 -- param: days UInt32 = 30: days back, today included
 SELECT toString(d.day) AS day, sum(rows) AS readings, uniqExact(device_id) AS devices,
        round(sumIf(rows, quality IN (3, 4, 9)) / readings, 6) AS bad_share
 FROM measurement_days AS d
-WHERE d.day > today() - {days:UInt32}
-  AND (generation = 0 OR generation IN (SELECT generation FROM promoted_generations FINAL WHERE counts = 1))
+WHERE d.day > today() - {days:UInt32} AND generation = 0
 GROUP BY d.day
 ORDER BY d.day
 LIMIT 10000;

@@ -37,8 +37,6 @@ OVERVIEW_REST: Final = 50.0
 #: A list that was never made is waited for so long.
 OVERVIEW_FIRST_S: Final = 2.0
 
-#: What a text finds is put in order by itself where it is no more than this; the whole table is read in order where it is.
-FEW_MAX: Final = 2_000
 #: How many devices a filter finds is counted this often at most, of so many filters: half of what a page of the list costs.
 TOTAL_AGE_S: Final = 5.0
 TOTALS_MAX: Final = 200
@@ -91,7 +89,7 @@ SORTS: Final = tuple(_SORTS)
 _MATCHING: Final = "($1 = '' OR o.words LIKE (SELECT lower($2)) OR o.device_id = ANY ($3)) AND ($4 = '' OR o.type = $4)"
 _VALUES: Final = """
 SELECT s.device_id, s.series_id, s.component_type, s.pin_position, l.value, l.value_text, s.unit, l.timestamp, l.received_at, l.quality
-FROM series s JOIN latest l ON l.series_id = s.series_id AND l.timestamp > '2000-01-01 00:00+00' WHERE s.device_id = ANY ($1)
+FROM series s JOIN latest l USING (series_id) WHERE s.device_id = ANY ($1)
 ORDER BY s.device_id, s.component_type, s.pin_position LIMIT $2
 """
 _STATE: Final = """
@@ -111,7 +109,7 @@ WHERE d.device_id = ANY ($1) LIMIT 1
 _SERIES: Final = """
 SELECT s.series_id, s.device_id, s.connector_mode, s.component_type, s.pin_position, s.unit, s.circular, s.first_seen,
        l.timestamp, l.received_at, l.value, l.value_text, l.quality
-FROM series s LEFT JOIN latest l ON l.series_id = s.series_id AND l.timestamp > '2000-01-01 00:00+00' WHERE s.device_id = ANY ($1)
+FROM series s LEFT JOIN latest l USING (series_id) WHERE s.device_id = ANY ($1)
 ORDER BY s.component_type, s.pin_position, s.connector_mode LIMIT $2
 """
 _DATATYPES: Final = "SELECT name, kind, unit, doc::text AS doc FROM datatypes WHERE name = ANY ($1)"
@@ -278,22 +276,14 @@ class DeviceReads:
         columns = f"o.device_id, o.name, o.type, o.enabled, o.last_seen, o.quality, {key} AS key"
         behind = f"($5::{kind} IS NULL OR ({{0}}, o.device_id) {sign} ($5, $6))"
         order = f"ORDER BY {{0}} {way}, o.device_id {way} LIMIT $7"
-        few: list[str] | None = None
         if q:
-            # One look, which ends early where the text is in every name. In the order of an index, a text that is rare would be looked
-            # for all over the table; and to keep all that match for counting costs more than to count them beside it.
-            looked = await self._fetch(
-                f"SELECT o.device_id FROM device_overview o WHERE {where} LIMIT {FEW_MAX + 1}", *wanted
-            )
-            few = [row["device_id"] for row in looked] if len(looked) <= FEW_MAX else None
-        if few is not None:
-            behind_few = behind.replace("$5", "$2").replace("$6", "$3").format(key)
+            # One look at every row. In the order of an index, a text that is rare would be looked for all over the table.
             rows = await self._fetch(
-                f"SELECT {columns} FROM device_overview o WHERE o.device_id = ANY ($1) AND {behind_few} "
-                + order.replace("$7", "$4").format(key),
-                few, at, device_id, limit + 1,
+                f"WITH found AS MATERIALIZED (SELECT {columns} FROM device_overview o WHERE {where})"
+                f" SELECT o.*, (SELECT count(*) FROM found) AS total FROM found o WHERE {behind.format('o.key')} {order.format('o.key')}",
+                *wanted, at, device_id, limit + 1,
             )  # fmt: skip
-            total = len(few)
+            total = rows[0]["total"] if rows else 0 if after is None else await self._total(where, wanted)
         else:
             rows, total = await asyncio.gather(
                 self._fetch(
@@ -306,6 +296,7 @@ class DeviceReads:
         found = {row["device_id"]: _document(row) | {"values": []} for row in page}
         for device in found.values():
             del device["key"]
+            device.pop("total", None)
         for value in await self._fetch(_VALUES, [*found], VALUES_MAX):
             device = found[value["device_id"]]
             device["last_seen"] = max(device["last_seen"] or 0, _us(value["received_at"]))

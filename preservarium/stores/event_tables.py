@@ -16,7 +16,6 @@ import orjson
 
 from preservarium.breaker import Breaker
 from preservarium.clock import Clock
-from preservarium.domain.lineage_graph import Edge, event_edges
 from preservarium.domain.readings.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US
 from preservarium.errors import ReasonCode
 from preservarium.settings import Settings
@@ -30,7 +29,6 @@ from preservarium.stores.base import (
     timestamp_code,
 )
 from preservarium.stores.events import instant as to_datetime
-from preservarium.stores.lineage_graph import add, moved_of
 from preservarium.stores.postgres import DATA_ERRORS, OffsetStore, PostgresPool, count_of
 from preservarium.topics import Topic
 
@@ -148,8 +146,6 @@ class EventTable:
     kept_days: Callable[[Settings], int] = lambda _: 0
     #: Tables that `then` writes, with the column by which their rows are deleted alike; where it is NULL a row is kept.
     kept_with: tuple[tuple[str, str], ...] = ()
-    #: The edge of the lineage that leads to what an event is about, of its line; None: there is none.
-    edge: Callable[[Line], Edge | None] | None = None
 
     def __post_init__(self) -> None:
         names = [column.name for column in self.columns]
@@ -282,28 +278,10 @@ class EventStore(OffsetStore):
         async with self._pool.acquire() as connection, self._fence(connection, moves), connection.transaction():
             await self._move(connection, moves)
             accepted = await self._store(connection, list(rows.items()), rejected)
-            if self._settings().sink.lineage_days:
-                await self._trace(connection, lines, [index for index, _ in rows.values()], moves, rejected)
             rejected.sort(key=lambda r: r.message)
             if before_commit is not None:
                 await before_commit(rejected)
         return WriteResult(accepted, len(lines) - accepted - len(rejected), rejected)
-
-    async def _trace(
-        self,
-        connection: Any,
-        lines: Sequence[Line],
-        kept: Sequence[int],
-        moves: Moves,
-        rejected: Sequence[Rejected],
-    ) -> None:
-        """Write the edges of the lineage: of the batch, and of its events where they have some."""
-        edges = event_edges(self.sink, moved_of(moves))
-        if self.declared.edge is not None:
-            refused = {each.message for each in rejected}
-            found = (self.declared.edge(lines[index]) for index in kept if index not in refused)
-            edges += dict.fromkeys(edge for edge in found if edge is not None)
-        await add(connection, edges)
 
     async def _store(
         self,
@@ -329,20 +307,10 @@ class EventStore(OffsetStore):
     async def _insert(self, connection: Any, items: list[tuple[tuple[Any, ...], tuple[int, tuple[Any, ...]]]]) -> int:
         # By key: two writers in opposite orders would wait for each other.
         columns = map(list, zip(*(row for _, (_, row) in sorted(items, key=lambda item: item[0])), strict=True))
-        tells = type(self)._inserted is not EventStore._inserted
-        if not self.declared.then and not tells:
+        if not self.declared.then:
             return count_of(await connection.execute(self.declared.insert, *columns))
-        returning = "" if self.declared.then else f" RETURNING {', '.join(self.declared.key)}"
-        new = {tuple(found) for found in await connection.fetch(f"{self.declared.insert}{returning}", *columns)}
-        if new and self.declared.then:
+        new = {tuple(found) for found in await connection.fetch(self.declared.insert, *columns)}
+        if new:
             keys = [key for key, _ in items if key in new]
             await connection.execute(self.declared.then, *map(list, zip(*keys, strict=True)))
-        if new and tells:
-            await self._inserted(connection, [row for key, (_, row) in items if key in new])
         return len(new)
-
-    async def _inserted(self, connection: Any, rows: list[tuple[Any, ...]]) -> None:
-        """Called with rows that were not there before, in the order of the topic and in their transaction, where it is overridden.
-
-        Not together with `revision`.
-        """

@@ -1,11 +1,9 @@
-"""Who did what when, and what became of it: operators' actions and commands as events of the hash-chained event store.
+"""Who did what when: each operator's action, also a refused one, as an event of the hash-chained event store.
 
-The stream of an action, also of a refused one, is `alarm/<device>`, that of a command `command/<command id>`. A row and its event
-are one transaction, and a row that is there already makes no event: however often a record is read, it is in the chain once.
+The stream is `alarm/<device>`. An action's row in `alarm_operations` and its event are one transaction, and a row that
+is there already makes no event: however often a record is read, an action is in the chain once.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
@@ -26,17 +24,7 @@ ALARM_OPERATIONS: Final = EventTable(
     ),
 )  # fmt: skip
 
-#: Who is named where nobody in particular acted: the system did.
-SYSTEM: Final = "preservarium"
-
-
-@dataclass(frozen=True, slots=True)
-class Fact:
-    """What is told of a row."""
-
-    stream: str
-    type: str
-    actor: str
+_NAMES: Final = [column.name for column in ALARM_OPERATIONS.columns]
 
 
 def stream_of(device_id: str) -> str:
@@ -44,49 +32,32 @@ def stream_of(device_id: str) -> str:
     return f"alarm/{device_id}"
 
 
-def command_stream(command_id: str) -> str:
-    """The stream of a command."""
-    return f"command/{command_id}"
-
-
-def _action(row: Mapping[str, Any]) -> Fact:
-    kind = "action_done" if row["outcome"] == "done" else "action_refused"
-    return Fact(stream_of(row["device_id"]), kind, row["actor"])
-
-
-def _command(row: Mapping[str, Any]) -> Fact:
-    return Fact(command_stream(row["command_id"]), row["event"], row["actor"] or SYSTEM)
-
-
-#: Tables whose rows are told in the event store: what of them. A row has `detail`, its event as it came, and `at`.
-TOLD: Final[Mapping[str, Callable[[Mapping[str, Any]], Fact]]] = {
-    "alarm_operations": _action,
-    "command_events": _command,
-}
-
-
 class Journal(EventStore):
-    """Stores the events of one of the tables of `TOLD`, and tells them in the event store."""
+    """Stores answers, and what they tell in the event store."""
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """Every table that is written to."""
+        """Every table that answers are written to."""
         return (*super().tables, "event_store")
 
-    async def _inserted(self, connection: Any, rows: list[tuple[Any, ...]]) -> None:
-        told = TOLD[self.declared.table]
-        names = [column.name for column in self.declared.columns]
-        found = [(told(row), row) for row in (dict(zip(names, values, strict=True)) for values in rows)]
-        heads = await events.heads(connection, list(dict.fromkeys(fact.stream for fact, _ in found)))
-        versions = {stream: version for stream, (version, _) in heads.items()}
-        new = []
-        for fact, row in found:
-            version = versions.get(fact.stream, 0)
-            versions[fact.stream] = version + 1
-            event = events.NewEvent(fact.stream, version, fact.type, orjson.loads(row["detail"]))
-            new.append((event, fact.actor, events.microseconds(row["at"])))
+    async def _insert(self, connection: Any, items: list[tuple[tuple[Any, ...], tuple[int, tuple[Any, ...]]]]) -> int:
+        # In the order of the topic: it becomes the order of the chain.
+        rows = [row for _, (_, row) in sorted(items, key=lambda item: item[1][0])]
+        columns = map(list, zip(*rows, strict=True))
+        new = {r[0] for r in await connection.fetch(f"{self.declared.insert} RETURNING action_id", *columns)}
+        for row in rows:
+            answer = dict(zip(_NAMES, row, strict=True))
+            if answer["action_id"] in new:
+                await self._tell(connection, answer)
+        return len(new)
+
+    async def _tell(self, connection: Any, answer: dict[str, Any]) -> None:
+        stream = stream_of(answer["device_id"])
+        version = (await events.heads(connection, [stream])).get(stream, (0, events.GENESIS))[0]
+        kind = "action_done" if answer["outcome"] == "done" else "action_refused"
+        event = events.NewEvent(stream, version, kind, orjson.loads(answer["detail"]))
         try:
-            await events.append_all(connection, new)
+            await events.append(connection, [event], actor=answer["actor"], at_us=events.microseconds(answer["at"]))
         except events.ConflictError as e:
             # Only a writer that lost the partition can be in the way; the offsets will say who.
             raise Retry(str(e)) from e

@@ -6,12 +6,13 @@ which there is no index. Functions work on a connection of asyncpg that the call
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from preservarium.domain.quality.rederivation import StoredReading
 from preservarium.domain.readings.address import canonical_address, spellings
 from preservarium.domain.readings.lineage import Coordinates
 from preservarium.domain.readings.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US
+from preservarium.stores.clickhouse import ClickHouseStore
 from preservarium.stores.events import instant, microseconds
 from preservarium.stores.registry import SPELLED
 
@@ -236,10 +237,7 @@ async def all_rows(
 
 async def drawn_series(connection: Any, limit: int) -> list[tuple[int, int]]:
     """Some series, drawn by chance, each with the instant of its newest row."""
-    rows = await connection.fetch(
-        "SELECT series_id, timestamp FROM latest WHERE timestamp > '2000-01-01 00:00+00' ORDER BY random() LIMIT $1",
-        limit,
-    )
+    rows = await connection.fetch("SELECT series_id, timestamp FROM latest ORDER BY random() LIMIT $1", limit)
     return [(row["series_id"], microseconds(row["timestamp"])) for row in rows]
 
 
@@ -264,19 +262,7 @@ WHERE device_id = {device:String} AND component_type = {component:String} AND pi
 LIMIT 1"""
 
 
-class Asked(Protocol):
-    """ClickHouse, as far as it is asked here."""
-
-    async def ask(self, text: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
-        """Rows of a query.
-
-        Raises:
-            Retry: it cannot be asked.
-        """
-        ...
-
-
-async def clickhouse_row(store: Asked, stored: StoredReading) -> dict[str, Any] | None:
+async def clickhouse_row(store: ClickHouseStore, stored: StoredReading) -> dict[str, Any] | None:
     """The row of a reading in ClickHouse, by its natural key; None where there is none. Instants in µs.
 
     Raises:

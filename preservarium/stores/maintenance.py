@@ -60,17 +60,8 @@ class Maintenance:
         """Carry out a statement; raises as `query` does."""
         await _answer(self._client.command(statement, settings=settings))
 
-    async def insert(
-        self, table: str, types: Mapping[str, str], rows: Sequence[Sequence[Any]], *, token: str | None = None
-    ) -> None:
-        """Insert rows, values in the order of `types`; raises as `query` does.
-
-        Args:
-            table: where to.
-            types: column -> type.
-            rows: their values.
-            token: names the insert: one of the same name is made once. None: whatever was inserted before.
-        """
+    async def insert(self, table: str, types: Mapping[str, str], rows: Sequence[Sequence[Any]]) -> None:
+        """Insert rows, values in the order of `types`, whatever was inserted before; raises as `query` does."""
         await _answer(
             self._client.insert(
                 table,
@@ -80,7 +71,7 @@ class Maintenance:
                 column_oriented=True,
                 settings={
                     "async_insert": 0,
-                    "insert_deduplication_token": token or new_token(),
+                    "insert_deduplication_token": new_token(),
                     # The views' blocks have tokens of their own, made of this one.
                     "deduplicate_blocks_in_dependent_materialized_views": 1,
                     "max_partitions_per_insert_block": 0,

@@ -3,14 +3,13 @@
 Functions work on a connection of asyncpg that the caller has.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
 
-from preservarium.domain.lineage_graph import Edge, replay_edges
-from preservarium.stores import events, lineage_graph
+from preservarium.stores import events
 from preservarium.stores.events import NewEvent
 
 #: The stream of the replays: an event opens a generation, another one says that all of it was sent.
@@ -94,9 +93,7 @@ async def open_replay(
         "starts": {str(p): o for p, o in sorted(starts.items())},
         "ends": {str(p): o for p, o in sorted(ends.items())},
     }
-    await _append(
-        connection, OPENED, data, actor=actor, at_us=at_us, edges=replay_edges(generation, starts, ends, actor)
-    )
+    await _append(connection, OPENED, data, actor=actor, at_us=at_us)
 
 
 async def close_replay(connection: Any, generation: int, counts: Mapping[str, int], *, actor: str, at_us: int) -> None:
@@ -104,11 +101,8 @@ async def close_replay(connection: Any, generation: int, counts: Mapping[str, in
     await _append(connection, SENT, {"generation": generation, **counts}, actor=actor, at_us=at_us)
 
 
-async def _append(
-    connection: Any, kind: str, data: Mapping[str, Any], *, actor: str, at_us: int, edges: Sequence[Edge] = ()
-) -> None:
+async def _append(connection: Any, kind: str, data: Mapping[str, Any], *, actor: str, at_us: int) -> None:
     async with connection.transaction():
         heads = await events.heads(connection, [STREAM])
         version = heads.get(STREAM, (0, b""))[0]
         await events.append(connection, [NewEvent(STREAM, version, kind, data)], actor=actor, at_us=at_us)
-        await lineage_graph.add(connection, edges)

@@ -322,7 +322,14 @@ async def commit(connection: Any, planned: Plan, *, actor: str, at_us: int) -> C
             await connection.execute("SELECT pg_advisory_xact_lock($1)", COMMIT_LOCK_KEY)
             new = [events.NewEvent(c.stream, c.expected_version, c.event, c.data, c.after) for c in changes]
             versions = await events.append(connection, new, actor=actor, at_us=at_us)
-            revisions, ids = await put(connection, changes, versions, actor=actor, at_us=at_us)
+            # Taken under the lock: the revision of a later commit is larger.
+            rows = await connection.fetch("SELECT nextval('registry_rev') FROM generate_series(1, $1)", len(changes))
+            revisions = {c.stream: int(r[0]) for c, r in zip(changes, rows, strict=True)}
+            for kind in SECTIONS.values():
+                await _project(
+                    connection, kind, [c for c in changes if c.kind == kind], versions, revisions, actor, at_us
+                )
+            ids = await _outbox(connection, changes, revisions)
             await _check_parsers(connection)
     except asyncpg.ForeignKeyViolationError as e:
         message = f"a reference does not hold: {e.detail or e}"
@@ -331,29 +338,6 @@ async def commit(connection: Any, planned: Plan, *, actor: str, at_us: int) -> C
         message = f"another change of the registry has been under way for more than {COMMIT_LOCK_WAIT_S} s"
         raise RegistryError(message) from e
     return Committed(revisions, ids)
-
-
-async def put(
-    connection: Any, changes: Sequence[Change], versions: Mapping[str, int], *, actor: str, at_us: int
-) -> tuple[dict[str, int], list[int]]:
-    """Write the current state of documents and what workers are told of it. Within a transaction that holds `COMMIT_LOCK_KEY`.
-
-    Args:
-        connection: any.
-        changes: documents as they are to stand.
-        versions: stream -> version of its last event.
-        actor: for `updated_by`.
-        at_us: for `updated_at`, µs.
-
-    Returns:
-        Revisions by stream, and the rows of the outbox.
-    """
-    # Taken under the lock: the revision of a later commit is larger.
-    rows = await connection.fetch("SELECT nextval('registry_rev') FROM generate_series(1, $1)", len(changes))
-    revisions = {c.stream: int(r[0]) for c, r in zip(changes, rows, strict=True)}
-    for kind in SECTIONS.values():
-        await _project(connection, kind, [c for c in changes if c.kind == kind], versions, revisions, actor, at_us)
-    return revisions, await _outbox(connection, changes, revisions)
 
 
 async def _project(
@@ -427,20 +411,12 @@ async def current_records(connection: Any) -> list[Record]:
     """The records that say the whole registry as it is: for topics that are empty."""
     async with connection.transaction(isolation="repeatable_read", readonly=True):
         current = await load(connection, [*TYPE_KINDS, "device"])
-        canaries: Sequence[Record] = ()
-        if await connection.fetchval("SELECT to_regclass('canaries') IS NOT NULL"):
-            rows = await connection.fetch("SELECT name, doc, rev FROM canaries ORDER BY rev")
-            canaries = [
-                (topics.TYPE_REGISTRY.name, f"canary/{row['name']}".encode(), row["doc"].encode(), row["rev"])
-                for row in rows
-            ]
     changes = [
         Change(kind, stream, "create", None, stored.document, 0, "", {})
         for kind, documents in current.items()
         for stream, stored in documents.items()
     ]
-    revisions = {stream: s.rev for documents in current.values() for stream, s in documents.items()}
-    return [*_records(changes, revisions), *canaries]
+    return _records(changes, {stream: s.rev for documents in current.values() for stream, s in documents.items()})
 
 
 def _records(changes: Sequence[Change], revisions: Mapping[str, int]) -> list[Record]:

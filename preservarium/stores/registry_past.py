@@ -11,7 +11,6 @@ from typing import Any, Final, cast
 
 import orjson
 
-from preservarium.domain.canary import CanaryDoc, sees
 from preservarium.domain.readings.address import canonical_address
 from preservarium.domain.registry.device import DatatypeDoc, DeviceDoc, DeviceTypeDoc, ParserDoc
 from preservarium.stores import events
@@ -22,7 +21,7 @@ CHANGED_MAX: Final = 10_000
 #: Instants at which the registry changed that are kept in memory; of more, the first.
 CHANGES_MAX: Final = 100_000
 #: Events that decide how a message is read; the operators' are none of them.
-_OF_READING: Final = "stream_id LIKE ANY ('{device/%,type/%,parser/%,datatype/%,canary/%}')"
+_OF_READING: Final = "stream_id LIKE ANY ('{device/%,type/%,parser/%,datatype/%}')"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,6 @@ class Past:
         self._datatypes: dict[int | None, Mapping[str, DatatypeDoc]] = {}
         self._now: dict[str, dict[str, Any]] | None = None
         self._parsers: dict[tuple[str, int], ParserDoc | None] = {}
-        self._canaries: dict[int | None, list[CanaryDoc]] = {}
 
     async def at(self, device_id: str, at_us: int | None, parser: str | None = None) -> Documents:
         """The documents of a device as of an instant.
@@ -75,43 +73,13 @@ class Past:
             name, _, version = parser.rpartition("@")
             found = await self._parser(name, int(version)) if version.isdigit() and len(version) < 10 else None
         elif kind is not None:
-            for canary in await self._canaries_at(at_us, last):
-                if (
-                    (canary["kind"], canary["of"]) == ("parser", kind["parser"])
-                    and device is not None
-                    and sees(canary, device["device_id"])
-                ):
-                    found = cast(ParserDoc, canary["candidate"])
-            found = found or await self._active(kind["parser"], at_us)
+            found = await self._active(kind["parser"], at_us)
         return Documents(
             cast(DeviceDoc | None, device),
             cast(DeviceTypeDoc | None, kind),
             found,
-            await self._seen_datatypes(device, at_us, last),
+            await self._datatypes_at(at_us, last),
         )
-
-    async def _seen_datatypes(self, device: Any, at_us: int | None, last: int) -> Mapping[str, DatatypeDoc]:
-        """The datatypes, those of a canary's candidate among them where the device was in its share."""
-        datatypes = await self._datatypes_at(at_us, last)
-        if device is None:
-            return datatypes
-        seen = {
-            canary["of"]: cast(DatatypeDoc, canary["candidate"])
-            for canary in await self._canaries_at(at_us, last)
-            if canary["kind"] == "datatype" and sees(canary, device["device_id"])
-        }
-        return {**datatypes, **seen} if seen else datatypes
-
-    async def _canaries_at(self, at_us: int | None, last: int) -> list[CanaryDoc]:
-        key = None if at_us is None else last
-        if key not in self._canaries:
-            found = []
-            for stream in await events.streams(self._connection, "canary/"):
-                state, _ = await events.state_at(self._connection, stream, until_us=at_us)
-                if state is not None:
-                    found.append(cast(CanaryDoc, state))
-            self._canaries[key] = found
-        return self._canaries[key]
 
     async def prepare(self, from_us: int) -> None:
         """Read when the registry changed since an instant, so that `last_change` need not ask for each message."""

@@ -7,7 +7,6 @@ a consumer group of its own.
 from typing import Final
 
 from preservarium import topics
-from preservarium.domain.lineage_graph import alarm_edge
 from preservarium.stores.event_tables import EventTable, document, instant, integer, number, text
 from preservarium.stores.journal import ALARM_OPERATIONS
 
@@ -47,7 +46,6 @@ FROM last l JOIN first f USING (alarm_id) ORDER BY l.alarm_id
 ON CONFLICT (alarm_id) DO UPDATE
 SET severity = excluded.severity, state = excluded.state, transition = excluded.transition, cleared_at = excluded.cleared_at,
     message = excluded.message, transitions = a.transitions + excluded.transitions, updated_at = excluded.updated_at""",
-    edge=alarm_edge,
 )  # fmt: skip
 
 ANOMALIES: Final = EventTable(

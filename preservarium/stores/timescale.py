@@ -26,7 +26,6 @@ from typing import Any, Final
 
 from preservarium.breaker import Breaker
 from preservarium.clock import Clock
-from preservarium.domain.lineage_graph import Edge, batch_edges
 from preservarium.domain.readings.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US, Message
 from preservarium.domain.readings.stored import StoredMessage
 from preservarium.settings import Settings
@@ -40,7 +39,6 @@ from preservarium.stores.base import (
     derivation_fault,
     series_fault,
 )
-from preservarium.stores.lineage_graph import columns, insert_at, moved_of, prune
 from preservarium.stores.postgres import DATA_ERRORS, MOVED, OffsetStore, PostgresPool, count_of
 from preservarium.stores.timescale_rows import (
     COLUMN_LIST,
@@ -295,13 +293,11 @@ class TimescaleStore(OffsetStore):
             if way is not _Way.COPY:
                 encoded.settle()
             refused: dict[tuple[bytes, int], str] = {}
-            keeps_lineage = self._settings().sink.lineage_days > 0
-            edges = batch_edges(self.sink, moved_of(moves), sent.messages) if keeps_lineage else []
             if way is _Way.BISECT:
-                accepted, newest = await self._store_good(connection, moves, encoded, bounds, refused, edges)
+                accepted, newest = await self._store_good(connection, moves, encoded, bounds, refused)
                 stood = sum(key not in refused for key in encoded.rows()) - accepted[0]
             else:
-                newest = await self._advance(connection, moves, encoded.latest(), edges)
+                newest = await self._advance(connection, moves, encoded.latest())
                 accepted = await self._store(connection, encoded, way)
                 stood = len(encoded.plain) - accepted[0]
             found = encoded.rejected
@@ -347,17 +343,16 @@ class TimescaleStore(OffsetStore):
         encoded: Encoded,
         bounds: Bounds,
         refused: dict[tuple[bytes, int], str],
-        edges: Sequence[Edge],
     ) -> tuple[list[int], Collection[bytes]]:
         """Store the rows that PostgreSQL takes; the others with its reason go to `refused`. Returns as `_store`, and `_advance`."""
         accepted, stored = [], []
         for part, statement in zip((encoded.rows(), *encoded.others()), (_MERGE, *_OTHERS), strict=True):
             accepted.append(await self._bisect(connection, sorted(part.items()), statement, encoded.standing, refused))
             stored.append({k: v for k, v in part.items() if k not in refused})
-        return accepted, await self._advance(connection, moves, latest_of(stored, bounds), edges)
+        return accepted, await self._advance(connection, moves, latest_of(stored, bounds))
 
-    async def _advance(self, connection: Any, moves: Moves, latest: Latest, edges: Sequence[Edge]) -> Collection[bytes]:
-        """Compare-and-set of the offsets, newest values, what the roll-ups must look at again, and the edges of the lineage.
+    async def _advance(self, connection: Any, moves: Moves, latest: Latest) -> Collection[bytes]:
+        """Compare-and-set of the offsets, newest values, and what the roll-ups must look at again.
 
         Returns:
             Prefixes of the series, all of which have a row in `latest` once this is committed.
@@ -366,7 +361,7 @@ class TimescaleStore(OffsetStore):
             Moved: without positions: they are read when this transaction is undone.
         """
         known = await self._move_fresh(connection, moves)
-        if not known and not latest.series and not edges:
+        if not known and not latest.series:
             return ()
         marks = latest.marks
         arguments = [*(known or [self.sink, self._settings().sink.generation, [], [], [], []]), *latest.columns]
@@ -375,9 +370,6 @@ class TimescaleStore(OffsetStore):
         if marks.slices:
             arguments += [marks.series, marks.hours, *map(list, zip(*marks.slices, strict=True))]
             dirty += _DIRTY_LATE
-        if edges:
-            dirty += f" lineage AS ({insert_at(len(arguments) + 1)}),"
-            arguments += columns(edges)
         known_series = self._has_latest.issuperset(latest.series)
         upsert = _UPDATE_LATEST if known_series else _UPSERT_LATEST
         statement = f"{MOVED},{dirty} newest AS ({upsert}) SELECT count(*) FROM moved"
@@ -553,15 +545,6 @@ class TimescaleStore(OffsetStore):
     async def maintain(self) -> None:
         """See `Upkeep.turn`."""
         await self.upkeep.turn()
-
-    async def prune_lineage(self) -> int:
-        """Delete some edges of the lineage that are older than `sink.lineage_days`; how many.
-
-        Raises:
-            Retry: the database cannot be reached.
-        """
-        days = self._settings().sink.lineage_days
-        return await self._ask(lambda connection: prune(connection, self._clock.now_us(), days))
 
     async def apply_policies(self) -> None:
         """See `Upkeep.apply_policies`."""

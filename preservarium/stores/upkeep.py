@@ -51,12 +51,6 @@ _NOT_THERE: Final = (
     OSError,
 )
 
-#: What functions of the database must know of the settings, and what is kept as long as readings are.
-_LIMITS: Final = """
-WITH limits AS (UPDATE storage_limits SET retention_days = $1 WHERE retention_days <> $1),
-gone AS (DELETE FROM iot_measurements_refused WHERE refused_at < now() - make_interval(days => $1))
-SELECT true"""
-
 
 class Upkeep:
     """Upkeep by one worker. For one task at a time; `run_overdue` may run beside the others.
@@ -97,7 +91,6 @@ class Upkeep:
         self._refuse_while_open()
         s = self._settings().sink
         await self._reach(self._pool.ready())
-        await self._reach(self._piece(_LIMITS, s.retention_days))
         if self._pool.engine == "plain":
             ours = await self._job("upkeep", lambda: self._partitions(s.chunk_days, s.retention_days))
             if ours is False:

@@ -9,9 +9,8 @@
 | runner.py | carries out what a handler decided, retries, bisects |
 | stage.py, state.py, publish.py | what a handler is given and returns; state on RocksDB; acknowledged sends |
 | records/ | values of records: lines, envelopes, error lines |
-| measuring.py | how old messages are at each end, how far stages are behind, what the process uses |
 | following.py | topics followed without a group |
-| kafka_clients.py, oauth.py, topics_admin.py | how every Kafka client is made and logs in; topics created and compared |
+| kafka_clients.py, topics_admin.py | how every Kafka client is made; topics created and compared |
 
 May import the ground and the domain.
 """

@@ -35,13 +35,12 @@ from mode import Service
 from mode.supervisors import CrashingSupervisor
 from yarl import URL
 
-from preservarium import __version__, logs, memory, metrics, topics
+from preservarium import logs, memory, metrics, topics
 from preservarium.breaker import breakers
 from preservarium.clock import Clock, ClockCheck, SystemClock
 from preservarium.errors import Fatal, Retry
 from preservarium.settings import LiveSettings, SettingsError, load
-from preservarium.stores.connections import show_pools
-from preservarium.streaming import faust_parts, kafka_clients, measuring, reports, topics_admin
+from preservarium.streaming import faust_parts, kafka_clients, reports, topics_admin
 from preservarium.streaming.feeds import GroupFeed, Memory, OnAssigned
 from preservarium.streaming.following import read_span
 from preservarium.streaming.kafka_watch import KafkaWatch
@@ -155,14 +154,10 @@ class App(faust.App):
         #: (table, partition) -> whose turn it is among the stages that share the table
         self._turns: dict[tuple[str, int], asyncio.Lock] = {}
         self._resources: list[Closable] = []
-        #: asked before the worker starts, when its command line has been read; they end the process where it must not
-        self.start_checks: list[Callable[[], None]] = []
         self._stop_timer: threading.Timer | None = None
         self._is_process = False
         self._slot: IO[bytes] | None = None
         self._gauges: set[tuple[str, ...]] = set()
-        self._behind = measuring.Behind()
-        self._usage = measuring.Usage(settings.data_dir)
         #: topic of the shared feed -> partitions that it has, where that is not what is declared
         self._misfits: dict[str, int] = {}
         self._started_s = self._beat_s = monotonic()
@@ -170,7 +165,6 @@ class App(faust.App):
         self._suspect_until_s = 0.0
         #: Faust's command line gives --datadir in the environment, and it wins.
         self._datadir_given = bool(os.environ.get("F_DATADIR"))
-        metrics.BUILD_INFO.labels(__version__).set(1)
         bind = settings.web.host
         super().__init__(
             id=kafka.group,
@@ -649,7 +643,6 @@ class App(faust.App):
             self._beat_s = monotonic()
             await self.sleep(GAUGES_S)
             frozen_s = monotonic() - self._beat_s
-            metrics.LOOP_DELAY_SECONDS.observe(max(0.0, frozen_s - GAUGES_S))
             if frozen_s > self._frozen_max_s:
                 self._suspect_until_s = monotonic() + self.conf.broker_heartbeat_interval + GAUGES_S
                 log.warning("worker_was_frozen", seconds=round(frozen_s, 1), action="membership is asked for first")
@@ -761,9 +754,7 @@ class App(faust.App):
 
     def _set_gauges(self) -> None:
         seen: set[tuple[str, ...]] = set()
-        stages = self.stage_reports()
-        self._measure(stages)
-        for name, stage in stages.items():
+        for name, stage in self.stage_reports().items():
             metrics.PENDING_RECORDS.labels(name).set(stage["pending"])
             metrics.PARTITIONS_PAUSED.labels(name).set(len(stage["paused"]))
             metrics.COMMIT_AGE_SECONDS.labels(name).set(stage["commit_age_s"])
@@ -774,22 +765,6 @@ class App(faust.App):
         for labels in self._gauges - seen:
             metrics.LAG_RECORDS.remove(*labels)
         self._gauges = seen
-
-    def _measure(self, stages: Mapping[str, Mapping[str, Any]]) -> None:
-        """How far stages are behind, what the process uses, and what follows for the number of workers."""
-        runners, now_us = self._runners(), self.clock.now_us()
-        lag_s: dict[str, float] = {}
-        for name, stage in stages.items():
-            arrivals = runners[name].arrivals
-            lag_s[name] = self._behind.lag_s(name, stage, arrivals.done_ms, now_us // 1_000)
-            metrics.LAG_SECONDS.labels(name).set(lag_s[name])
-            if arrivals.newest_us:
-                metrics.WATERMARK_AGE_SECONDS.labels(name).set(max(0, now_us - arrivals.newest_us) / 1e6)
-            if kept_s := measuring.retention_s(stage["topic"]):
-                metrics.RETENTION_SECONDS.labels(name).set(kept_s)
-        self._usage.sample()
-        measuring.set_wanted(stages, lag_s, self._usage.utilisation)
-        show_pools()
 
     def stage_reports(self) -> dict[str, dict[str, Any]]:
         """How every stage stands; see `reports.stage_reports`."""

@@ -6,7 +6,7 @@ from typing import Any
 import faust
 import structlog
 from faust.assignor.partition_assignor import PartitionAssignor
-from faust.auth import Credentials, OAuthCredentials, SASLCredentials, SSLCredentials
+from faust.auth import Credentials, SASLCredentials, SSLCredentials
 
 from preservarium import logs
 from preservarium.settings import Kafka
@@ -53,8 +53,6 @@ class Worker(faust.Worker):
         kwargs["redirect_stdouts"] = False
         super().__init__(app, *services, **kwargs)
         self.spinner = None
-        for check in app.start_checks:
-            check()
 
     def _setup_logging(self) -> None:
         settings = self.app.live()
@@ -94,8 +92,6 @@ def credentials(kafka: Kafka) -> Credentials | None:
     """The connection of our own clients in Faust's words: its consumer and its producer make their arguments of it."""
     arguments = kafka_clients.connection(kafka)
     context = arguments.get("ssl_context")
-    if "sasl_oauth_token_provider" in arguments:
-        return OAuthCredentials(oauth_cb=arguments["sasl_oauth_token_provider"], ssl_context=context)
     if "sasl_mechanism" in arguments:
         return SASLCredentials(
             mechanism=arguments["sasl_mechanism"],

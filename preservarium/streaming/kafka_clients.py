@@ -19,7 +19,6 @@ from aiokafka.protocol.commit import OffsetFetchRequest
 from preservarium import tls
 from preservarium.errors import reason
 from preservarium.settings import Kafka
-from preservarium.streaming import oauth
 
 #: For a client that was told to stop: to leave its group and to end its own tasks.
 STOP_S: Final = 10.0
@@ -311,9 +310,7 @@ def connection(kafka: Kafka) -> dict[str, Any]:
             key_password=kafka.ssl_key_password.get_secret_value(),
             check_hostname=kafka.ssl_check_hostname,
         )
-    if kafka.sasl and kafka.sasl_mechanism == "OAUTHBEARER":
-        arguments |= {"sasl_mechanism": "OAUTHBEARER", "sasl_oauth_token_provider": oauth.provider(kafka)}
-    elif kafka.sasl:
+    if kafka.sasl:
         arguments |= {
             "sasl_mechanism": kafka.sasl_mechanism,
             "sasl_plain_username": kafka.sasl_username,
@@ -334,9 +331,8 @@ def reading(kafka: Kafka) -> dict[str, Any]:
 def insecurity(kafka: Kafka) -> str:
     """What is not as safe as whoever set it may think; empty where nothing is."""
     if kafka.security_protocol == "SASL_PLAINTEXT":
-        if kafka.sasl_mechanism in ("PLAIN", "OAUTHBEARER"):
-            what = "token" if kafka.sasl_mechanism == "OAUTHBEARER" else "password"
-            return f"the {what} goes over the network in clear text, for anybody to read: use SASL_SSL"
+        if kafka.sasl_mechanism == "PLAIN":
+            return "the password goes over the network in clear text, for anybody to read: use SASL_SSL"
         return (
             "log-in without encryption: whoever reads along sees the data and can guess at the password: use SASL_SSL"
         )
@@ -384,12 +380,6 @@ def _reason(e: Exception, kafka: Kafka) -> str:
         return f"no TLS ({e.reason or 'handshake failed'}): is it the port of a {kafka.security_protocol} listener?"
     if isinstance(e, TimeoutError):
         return "no answer in time"
-    if isinstance(e, oauth.NoToken):
-        return str(e.args[0])
-    if isinstance(e, SaslAuthenticationFailed) and kafka.sasl_mechanism == "OAUTHBEARER":
-        return (
-            f"the token (sasl_oauth={kafka.sasl_oauth}) is not taken: wrong issuer, audience or rights, or it has ended"
-        )
     if isinstance(e, SaslAuthenticationFailed):
         return f"user {kafka.sasl_username!r} is not let in with {kafka.sasl_mechanism}: wrong user or password"
     if isinstance(e, UnsupportedSaslMechanismError):

@@ -83,7 +83,6 @@ class KafkaWatch(Service):
         self._gaps: dict[tuple[str, str, TP], list[Gap]] = defaultdict(list)
         self._gap_came = asyncio.Event()
         self._topics_at_s = 0.0
-        self._shown: set[str] = set()  #: topics whose ends the metrics tell
 
     @property
     def state(self) -> str:
@@ -158,32 +157,16 @@ class KafkaWatch(Service):
         if tps:
             ends = await _in_time(consumer.end_offsets(tps))
             self.ends = {TP(tp.topic, tp.partition): end for tp, end in ends.items()}
-            self._show_ends()
         else:
             self.ends = {}
             await _in_time(self._request_topics(consumer, []))
         if self._gaps:
             await self._look_into_gaps(consumer)
 
-    def _show_ends(self) -> None:
-        sums: dict[str, int] = defaultdict(int)
-        for tp, end in self.ends.items():
-            sums[tp.topic] += end
-        for topic in self._shown - set(sums):
-            metrics.TOPIC_END_OFFSETS.remove(topic)
-        self._shown = set(sums)
-        for topic, end in sums.items():
-            metrics.TOPIC_END_OFFSETS.labels(topic).set(end)
-
     async def _count_partitions(self, consumer: Any) -> None:
         names = sorted({*self._topics()})
         answer = await self._request_topics(consumer, names)
         found = {name: len(partitions) for code, name, *_, partitions in answer.topics if not code}
-        for code, name, *_, partitions in answer.topics:
-            if not code:
-                # Each: (error, partition, leader, replicas, those in step, …).
-                lacking = sum(1 for one in partitions if len(one[4]) < len(one[3]))
-                metrics.UNDER_REPLICATED.labels(name).set(lacking)
         # Hook: what the client looks after by itself, as for a subscription.
         await consumer._client.set_topics([*found])
         before, self.partitions = self.partitions, found

@@ -28,7 +28,6 @@ from preservarium.breaker import back
 from preservarium.clock import Clock
 from preservarium.errors import Fatal, ReasonCode, Reject, Retry
 from preservarium.settings import LiveSettings
-from preservarium.streaming.measuring import Arrivals
 from preservarium.streaming.records import error_line, error_send
 from preservarium.streaming.stage import Batch, Effects, GroupHandler, Send, Tick, TickHandler
 from preservarium.waiting import watcher
@@ -194,7 +193,6 @@ class Runner:
         self._live = live
         self._clock = clock
         self._failures_in_row = 0
-        self.arrivals = Arrivals(stage)
         self._received = metrics.RECORDS_RECEIVED.labels(stage)
         self._seconds = metrics.BATCH_SECONDS.labels(stage)
         self._sent: dict[str, Any] = {}
@@ -278,7 +276,6 @@ class Runner:
         for code, count in effects.refused.items():
             metrics.REFUSED.labels(self.stage, code).inc(count)
         self._seconds.observe(self._clock.monotonic_s() - started_s)
-        self.arrivals.done(batches, self._clock.now_us())
         self._after(effects)
 
     async def tick(self, tick: Tick, handler: TickHandler, progress: Progress) -> bool:

@@ -134,10 +134,6 @@ class _Turn:
     restored: bool = False  #: the store holds everything up to the fence
 
 
-#: RocksDB's words for how large a database is.
-_SIZES: Final = ("estimate-num-keys", "total-sst-files-size", "cur-size-all-mem-tables")
-
-
 class StateTable:
     """Bytes by key, a store for each partition; only the stage that owns the partition writes.
 
@@ -205,18 +201,6 @@ class StateTable:
     def partitions(self) -> list[int]:
         """Partitions whose store is open in this worker (active and standby)."""
         return sorted(getattr(self.table.data, "_dbs", {}))
-
-    def size(self, partition: int) -> tuple[int, int]:
-        """Keys, as RocksDB estimates them, and bytes of a partition that is open here; (0, 0) where it cannot tell."""
-        db = getattr(self.table.data, "_dbs", {}).get(partition)
-        tell = getattr(db, "property_int_value", None)
-        if tell is None:
-            return 0, 0
-        try:
-            keys, files, memory = (tell(f"rocksdb.{name}") or 0 for name in _SIZES)
-        except Exception:  # closed meanwhile: the partition went to another worker
-            return 0, 0
-        return int(keys), int(files) + int(memory)
 
     def owned(self) -> list[int]:
         """Partitions that this worker's stages read and write."""

@@ -132,13 +132,6 @@ class Comparison:
         }
 
 
-def retention_ms(topic: Topic, settings: Settings) -> int:
-    """How long a topic that is not compacted keeps its records; -1: for ever."""
-    if topic is declared_topics.RAW:
-        return settings.kafka.raw_retention_hours * declared_topics.HOUR_MS
-    return -1 if topic.retention_ms is None else topic.retention_ms
-
-
 def declare(topic: Topic, settings: Settings) -> Declared | None:
     """What a declared topic is in this cluster; None where the settings switch it off."""
     kafka = settings.kafka
@@ -153,7 +146,7 @@ def declare(topic: Topic, settings: Settings) -> Declared | None:
         "max.message.bytes": str(kafka.record_bytes_max + RECORD_OVERHEAD_BYTES),
     }
     if not topic.compacted:
-        config["retention.ms"] = str(retention_ms(topic, settings))
+        config["retention.ms"] = str(-1 if topic.retention_ms is None else topic.retention_ms)
     config.update(topic.config)
     return Declared(
         topic.full(kafka.topic_prefix), kafka.partitions, kafka.replication, config, kafka.partitions, kafka.replication

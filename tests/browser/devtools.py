@@ -14,7 +14,7 @@ import aiohttp
 
 #: Chromium's start on a busy machine.
 START_S = 60.0
-CALL_S = 120.0
+CALL_S = 30.0
 #: What moves focus or closes a dialog does so by its code.
 VIRTUAL_KEYS = {"Tab": 9, "Escape": 27}
 

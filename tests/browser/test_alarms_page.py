@@ -133,7 +133,7 @@ async def test_controls_have_names_and_what_changes_is_announced(page, site):
     await opened(page, site)
     unnamed = await page.js(
         "[...document.querySelectorAll('button, input, select, textarea, a')].filter(e => e.closest('dialog') === null && !e.hidden && "
-        "!(e.getAttribute('aria-label') || e.textContent.trim() || document.querySelector(`label[for='${e.id}']`) || e.closest('label'))).map(e => e.outerHTML)"
+        "!(e.getAttribute('aria-label') || e.innerText.trim() || document.querySelector(`label[for='${e.id}']`) || e.closest('label'))).map(e => e.outerHTML)"
     )
     assert unnamed == []
     assert await page.js(

@@ -12,7 +12,6 @@ from aiohttp.test_utils import TestServer
 from click.testing import CliRunner
 from devtools import LOW_CONTRAST, text_of
 from operators_support import Plant
-from people_support import mount_people
 from test_console_page import EVIL, shot
 from worker_support import ROOT
 
@@ -96,7 +95,6 @@ async def site():
     application = web.Application()
     Console(host, reads, TableReader(dict, lambda key: 0)).mount(application)
     Commands(host, CommandDesk(publish, host.clock), reads).mount(application)
-    mount_people(application, host)
     async with TestServer(application) as server:
         yield SimpleNamespace(url=str(server.make_url("/commands")), reads=reads, sent=sent, settings=settings)
 
@@ -252,7 +250,7 @@ async def test_a_phone_and_names_for_all_controls(page, site):
     assert small == []
     unnamed = await page.js(
         "[...document.querySelectorAll('button, input, select, textarea, a')].filter(e => e.id !== 'd-do' && "
-        "!(e.getAttribute('aria-label') || e.textContent.trim() || document.querySelector(`label[for='${e.id}']`) || e.closest('label'))).map(e => e.outerHTML)"
+        "!(e.getAttribute('aria-label') || e.innerText.trim() || document.querySelector(`label[for='${e.id}']`) || e.closest('label'))).map(e => e.outerHTML)"
     )
     assert unnamed == []
     await shot(page, "commands-phone.png")

@@ -8,12 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import orjson
-import pages_support
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from devtools import LOW_CONTRAST
-from people_support import mount_people
 
 from preservarium import metrics
 from preservarium.clock import SystemClock
@@ -28,7 +26,7 @@ from preservarium.errors import Retry
 from preservarium.operations.alarm_board import Board, Desk
 from preservarium.operations.command_desk import CommandDesk
 from preservarium.operations.refusals import Refusals
-from preservarium.settings import Settings, Web
+from preservarium.settings import Web
 
 pytestmark = pytest.mark.browser
 
@@ -51,7 +49,7 @@ def values(n):
     ]  # fmt: skip
 
 
-class Reads(pages_support.Series):
+class Reads:
     """A database of sixty devices, with curves as they were asked for."""
 
     def __init__(self):
@@ -235,7 +233,7 @@ def stand(board, *alarms):
 
 
 @pytest.fixture
-async def site(monkeypatch):
+async def site():
     reads = Reads()
     report = {
         "problems": [],
@@ -257,8 +255,7 @@ async def site(monkeypatch):
             "sink": {"blown": True, "reason": "store_rejected: 612 of 1000", "records": 1000, "refused": 612, "refused_max": 500},
         },
     }  # fmt: skip
-    whole = Settings()
-    settings = SimpleNamespace(web=Web(), sandbox=whole.sandbox, normalize=whole.normalize, kafka=whole.kafka)
+    settings = SimpleNamespace(web=Web())
     host = SimpleNamespace(
         live=lambda: settings,
         clock=SystemClock(),
@@ -290,17 +287,12 @@ async def site(monkeypatch):
     refusals.ready.set()
     refusals.trouble = ""
     application = web.Application()
-    # Before the overview's: the page of a table is the stand-in's.
-    console = Console(host, tables, workers)
+    Console(host, tables, workers).mount(application)
     DeviceViews(host, reads, tables).mount(application)
     RefusalViews(host, refusals, lambda: None).mount(application)
     desk = Desk(board, publish, host.clock)
     Operators(host, desk, reads).mount(application)
     Commands(host, CommandDesk(publish, host.clock), reads).mount(application)
-    asked: list = []
-    more = pages_support.mount(application, host, refusals, reads, workers, monkeypatch, asked)
-    console.mount(application)
-    mount_people(application, host)
     for stage, n in {"normalize": 900, "validate": 880, "alarm": 870, "notify": 2, "sink": 860, "sync": 850}.items():
         metrics.RECORDS_RECEIVED.labels(stage).inc(n)
         metrics.READINGS.labels(stage).inc(n * 5)
@@ -322,10 +314,7 @@ async def site(monkeypatch):
             resets=resets,
             settings=settings,
             refusals=refusals,
-            registry=more.registry,
-            asked=asked,
         )
-    await more.bench.close()
     for stage in ("normalize", "validate", "alarm", "notify", "sink", "sync"):
         metrics.LAG_RECORDS.labels(stage, "browser-test", "0").set(0)
         metrics.PENDING_RECORDS.labels(stage).set(0)

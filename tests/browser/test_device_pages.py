@@ -17,7 +17,7 @@ DEVICE = "devices/0018b20000000001"
 DRAWN = "document.querySelectorAll('#plots canvas').length >= 3 && document.querySelectorAll('#readings tr').length > 5 && document.querySelectorAll('#refusals details').length > 0"
 NO_MARKUP = "document.querySelectorAll('img, main script').length"
 UNNAMED = """[...document.querySelectorAll('button, input, select, a, summary')].filter(e => e.checkVisibility() &&
-  !(e.getAttribute('aria-label') || e.textContent.trim() || document.querySelector(`label[for='${e.id}']`) || e.closest('label'))).map(e => e.outerHTML)"""
+  !(e.getAttribute('aria-label') || e.innerText.trim() || document.querySelector(`label[for='${e.id}']`) || e.closest('label'))).map(e => e.outerHTML)"""
 
 
 async def click(page, selector):

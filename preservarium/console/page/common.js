@@ -69,40 +69,6 @@ function instant(us) {
   return us ? `${new Date(us / 1000).toISOString().replace("T", " ").slice(0, 19)} UTC` : null;
 }
 
-// ---- who is there ----------------------------------------------------------------------------------------------------
-
-// Who has logged in, and how one can; asked for once, when the page is opened.
-let visitor = { name: null, csrf: null, ways: [], rights: [] };
-const asPlainFetch = window.fetch.bind(window);
-const visitorKnown = (async () => {
-  try {
-    const response = await asPlainFetch("/api/v1/session", { headers: { Accept: "application/json" }, signal: AbortSignal.timeout(TIMEOUT_MS) });
-    if (response.ok) visitor = await response.json();
-  } catch { /* the page says elsewhere that nothing answers */ }
-  $("who").hidden = $("log-out").hidden = !visitor.name;
-  $("who").textContent = visitor.name ? `${visitor.name}, ${visitor.role}` : "";
-  const byPage = visitor.ways.includes("password") || visitor.ways.includes("oidc");
-  $("l-in").hidden = !byPage;
-  $("l-in").href = `/login?${new URLSearchParams({ next: location.pathname + location.search })}`;
-  for (const node of $("login").querySelectorAll("label, #l-token, button, span")) node.hidden = byPage && !visitor.ways.includes("token");
-})();
-
-// What changes something brings along what no page of a stranger can read. Here, so that no page can forget it.
-window.fetch = async (resource, options = {}) => {
-  if (["GET", "HEAD"].includes((options.method || "GET").toUpperCase())) return asPlainFetch(resource, options);
-  await visitorKnown;
-  const headers = new Headers(options.headers || {});
-  if (visitor.csrf) headers.set("X-CSRF-Token", visitor.csrf);
-  return asPlainFetch(resource, { ...options, headers });
-};
-
-async function logOut() {
-  try { await fetch("/api/v1/session", { method: "DELETE", signal: AbortSignal.timeout(TIMEOUT_MS) }); } catch { /* the next page says it */ }
-  stored.set(sessionStorage, "operator-token", "");
-  location.href = "/login?said=out";
-}
-$("log-out").addEventListener("click", logOut);
-
 async function get(path) {
   const response = await fetch(path, { signal: AbortSignal.timeout(TIMEOUT_MS), headers: authorized({ Accept: "application/json" }) });
   const body = await response.json();
@@ -246,22 +212,18 @@ function refusalItem(refusal, nowUs, open) {
   const item = el("details", { class: "refusal", "data-id": refusal.id }, el("summary", {},
     el("span", { class: "line" }, el("b", { text: refusal.code }), el("span", { class: "quiet", text: `${refusal.stage} · ${age(refusal.at, nowUs)} ago` })),
     el("span", { class: "said", text: refusal.message || "" }),
-    refusal.device_id ? el("span", { class: "device-address", text: refusal.device_id }) : null,
-    refusal.settled ? el("span", { class: "tag", text: refusal.settled.how }) : null), body);
+    refusal.device_id ? el("span", { class: "device-address", text: refusal.device_id }) : null), body);
   let asked = false;
   const show = async () => {
     if (!item.open || asked) return;
     asked = true;
     const facts = el("dl", { class: "facts" });
-    const rows = [["Refused", instant(refusal.at)], ["Device", refusal.device_id], ["Parser", refusal.parser], ["Tries", refusal.attempt > 1 ? String(refusal.attempt) : ""], ["Since", typeof settledText === "function" ? settledText(refusal.settled) : ""],
+    const rows = [["Refused", instant(refusal.at)], ["Device", refusal.device_id], ["Parser", refusal.parser], ["Tries", refusal.attempt > 1 ? String(refusal.attempt) : ""],
       ["Raw message", refusal.raw_offset === undefined ? "" : `iot_raw_data ${refusal.raw_partition}:${refusal.raw_offset}, line ${refusal.raw_index ?? 0}`], ["Id", refusal.id]];
-    // Pages that have a bench for it offer another parser.
-    const bench = typeof benchNode === "function" && !String(refusal.code).startsWith("envelope_") ? benchNode(refusal) : "";
-    facts.append(...rows.filter(([, v]) => v).flatMap(([k, v]) => [el("dt", { text: k }), el("dd", {}, k === "Device" ? el("a", { href: deviceUrl(v), text: v })
-      : k === "Raw message" ? el("a", { href: `/lineage?raw=${refusal.raw_partition}:${refusal.raw_offset}`, text: v }) : v)]));
-    body.replaceChildren(facts, refusal.original ? originalBytes(refusal.original) : el("p", { class: "quiet", text: "Its bytes are looked for in Kafka …" }), bench);
+    facts.append(...rows.filter(([, v]) => v).flatMap(([k, v]) => [el("dt", { text: k }), el("dd", {}, k === "Device" ? el("a", { href: deviceUrl(v), text: v }) : v)]));
+    body.replaceChildren(facts, refusal.original ? originalBytes(refusal.original) : el("p", { class: "quiet", text: "Its bytes are looked for in Kafka …" }));
     if (refusal.original && !refusal.original.cut) return;
-    try { body.replaceChildren(facts, originalBytes((await get(`/api/refusals/${encodeURIComponent(refusal.id)}`)).original), bench); }
+    try { body.replaceChildren(facts, originalBytes((await get(`/api/refusals/${encodeURIComponent(refusal.id)}`)).original)); }
     catch (e) {
       asked = false;
       if (!refusal.original) body.replaceChildren(facts, el("p", { class: "quiet", text: `Its bytes cannot be had now: ${e.message}` }));
@@ -338,15 +300,6 @@ function onSlash() {
   });
 }
 const isTyping = () => document.activeElement?.matches("textarea, select, input:not([type=checkbox])") ?? false;
-
-// The other pages: closed by a click elsewhere, or by Escape.
-const morePages = document.querySelector(".more-pages");
-document.addEventListener("click", (event) => { if (morePages?.open && !morePages.contains(event.target)) morePages.open = false; });
-morePages?.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || !morePages.open) return;
-  morePages.open = false;
-  morePages.querySelector("summary").focus();
-});
 
 // ---- light and dark ------------------------------------------------------------------------------------------------
 

@@ -109,7 +109,6 @@ function keep() {
   const query = new URLSearchParams({ span: String(Math.round(wanted.span_s)) });
   if (wanted.to) query.set("to", String(Math.round(wanted.to)));
   if (wanted.series?.length) query.set("series", wanted.series.join(","));
-  $("explore").href = `/explore?${query}`;
   history.replaceState(null, "", `?${query}`);
 }
 
@@ -125,10 +124,8 @@ async function askCurves() {
   const points = Math.min(POINTS_MAX, Math.max(200, Math.round($("plots").clientWidth || 800)));
   curvesAt = Date.now();
   try {
-    const asked = `series=${wanted.series.join(",")}&from=${shown.from}&to=${shown.to}`;
-    const [found, corrected] = await Promise.all([get(`${URL_OF}/series?${asked}&points=${points}`), get(`${URL_OF}/corrections?${asked}`).catch(() => ({ corrections: [] }))]);
+    const found = await get(`${URL_OF}/series?series=${wanted.series.join(",")}&from=${shown.from}&to=${shown.to}&points=${points}`);
     if (number_ !== curvesAsked) return;
-    for (const curve of found.series) curve.corrected = corrected.corrections.filter((c) => c.series_id === curve.series_id).map((c) => c.timestamp);
     curves = found;
     drawCurves(found, shown);
   } catch (e) {
@@ -187,15 +184,9 @@ function said(found) {
   const empty = found.series.filter((c) => !c.at.length).map((c) => c.component_type);
   const parts = [[...levels.keys()].join("; ")];
   if (empty.length) parts.push(`no readings in this span: ${empty.join(", ")}`);
-  const holes = found.series.flatMap((c) => gapsOf(c));
-  if (holes.length) parts.push(`${holes.length} ${holes.length === 1 ? "gap" : "gaps"}, the longest ${span_of(Math.round(Math.max(...holes) / 1e6))}`);
-  const corrected = found.series.reduce((sum, c) => sum + (c.corrected?.length || 0), 0);
-  if (corrected) parts.push(`${corrected} corrected`);
   if (found.alarms.length) parts.push(`${found.alarms.length} ${found.alarms.length === 1 ? "alarm" : "alarms"} in this span`);
   return parts.join(" · ");
 }
-// How long nothing came, µs, where that was longer than is usual.
-const gapsOf = (curve) => (curve.gap_us ? curve.at.slice(1).map((at, i) => at - curve.at[i]).filter((width) => width > curve.gap_us) : []);
 const span_ = (s) => (s < 1 ? `${Math.round(s * 1000)} ms` : span_of(Math.round(s)));
 const span_of = (s) => (s < 120 ? `${s} s` : s < 7200 ? `${Math.round(s / 60)} min` : s < 2 * DAY ? `${Math.round(s / HOUR)} h` : `${Math.round(s / DAY)} d`);
 
@@ -243,20 +234,17 @@ async function file() {
   finally { $("csv").disabled = false; }
 }
 
-const traceUrl = (r) => `/lineage?${new URLSearchParams({ device: ID, type: r.component_type, at: String(r.timestamp), pin: r.pin_position, mode: r.connector_mode })}`;
-
 // ---- readings, alarms, refusals, commands --------------------------------------------------------------------------
 
 function drawReadings(page) {
   if (changed("readings", page.readings)) {
     $("readings").replaceChildren(...(page.readings.length ? page.readings.map((r) => {
       const [cls, word, mark] = QUALITY[r.quality] || ["unknown", String(r.quality), ""];
-      const flags = [cls === "good" ? "" : word, ...(r.flags || []), r.revised ? "revised" : "", r.generation ? `generation ${r.generation}` : ""].filter(Boolean).join(", ");
+      const flags = [cls === "good" ? "" : word, ...(r.flags || []), r.revised ? "revised" : ""].filter(Boolean).join(", ");
       return el("tr", {}, el("td", {}, el("time", { datetime: new Date(r.timestamp / 1000).toISOString(), title: `received ${instant(r.received_at)}`, text: instant(r.timestamp) })),
         el("td", { text: `${r.component_type}${pinText(r.pin_position)}` }), el("td", { class: "num" }, el("b", { text: valueText(r) }), r.unit ? ` ${r.unit}` : ""),
         el("td", { class: `flag ${cls}`, text: flags ? `${mark} ${flags}` : "" }), el("td", { class: "quiet", text: r.parser || "" }),
-        // From a number to its bytes by one click.
-        el("td", { class: "coordinates" }, el("a", { href: traceUrl(r), "aria-label": `Trace ${r.component_type} of ${instant(r.timestamp)} to its bytes`, text: r.raw_partition === null ? "trace" : `${r.raw_partition}:${r.raw_offset}` })));
+        el("td", { class: "quiet coordinates", text: r.raw_partition === null ? "" : `${r.raw_partition}:${r.raw_offset}` }));
     }) : [el("tr", {}, el("td", { colspan: "6", class: "quiet", text: "No reading is stored. Each message that its parser understands makes a line here for each value." }))]));
   }
   drawPager(page);
@@ -346,7 +334,6 @@ $("closer").addEventListener("click", () => zoom(0.5));
 $("wider").addEventListener("click", () => zoom(2));
 $("now").addEventListener("click", () => { wanted.to = 0; askCurves(); });
 $("csv").addEventListener("click", file);
-$("png").addEventListener("click", () => { if (plots.size) savePicture([...plots.values()].map((p) => p.picture()), `${ID.replace(/[^a-z0-9]+/gi, "-")}.png`); });
 $("alarms-more").href = `/alarms?q=${encodeURIComponent(ID)}`;
 $("refusals-more").href = `/refusals?device=${encodeURIComponent(ID)}`;
 $("commands-more").href = `/commands?device=${encodeURIComponent(ID)}`;
@@ -364,12 +351,5 @@ const recolour = () => setTimeout(() => plots.forEach((plot) => plot.recolour())
 $("theme").addEventListener("click", recolour);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
 new ResizeObserver(() => plots.forEach((plot) => plot.resize())).observe($("plots"));
-const askDevice = poll(DEVICE_INTERVAL_MS, ask);
-// What comes is told at once; the page asks by itself all the same, should nobody be there to tell.
-listen(`${URL_OF}/live`, (event) => {
-  if (!event.values.length) return;
-  askDevice();
-  if (cursors.length === 1) readings();
-  if (!wanted.to && wanted.span_s <= DAY && Date.now() - curvesAt > CURVES_S_MIN * 1000) askCurves();
-}, (isOn) => { $("live").title = isOn ? "told of each reading as it is stored" : "asked for every few seconds"; });
+poll(DEVICE_INTERVAL_MS, ask);
 poll(LISTS_INTERVAL_MS, lists);

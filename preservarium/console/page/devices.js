@@ -3,13 +3,12 @@
 
 const LIST_INTERVAL_MS = 5000;
 const FLEET_INTERVAL_MS = 15000;
-const SPARKS_INTERVAL_MS = 30000;
 const LIMIT = 50;
-const VALUES_SHOWN = 3;
+const VALUES_SHOWN = 4;
 
 const TABS = [["", "All"], ["sending", "Sending"], ["failing", "Failing"], ["silent", "Silent"], ["never", "Never seen"], ["off", "Off"]];
 // Column -> word of the order that it stands for; null: none.
-const COLUMNS = [["Device", "name"], ["Address", "device"], ["Type", "type"], ["Last values", null], ["Last hour", null], ["State", "quality"], ["Age", "seen"]];
+const COLUMNS = [["Device", "name"], ["Address", "device"], ["Type", "type"], ["Last values", null], ["State", "quality"], ["Age", "seen"]];
 const NEWEST_FIRST = new Set(["seen", "quality"]);
 
 const parameters = new URLSearchParams(location.search);
@@ -48,7 +47,6 @@ function drawChoices() {
     if (mark) mark.textContent = mine ? (way === "desc" ? "▼" : "▲") : "";
   }
   $("order").value = `${wanted.sort} ${way}`;
-  drawKept();
 }
 
 function sortBy(sort) {
@@ -61,9 +59,9 @@ function sortBy(sort) {
 function newRow(device) {
   const parts = {
     row: el("tr"), link: el("a", { class: "device-name", href: deviceUrl(device.device_id) }), address: el("td", { class: "c-address device-address" }),
-    type: el("td", { class: "c-type" }), values: el("td", { class: "c-values" }), spark: el("td", { class: "c-spark" }), state: el("td", { class: "c-state" }), age: el("td", { class: "num c-age" }),
+    type: el("td", { class: "c-type" }), values: el("td", { class: "c-values" }), state: el("td", { class: "c-state" }), age: el("td", { class: "num c-age" }),
   };
-  parts.row.append(el("td", { class: "c-device" }, parts.link), parts.address, parts.type, parts.values, parts.spark, parts.state, parts.age);
+  parts.row.append(el("td", { class: "c-device" }, parts.link), parts.address, parts.type, parts.values, parts.state, parts.age);
   rows.set(device.device_id, parts);
   return parts;
 }
@@ -122,58 +120,6 @@ function nothing() {
     el("p", {}, "What devices send that are in no registry is kept on ", el("a", { href: "/refusals?code=unknown_device", text: "Refusals" }), ", with its bytes.")];
 }
 
-// ---- small curves --------------------------------------------------------------------------------------------------
-
-// The first series of numbers of each device that is shown.
-async function sparks() {
-  const series = new Map();
-  for (const device of page?.devices || []) {
-    const first = device.values.find((v) => typeof v.value === "number");
-    if (first) series.set(first.series_id, [rows.get(device.device_id), first]);
-  }
-  if (!series.size) return;
-  try {
-    const found = await get(`/api/series/sparks?series=${[...series.keys()].join(",")}`);
-    for (const [id, [parts, value]] of series) if (parts) parts.spark.replaceChildren(...(found.sparks[id] ? [spark(found.sparks[id], value)] : []));
-  } catch { /* the list says what is wrong */ }
-}
-function spark(means, value) {
-  const known = means.filter((v) => v !== null);
-  const [least, greatest] = [Math.min(...known), Math.max(...known)];
-  const [svg, path] = drawing(`0 0 ${means.length - 1} 20`, { class: "spark", preserveAspectRatio: "none" });
-  let pen = "M";
-  path.setAttribute("d", means.map((v, i) => {
-    if (v === null) { pen = "M"; return ""; }
-    const y = greatest > least ? 18 - ((v - least) / (greatest - least)) * 16 : 10;
-    // A point alone is a short line.
-    const text = `${pen}${i} ${y.toFixed(1)}${pen === "M" && (means[i + 1] ?? null) === null ? "h.6" : ""}`;
-    pen = "L";
-    return text;
-  }).join(""));
-  const told = `${value.component_type}: ${number(least)} to ${number(greatest)} ${value.unit || ""} in the last hour`;
-  return el("span", { title: told }, svg, el("span", { class: "hidden", text: told }));
-}
-
-// ---- views that are kept -------------------------------------------------------------------------------------------
-
-const KEPT_MAX = 20;
-function kept() { try { return JSON.parse(stored.get(localStorage, "device-views") || "[]").filter((v) => typeof v.name === "string" && typeof v.query === "string"); } catch { return []; } }
-function drawKept() {
-  $("kept").replaceChildren(...kept().map((view) => {
-    const off = el("button", { type: "button", "aria-label": `Forget ${view.name}`, text: "×" });
-    off.addEventListener("click", () => { stored.set(localStorage, "device-views", JSON.stringify(kept().filter((v) => v.name !== view.name))); drawKept(); });
-    return el("li", {}, el("a", { href: `/devices?${view.query}`, "aria-current": location.search.slice(1) === view.query ? "true" : null, text: view.name }), off);
-  }));
-  $("keep").hidden = !location.search || kept().some((v) => v.query === location.search.slice(1));
-}
-$("keep").addEventListener("click", () => {
-  const words = [wanted.q, wanted.state, wanted.type, wanted.sort !== "device" ? `by ${wanted.sort}` : ""].filter(Boolean).join(", ");
-  const name = prompt("Under which name?", words);
-  if (!name?.trim()) return;
-  stored.set(localStorage, "device-views", JSON.stringify([...kept().filter((v) => v.name !== name.trim()), { name: name.trim().slice(0, 60), query: location.search.slice(1) }].slice(-KEPT_MAX)));
-  drawKept();
-});
-
 // ---- asking --------------------------------------------------------------------------------------------------------
 
 let asked = 0;
@@ -184,10 +130,7 @@ async function list() {
   try {
     const found = await get(`/api/devices?${query}`);
     // An answer to an earlier question would undo what was typed since.
-    if (number !== asked) return;
-    const before = [...rows.keys()].join();
-    draw(found);
-    if ([...rows.keys()].join() !== before) sparks();
+    if (number === asked) draw(found);
   } catch (e) {
     if (number !== asked) return;
     $("live").className = "pill bad";
@@ -236,7 +179,6 @@ $("search").value = wanted.q;
 drawChoices();
 poll(FLEET_INTERVAL_MS, fleet);
 poll(LIST_INTERVAL_MS, list);
-setInterval(() => { if (!document.hidden) sparks(); }, SPARKS_INTERVAL_MS);
 
 $("type").addEventListener("change", () => change({ type: $("type").value }));
 $("order").addEventListener("change", () => { const [sort, order] = $("order").value.split(" "); change({ sort, order }); });

@@ -98,9 +98,7 @@ function openDialog(title, button) {
   $("d-title").textContent = title;
   $("d-do").textContent = button;
   $("d-do").disabled = false;
-  // Who has logged in acts under that name and no other.
-  $("d-actor").value = visitor.name || stored.get(localStorage, "operator");
-  $("d-actor").readOnly = !!visitor.name;
+  $("d-actor").value = stored.get(localStorage, "operator");
   $("d-token").value = stored.get(sessionStorage, "operator-token");
   fault("");
   $("dialog").showModal();
@@ -117,7 +115,7 @@ function isKnown({ actor, token }, what) {
   return false;
 }
 function remember({ actor, token }) {
-  if (!visitor.name) stored.set(localStorage, "operator", actor);
+  stored.set(localStorage, "operator", actor);
   stored.set(sessionStorage, "operator-token", token);
 }
 

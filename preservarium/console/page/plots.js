@@ -51,48 +51,16 @@ function tick(at_s, step_s, before_s) {
   return isNew ? `${time}\n${text.slice(5, 10)}` : time;
 }
 
-// What a curve is called: its label where there are several devices, else what is measured.
-const curveName = (c) => c.label || `${c.component_type}${pinText(c.pin_position)}`;
-
-// A file out of a blob.
-function save(blob, name) {
-  const link = el("a", { href: URL.createObjectURL(blob), download: name });
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-}
-
-// Canvases below each other as one picture, on the ground of the page, with a title on each.
-function savePicture(pictures, name) {
-  const width = Math.max(...pictures.map((p) => p.width));
-  const title = 22 * devicePixelRatio;
-  const whole_ = el("canvas");
-  whole_.width = width;
-  whole_.height = pictures.reduce((sum, p) => sum + p.height + title, 0);
-  const ctx = whole_.getContext("2d");
-  ctx.fillStyle = colour("--sheet");
-  ctx.fillRect(0, 0, whole_.width, whole_.height);
-  ctx.font = `${13 * devicePixelRatio}px system-ui, sans-serif`;
-  let top = 0;
-  for (const picture of pictures) {
-    ctx.fillStyle = colour("--ink");
-    ctx.fillText(picture.dataset.title || "", 8 * devicePixelRatio, top + title * 0.75, width - 16);
-    ctx.drawImage(picture, 0, top + title);
-    top += picture.height + title;
-  }
-  whole_.toBlob((blob) => { if (blob) save(blob, name); }, "image/png");
-}
-
 // A plot of the curves of one unit. `look` is told what was chosen by dragging: {from, to} or {moved_s}.
 class Plot {
-  constructor(curves, bands, bounds, span, look, height = PLOT_HEIGHT) {
-    this.height = height;
+  constructor(curves, bands, bounds, span, look) {
     this.curves = curves;
     this.unit = curves[0].unit || "";
     this.values = curves.map(() => el("b"));
     this.at = el("span", { class: "quiet" });
     this.canvas = el("div", { class: "canvas", role: "img" });
     this.root = el("figure", { class: "plot" }, el("figcaption", {}, ...curves.map((c, i) => el("span", { class: "key" },
-      el("span", { class: `swatch line-${c.place % LINES.length}`, "aria-hidden": "true" }), `${curveName(c)} `, this.values[i], c.unit ? ` ${c.unit}` : "")), this.at), this.canvas);
+      el("span", { class: `swatch line-${c.place % LINES.length}`, "aria-hidden": "true" }), `${c.component_type}${pinText(c.pin_position)} `, this.values[i], c.unit ? ` ${c.unit}` : "")), this.at), this.canvas);
     this.look = look;
     this.set(curves, bands, bounds, span);
   }
@@ -116,7 +84,7 @@ class Plot {
   told() {
     return this.curves.map((c) => {
       const known = c.mean.filter((v) => v !== null);
-      const name = curveName(c);
+      const name = `${c.component_type}${pinText(c.pin_position)}`;
       if (!known.length) return `${name}: no readings in this span`;
       const least = Math.min(...(c.min || c.mean).filter((v) => v !== null));
       const greatest = Math.max(...(c.max || c.mean).filter((v) => v !== null));
@@ -130,14 +98,14 @@ class Plot {
     this.curves.forEach((curve) => {
       const line = colour(LINES[curve.place % LINES.length]);
       const at = series.length;
-      series.push({ stroke: line, width: 1.6, spanGaps: false, dash: curve.place >= LINES.length ? [7, 4] : undefined, points: { show: (u, i, from, to) => to - from < 120, size: 4, fill: line } },
+      series.push({ stroke: line, width: 1.6, spanGaps: false, points: { show: (u, i, from, to) => to - from < 120, size: 4, fill: line } },
         { stroke: "transparent", points: { show: false } }, { stroke: "transparent", points: { show: false } });
       bands.push({ series: [at + 2, at + 1], fill: `${line}33` });
     });
     const axis = { stroke: colour("--quiet"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line"), width: 1 }, font: "12px system-ui, sans-serif" };
     let pressed = null;
     this.plot = new uPlot({
-      tzDate: (s) => uPlot.tzDate(new Date(s * 1000), "UTC"), width: this.width(), height: this.height, legend: { show: false }, series, bands,
+      tzDate: (s) => uPlot.tzDate(new Date(s * 1000), "UTC"), width: this.width(), height: PLOT_HEIGHT, legend: { show: false }, series, bands,
       scales: { x: { time: true }, y: { range: (u, least, greatest) => this.range(least, greatest) } },
       axes: [{ ...axis, size: 48, space: 70, values: (u, ticks, at, space, step) => ticks.map((t, i) => tick(t, step, ticks[i - 1])) }, { ...axis, size: 62, values: (u, ticks) => ticks.map((v) => number(v)) }],
       cursor: {
@@ -170,14 +138,14 @@ class Plot {
         }],
         setCursor: [(u) => this.say(u.cursor.idx ?? null)],
         drawClear: [(u) => this.drawBands(u)],
-        draw: [(u) => { this.drawBounds(u); this.drawFlags(u); this.drawCorrections(u); }],
+        draw: [(u) => { this.drawBounds(u); this.drawFlags(u); }],
       },
     }, data, this.canvas);
   }
 
   width() { return Math.max(240, this.canvas.clientWidth || 600); }
 
-  resize() { if (this.plot && this.plot.width !== this.width()) this.plot.setSize({ width: this.width(), height: this.height }); }
+  resize() { if (this.plot && this.plot.width !== this.width()) this.plot.setSize({ width: this.width(), height: PLOT_HEIGHT }); }
 
   // Colours are taken when a plot is made, so it is made anew where they changed.
   recolour() {
@@ -278,32 +246,6 @@ class Plot {
       });
     }
     ctx.restore();
-  }
-
-  // What was judged anew or derived again is a diamond at the foot, below its instant.
-  drawCorrections(u) {
-    const { ctx, bbox } = u;
-    const size = 4 * devicePixelRatio;
-    const y = bbox.top + bbox.height - size * 1.5;
-    ctx.save();
-    ctx.fillStyle = colour("--accent");
-    for (const curve of this.curves) {
-      for (const at of curve.corrected || []) {
-        const x = u.valToPos(at / 1e6, "x", true);
-        if (x < bbox.left || x > bbox.left + bbox.width) continue;
-        ctx.beginPath();
-        ctx.moveTo(x, y - size); ctx.lineTo(x + size, y); ctx.lineTo(x, y + size); ctx.lineTo(x - size, y);
-        ctx.closePath(); ctx.fill();
-      }
-    }
-    ctx.restore();
-  }
-
-  // The canvas, to be kept as a picture.
-  picture() {
-    const canvas = this.plot.ctx.canvas;
-    canvas.dataset.title = `${this.curves.map(curveName).join(", ")}${this.unit ? ` (${this.unit})` : ""}`;
-    return canvas;
   }
 
   destroy() { this.plot.destroy(); }

@@ -5,7 +5,7 @@ const LIST_INTERVAL_MS = 5000;
 const LIMIT = 20;
 
 const parameters = new URLSearchParams(location.search);
-const wanted = { stage: parameters.get("stage") || "", code: parameters.get("code") || "", device: parameters.get("device") || "", parser: parameters.get("parser") || "" };
+const wanted = { stage: parameters.get("stage") || "", code: parameters.get("code") || "", device: parameters.get("device") || "" };
 let shown = "";
 
 function change(changes) {
@@ -43,11 +43,9 @@ function draw(found) {
       $("remedy").replaceChildren(el("p", {}, el("b", { text: "Why: " }), `${cause.meaning}.`), el("p", {}, el("b", { text: "What to do: " }), ...worded(cause.remedy)));
     }
   }
-  $("doing").hidden = !wanted.code && !wanted.device && !wanted.parser;
-  $("which").textContent = [wanted.code, wanted.stage ? `at ${wanted.stage}` : "", wanted.device ? `of ${wanted.device}` : "", wanted.parser ? `read by ${wanted.parser}` : ""].filter(Boolean).join(" ");
+  $("which").textContent = [wanted.code, wanted.stage ? `at ${wanted.stage}` : "", wanted.device ? `of ${wanted.device}` : ""].filter(Boolean).join(" ");
   $("all").hidden = !wanted.code;
-  $("to-unknown").hidden = wanted.code !== "unknown_device";
-  const text = JSON.stringify(found.refusals.map((r) => [r.id, r.settled?.how]));
+  const text = JSON.stringify(found.refusals.map((r) => r.id));
   if (text !== shown) {
     shown = text;
     const open = new Set([...$("refusals").querySelectorAll("details[open]")].map((d) => d.dataset.id));
@@ -82,13 +80,6 @@ async function list() {
   }
 }
 
-// What is chosen is redriven or discarded: as everything that is narrowed by here, of all that the topic keeps.
-const selection = () => Object.fromEntries(Object.entries(wanted).filter(([, v]) => v));
-const selected = () => [wanted.code || "every cause", wanted.stage ? `at ${wanted.stage}` : "", wanted.device ? `of ${wanted.device}` : "of all devices", wanted.parser ? `read by ${wanted.parser}` : "", "of all that the topic keeps"].filter(Boolean).join(", ");
-$("redrive").addEventListener("click", () => openDoing("redrive", selection(), `${selected()}. Mend the cause first: what is refused again comes back here.`));
-$("discard").addEventListener("click", () => openDoing("discard", selection(), `${selected()}. The bytes stay for as long as their topics keep them; no redrive sends them.`));
-$("doing-parser").value = wanted.parser;
-$("doing-parser").addEventListener("change", () => change({ parser: $("doing-parser").value.trim() }));
 $("search").value = wanted.device;
 $("all").addEventListener("click", () => change({ stage: "", code: "" }));
 poll(LIST_INTERVAL_MS, list);

@@ -1,19 +1,14 @@
-"""BTHome version 2: device information byte, then object id and value, again and again (bthome.io/format).
+"""BTHome version 2, unencrypted: device information byte, then object id and value, again and again (bthome.io/format).
 
-A second object of one kind gets the next pin: two temperatures are pins "1" and "2"; a single one has no pin. Objects have no length of
-their own: where one is not known, what stands before it is read, and it and the rest are refused; what is cut off is refused as a whole. A
-MAC address before the objects (bit 1 of the device information) is no measurement.
-
-An encrypted advertisement needs the device's secret `bindkey`, 32 hexadecimal digits, and the MAC address that it was sent from: its own, else
-the variable `mac`, else the device's address where that is one.
+A second object of one kind gets the next pin: two temperatures are pins "1" and "2"; a single one has no pin. Objects have no length of their own: where one
+is not known, what stands before it is read, and it and the rest are refused; what is cut off is refused as a whole. A MAC address before the objects (bit 1 of the device information) is no
+measurement.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, Final
 
 from preservarium.domain.decoders.base import Decoded, ParserError, Value, failed, payload_bytes, source_of
-from preservarium.domain.decoders.wmbus import key_of
 from preservarium.domain.readings.reading import RawMessage
 from preservarium.errors import Reject
 
@@ -23,9 +18,6 @@ _ENCRYPTED: Final = 0x01
 _HAS_MAC: Final = 0x02
 _MAC_BYTES: Final = 6
 _VERSION: Final = 2
-#: Behind the objects of an encrypted advertisement: a counter and the message integrity code.
-_COUNTER_BYTES, _CODE_BYTES = 4, 4
-_MAC: Final = re.compile(r"[0-9a-fA-F]{2}(?:[:-]?[0-9a-fA-F]{2}){5}")
 
 #: object id -> (name, bytes, signed, factor, unit). Numbers are little-endian.
 NUMBERS: Final[dict[int, tuple[str, int, bool, float, str | None]]] = {
@@ -84,9 +76,7 @@ NUMBERS: Final[dict[int, tuple[str, int, bool, float, str | None]]] = {
     0x5E: ("direction", 2, False, 100, "°"),
     0x5F: ("precipitation", 2, False, 10, "mm"),
     0x60: ("channel", 1, False, 1, None),
-    0x61: ("rotational_speed", 2, False, 1, "rpm"),
     0x62: ("speed", 4, True, 1_000_000, "m/s"),
-    0x63: ("acceleration", 4, True, 1_000_000, "m/s²"),
     0x64: ("light_level", 1, False, 1, None),
     0xF0: ("device_type_id", 2, False, 1, None),
     0xF1: ("firmware_version", 4, False, 1, None),
@@ -114,22 +104,13 @@ def _factor(number: int, divisor: float) -> Value:
 
 
 class BThomeDecoder:
-    """Payloads are service data as bytes, or their hexadecimal or base64 text.
-
-    Args:
-        bindkey: of the device; None: it is not encrypted.
-        mac: the address that it sends from; None: see above.
-    """
-
-    def __init__(self, bindkey: bytes | None = None, mac: bytes | None = None) -> None:
-        self._bindkey = bindkey
-        self._mac = mac
+    """Payloads are service data as bytes, or their hexadecimal or base64 text."""
 
     def decode(self, raw: RawMessage) -> list[Decoded | Reject]:
         """The objects of an advertisement, and why the rest cannot be read.
 
         Raises:
-            Reject: DECODE_FAILED: of another version, cannot be decrypted, or nothing of it is known.
+            Reject: DECODE_FAILED: encrypted, of another version, cut off, or nothing of it is known.
         """
         data = payload_bytes(raw["payload"])
         data = data[2:] if data.startswith(_UUID) else data
@@ -139,14 +120,11 @@ class BThomeDecoder:
         if data[0] >> 5 != _VERSION:
             message = f"BTHome version {data[0] >> 5}; {_VERSION} is known"
             raise failed(message)
-        position = 1 + (_MAC_BYTES if data[0] & _HAS_MAC else 0)
         if data[0] & _ENCRYPTED:
-            data = data[:position] + self._decrypted(data, position, raw["device"])
-        elif self._bindkey is not None:
-            # Anybody can send an advertisement; who has a key proves with it who it is.
-            message = "the advertisement is not encrypted, and the device has a bindkey"
+            message = "the advertisement is encrypted"
             raise failed(message)
         found: list[tuple[str, Value, str | None]] = []
+        position = 1 + (_MAC_BYTES if data[0] & _HAS_MAC else 0)
         refused: list[Reject] = []
         while position < len(data):
             if not _known(data[position]):
@@ -163,30 +141,6 @@ class BThomeDecoder:
             seen[name] = seen.get(name, 0) + 1
             out.append(Decoded(name, value, unit, None, str(seen[name]) if names.count(name) > 1 else None))
         return out
-
-    def _decrypted(self, data: bytes, position: int, device: str) -> bytes:
-        if self._bindkey is None:
-            message = "the advertisement is encrypted: give the device its secret `bindkey`"
-            raise failed(message)
-        if len(data) < position + 1 + _COUNTER_BYTES + _CODE_BYTES:
-            message = f"the payload is too short for an encrypted one: {len(data)} bytes"
-            raise failed(message)
-        # In the payload the address stands backwards.
-        mac = data[1:position][::-1] or self._mac or mac_of(device)
-        if mac is None:
-            message = "to decrypt needs the sender's MAC address: give the device the variable `mac`"
-            raise failed(message)
-        end = len(data) - _COUNTER_BYTES - _CODE_BYTES
-        counter, code = data[end : end + _COUNTER_BYTES], data[end + _COUNTER_BYTES :]
-        from Crypto.Cipher import AES
-
-        cipher = AES.new(self._bindkey, AES.MODE_CCM, nonce=mac + _UUID + data[:1] + counter, mac_len=_CODE_BYTES)
-        try:
-            plain: bytes = cipher.decrypt_and_verify(data[position:end], code)
-        except ValueError:
-            message = "the message integrity code is wrong: is it this device's bindkey and MAC address?"
-            raise failed(message) from None
-        return plain
 
     def _object(self, data: bytes, position: int, found: list[tuple[str, Value, str | None]]) -> int:
         kind = data[position]
@@ -226,25 +180,13 @@ def _take(data: bytes, position: int, size: int) -> bytes:
     return data[position : position + size]
 
 
-def mac_of(given: Any) -> bytes | None:
-    """The six bytes of a MAC address, with or without colons; None where it is none."""
-    if not isinstance(given, str) or _MAC.fullmatch(given) is None:
-        return None
-    return bytes.fromhex(given.replace(":", "").replace("-", ""))
-
-
 def compile_parser(doc: Mapping[str, Any], variables: Mapping[str, Any] | None = None) -> BThomeDecoder:
-    """The decoder of a `bthome` parser, for a device with its `bindkey` and `mac`.
+    """The decoder of a `bthome` parser: there is nothing to set.
 
     Raises:
-        ParserError: the source says something, or the key or the address is none.
+        ParserError: the source says something.
     """
     if source_of(doc).keys() - {"description"}:
         message = "a bthome parser has no settings"
         raise ParserError(message)
-    given = variables or {}
-    mac = mac_of(given.get("mac"))
-    if mac is None and given.get("mac") is not None:
-        message = "the variable mac is a MAC address, six bytes in hexadecimal"
-        raise ParserError(message)
-    return BThomeDecoder(key_of(given.get("bindkey"), "bindkey"), mac)
+    return BThomeDecoder()

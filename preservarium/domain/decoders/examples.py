@@ -14,9 +14,6 @@ examples:
     reject: true                 # must be refused
   - hex: "0210"                  # a script: what it returns, as codec repositories publish it
     output: {data: {battery: 3.2}}
-  - call: encodeDownlink         # a script: another of its functions (or decodeDownlink)
-    input: {data: {interval: 60}, fPort: 2}
-    output: {bytes: [1, 0, 60], fPort: 2}
 ```
 
 Every decoded field must be expected, and every expected field decoded; a part of the input that cannot be read gives no field.
@@ -24,7 +21,6 @@ Numbers agree within a relative 1e-9. A cell of CSV may be expected as its text 
 """
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -45,10 +41,7 @@ RELATIVE_TOLERANCE: Final = 1e-9
 #: Received at, where an example gives no time. 2024-06-01T12:00:00Z.
 RECEIVED_AT_US: Final = 1_717_243_200_000_000
 
-_ISO: Final = re.compile(r"\d{4}-\d{2}-\d{2}T")
 _INPUTS: Final = ("hex", "json", "text")
-#: Functions of a codec that an example may call, besides the one that decodes uplinks.
-CALLS: Final = ("encodeDownlink", "decodeDownlink")
 #: Lines that say how a script's result differs: more help nobody.
 DIFFERENCES_MAX: Final = 20
 
@@ -156,16 +149,6 @@ def _equal(found: Any, wanted: Any) -> bool:
         found = bool(found.number) if isinstance(wanted, bool) and found.number in {0, 1} else found.number
     if isinstance(found, bool) or isinstance(wanted, bool):
         return found is wanted
-    if (
-        isinstance(found, str)
-        and isinstance(wanted, str)
-        and found != wanted
-        and _ISO.match(found)
-        and _ISO.match(wanted)
-    ):
-        # A Date of JavaScript has milliseconds; publishers' examples hand on what stood in the network's message.
-        one, other = instant_us(found), instant_us(wanted)
-        return one is not None and other is not None and one // 1_000 == other // 1_000
     if isinstance(found, int | float) and isinstance(wanted, int | float):
         return math.isclose(found, wanted, rel_tol=RELATIVE_TOLERANCE, abs_tol=0.0) or (found != found != wanted)
     return type(found) is type(wanted) and bool(found == wanted)
@@ -233,12 +216,6 @@ class Asked:
     index: int
     parser: ScriptParser
     arguments: str  #: JSON text
-    call: str = ""  #: another function than the one that decodes
-
-    @property
-    def function(self) -> str:
-        """The function to call."""
-        return self.call or self.parser.function
 
 
 def ask(doc: Mapping[str, Any]) -> tuple[list[Asked], list[Outcome]]:
@@ -253,20 +230,10 @@ def ask(doc: Mapping[str, Any]) -> tuple[list[Asked], list[Outcome]]:
         try:
             parser = compile_any({"version": 1, **doc}, example.get("variables"))
             assert isinstance(parser, ScriptParser)
-            if "call" in example:
-                asked.append(_called(index, parser, example))
-            else:
-                asked.append(Asked(index, parser, parser.arguments(example_input(example))))
+            asked.append(Asked(index, parser, parser.arguments(example_input(example))))
         except (Reject, ValueError) as e:
             outcomes.append(Outcome(index, (str(e),)))
     return asked, outcomes
-
-
-def _called(index: int, parser: ScriptParser, example: Mapping[str, Any]) -> Asked:
-    if example["call"] not in CALLS or parser.kind != "javascript" or not isinstance(example.get("input"), dict):
-        message = f"`call` is one of {', '.join(CALLS)} of a JavaScript codec, with `input`, a mapping"
-        raise ValueError(message)
-    return Asked(index, parser, json_text.dumps(example["input"], not_finite="mark").decode(), example["call"])
 
 
 def judge(asked: Asked, example: Mapping[str, Any], text: str | None, fault: str) -> Outcome:
@@ -279,10 +246,7 @@ def judge(asked: Asked, example: Mapping[str, Any], text: str | None, fault: str
         fault: why not.
     """
     if "output" in example and text is not None:
-        found = _loads(text)
-        if asked.call == "encodeDownlink":
-            return Outcome(asked.index, tuple(_downlink_differences(found, example["output"])))
-        return Outcome(asked.index, tuple(_output_differences(found, example["output"])))
+        return Outcome(asked.index, tuple(_output_differences(_loads(text), example["output"])))
     try:
         if text is None:
             raise failed(fault)
@@ -311,24 +275,6 @@ def _output_differences(found: Any, wanted: Any) -> list[str]:
         found = {k: v for k, v in found.items() if v or k not in optional}
         wanted = {k: v for k, v in wanted.items() if v or k not in optional}
     return list(_json_differences("", found, wanted))[:DIFFERENCES_MAX]
-
-
-def _downlink_differences(found: Any, wanted: Any) -> list[str]:
-    """What differs of a downlink: of its bytes, whether they are written as a list or in hexadecimal, and its port."""
-    found, wanted = _as_downlink(found), _as_downlink(wanted)
-    if "fPort" not in wanted:
-        found.pop("fPort", None)
-    return _output_differences(found, wanted)
-
-
-def _as_downlink(given: Any) -> dict[str, Any]:
-    out = dict(given) if isinstance(given, dict) else {"bytes": given}
-    if isinstance(out.get("bytes"), str):
-        try:
-            out["bytes"] = list(bytes.fromhex(out["bytes"]))
-        except ValueError:
-            return out
-    return out
 
 
 def _json_differences(path: str, found: Any, wanted: Any) -> Iterator[str]:

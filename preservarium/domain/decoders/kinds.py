@@ -16,11 +16,9 @@ from preservarium.domain.decoders import (
     influx,
     json_paths,
     mbus,
-    metrics,
     network,
     senml,
     sparkplug,
-    wmbus,
 )
 from preservarium.domain.decoders.base import Decoded, Decoder, ParserError
 from preservarium.domain.decoders.field_table import decoder as field_table
@@ -41,9 +39,7 @@ KINDS: Final[dict[str, Callable[[Mapping[str, Any], Mapping[str, Any] | None], D
     "csv": csv_rows.compile_parser,
     "bthome": bthome.compile_parser,
     "influx": influx.compile_parser,
-    "metrics": metrics.compile_parser,
     "mbus": mbus.compile_parser,
-    "wmbus": wmbus.compile_parser,
     "sparkplug_b": sparkplug.compile_parser,
     "dsmr": dsmr.compile_parser,
 }

@@ -40,10 +40,8 @@ class Unverifiable(StrEnum):
     """Why a reading cannot be derived again."""
 
     RAW_GONE = "raw_gone"  #: Kafka has the raw record no more
-    NO_RAW = "no_raw"  #: it came by SQL, or out of the replaced service's table
     OTHER_MESSAGES = "other_messages"  #: a counter's consumption, or a later verdict: other messages decided it, too
     NO_CONFIGURATION = "no_configuration"  #: the registry has no such device, type or parser, and had none
-    CORRECTED = "corrected"  #: people have changed it (operations/changes): the original is in the change
     NO_SANDBOX = "no_sandbox"  #: its parser is a script, and no sandbox starts here
 
 

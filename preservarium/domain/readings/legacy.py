@@ -15,11 +15,6 @@ from preservarium.errors import ReasonCode, Reject
 
 #: Stands where a parser stands; the raw coordinates of such a row are those in the old service's topic.
 PARSER: Final = "decoded_iot_data@1"
-#: The same of a row that was inserted into `iot_measurements` by SQL, or carried over from the old service's table: it has no raw
-#: coordinates, and zeros stand for them (migrations/postgres/0023_former_service.sql).
-SQL_PARSER: Final = "iot_measurements@1"
-#: For people.
-BY_SQL: Final = "it came by SQL, or out of the old service's table: there is no raw record"
 
 
 def legacy_message(

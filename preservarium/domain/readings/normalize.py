@@ -17,12 +17,11 @@ from preservarium.domain.decoders.base import (
     sorted_out,
 )
 from preservarium.domain.decoders.kinds import compile_any
-from preservarium.domain.decoders.scripts import FUNCTIONS, ScriptParser
+from preservarium.domain.decoders.scripts import ScriptParser
 from preservarium.domain.readings.mapping import DatatypeLookup, Mapper
 from preservarium.domain.readings.reading import UNKNOWN, Message, RawMessage
 from preservarium.domain.readings.wall_clock import TIME_AMBIGUOUS, Twice
 from preservarium.domain.registry.device import DeviceDoc, DeviceTypeDoc, ParserDoc
-from preservarium.domain.registry.sealed import NO_KEYS, Keyring
 from preservarium.errors import ReasonCode, Reject
 
 
@@ -55,7 +54,6 @@ def compile_device(
     datatype: DatatypeLookup,
     decoder: Decoder | ScriptParser | None = None,
     mapper: Mapper | None = None,
-    keys: Keyring = NO_KEYS,
 ) -> CompiledDevice:
     """Compile a device's configuration.
 
@@ -66,13 +64,12 @@ def compile_device(
         datatype: finds a datatype by its name.
         decoder: the parser, compiled for the device's variables, where one is at hand.
         mapper: the mapping, where one is at hand that is the same for this device.
-        keys: opens the device's secrets.
 
     Raises:
-        Reject: NO_PARSER, the parser cannot be compiled, or a secret cannot be opened.
+        Reject: NO_PARSER, the parser cannot be compiled.
     """
     if decoder is None:
-        decoder = compile_any(parser, variables_of(device, device_type, parser, keys))
+        decoder = compile_any(parser, variables_of(device, device_type))
     return CompiledDevice(
         device["device_id"],
         device["rev"],
@@ -86,27 +83,10 @@ def compile_device(
     )
 
 
-def variables_of(
-    device: Mapping[str, Any],
-    device_type: Mapping[str, Any],
-    parser: Mapping[str, Any] | None = None,
-    keys: Keyring = NO_KEYS,
-) -> dict[str, Any]:
-    """What a parser is compiled for: the device's variables, and among them as `time_zone` its own or its type's.
-
-    Args:
-        device: the device.
-        device_type: its type.
-        parser: where it is no script, the device's secrets are among the variables.
-        keys: opens them.
-
-    Raises:
-        Reject: NO_PARSER, a secret cannot be opened.
-    """
+def variables_of(device: Mapping[str, Any], device_type: Mapping[str, Any]) -> dict[str, Any]:
+    """What a parser is compiled for: the device's variables, and among them as `time_zone` its own or its type's."""
     zone = device.get("time_zone") or device_type.get("time_zone")
     variables = device.get("variables") or {}
-    if (secrets := device.get("secrets")) and parser is not None and parser["kind"] not in FUNCTIONS:
-        variables = {**variables, **keys.opened(device["device_id"], secrets)}
     return {**variables, "time_zone": zone} if zone else variables
 
 

@@ -183,8 +183,6 @@ class DeviceDoc(TypedDict):
     rules: NotRequired[dict[str, dict[str, Any] | None]]  #: rule -> fields that differ; None: the rule is off
     outages: NotRequired[list[dict[str, int]]]  #: planned, [{from, to}], µs: no rule watches the device
     variables: NotRequired[dict[str, Any]]  #: handed to scripts
-    #: keys that its parser decrypts with, sealed (sealed.py); scripts do not get them
-    secrets: NotRequired[dict[str, str]]
     birth: NotRequired[int]  #: µs; readings before it are of another device
     lateness_s: NotRequired[float]  #: overrides the type's
     time_zone: NotRequired[str]  #: overrides the type's and the parser's

@@ -29,7 +29,6 @@ from preservarium.domain.decoders.scripts import FUNCTIONS
 from preservarium.domain.readings.instant import iso_us
 from preservarium.domain.readings.reading import TIMESTAMP_MAX_US, TIMESTAMP_MIN_US
 from preservarium.domain.readings.wall_clock import wall_clock
-from preservarium.domain.registry.sealed import SECRET_CHARS_MAX, SECRETS_MAX
 
 Document = dict[str, Any]
 
@@ -398,12 +397,6 @@ class Recipient(_Model):
         return self
 
 
-#: Keys that a device's parser decrypts with; `registry apply` seals them.
-Secrets = Annotated[
-    dict[Name, Annotated[str, Field(pattern=_TEXT, max_length=SECRET_CHARS_MAX)]], Field(max_length=SECRETS_MAX)
-]
-
-
 class Experiment(_Model):
     """A laboratory experiment that devices and tasks can belong to."""
 
@@ -428,7 +421,6 @@ class Device(_Model):
     rules: dict[str, dict[str, Any] | None] | None = None
     outages: Outages | None = None
     variables: dict[str, Any] | None = None
-    secrets: Secrets | None = None
     birth: Instant | None = None
     lateness_s: Lateness | None = None
     time_zone: TimeZone | None = None

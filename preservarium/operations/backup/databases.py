@@ -26,8 +26,7 @@ from preservarium.settings import Settings
 from preservarium.stores.migrate import connect_clickhouse, connect_postgres
 
 #: Tables of ClickHouse that stages write; what views make of them is made again when their rows are inserted.
-#: Which generations count is known to PostgreSQL's changes, too; it goes with the rows.
-TABLES: Final = (*(table for _, _, table in STAGES), "promoted_generations")
+TABLES: Final = tuple(table for _, _, table in STAGES)
 #: Pieces of a file on its way to or from ClickHouse.
 PIECE_BYTES: Final = 1 << 20
 #: Of what a tool says, the end.

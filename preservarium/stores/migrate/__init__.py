@@ -12,7 +12,6 @@ released file is never edited. What changes these objects in both layouts goes o
 |---|---|
 | files.py | files read, ordered, checked |
 | statements.py | SQL cut into statements, settings put in |
-| former.py | the database of the service that this replaces |
 | progress.py | files beside what was applied |
 | postgres.py, clickhouse.py | each database's way |
 | runner.py | both |

@@ -12,7 +12,6 @@ import structlog
 
 from preservarium.settings import Settings
 from preservarium.stores.connections import NeedsSession, session
-from preservarium.stores.migrate import former
 from preservarium.stores.migrate.files import MIGRATIONS, Layout, Migration, load_files
 from preservarium.stores.migrate.progress import Applied, Report, compare, run
 from preservarium.stores.migrate.statements import MigrationError
@@ -173,7 +172,6 @@ async def migrate_postgres(
             applied, layout, remembered = await _postgres_state(connection)
             report = compare("postgres", files, applied, layout, settings)
             report.layout_remembered = remembered
-            report.former = await former.recognised(connection) or await former.known(connection) is not None
             return report
         async with runner_lock(connection):
             await connection.execute(_BOOKKEEPING_POSTGRES)
@@ -188,20 +186,15 @@ async def migrate_postgres(
                 )
             report = compare("postgres", files, applied, layout, settings)
             _refuse_blocking(report, bool(applied), allow_blocking)
-            found = await former.known(connection)
-            if found is None and await former.recognised(connection):
-                found = await former.put_aside(connection)
             pending = {f.version for f in report.pending}
             for m in files:
                 if m.version in pending:
                     await _apply_postgres(connection, m, settings)
                     report.applied.append(m.file)
                     progress(m.file)
-            if found is not None and not found.restored:
-                await former.restore(connection, found)
             applied, layout, remembered = await _postgres_state(connection)
             final = compare("postgres", files, applied, layout, settings)
-            final.applied, final.layout_remembered, final.former = report.applied, remembered, found is not None
+            final.applied, final.layout_remembered = report.applied, remembered
             return final
     finally:
         await connection.close(timeout=5)

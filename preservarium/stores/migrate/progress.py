@@ -37,9 +37,6 @@ class Report:
     files: list[FileState] = field(default_factory=list)
     applied: list[str] = field(default_factory=list)  #: files applied by this run
     newer: list[str] = field(default_factory=list)  #: versions that the database has and this checkout does not
-    former: bool = (
-        False  #: PostgreSQL: the table of the replaced service is there, to be put aside or put aside already
-    )
 
     @property
     def pending(self) -> list[FileState]:

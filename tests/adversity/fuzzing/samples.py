@@ -6,20 +6,7 @@ from typing import Any, Final, NamedTuple
 
 import cbor2
 import orjson
-from meter_messages import (
-    METRICS,
-    RADIO_RECORDS,
-    RECORDS,
-    format_a,
-    format_b,
-    mbus,
-    mode_7,
-    payload,
-    radio,
-    radio_crc,
-    short_header,
-    telegram,
-)
+from meter_messages import METRICS, RECORDS, mbus, payload, telegram
 from network_messages import B64, CHIRPSTACK_V3, CHIRPSTACK_V4, TTN
 
 from preservarium.registry.yaml_tree import plain_file
@@ -77,17 +64,6 @@ def payloads() -> dict[str, list[Sample]]:
         Sample({"measurement": False, "pin_tag": "channel", "precision": "s"}, b"# c\nm,channel=1 a=1,b=-2.5e3 1717243200\r\nm,channel=2 a=3 1717243260\n"),
     ]  # fmt: skip
     found["mbus"] = [Sample({}, mbus(RECORDS)), Sample({}, mbus(bytes.fromhex("066d1e2d0adf2c00027b2e01")))]
-    plain = radio(short_header(0, 0) + RADIO_RECORDS)
-    found["wmbus"] = [
-        Sample({}, plain), Sample({}, format_a(plain)), Sample({}, b"\x54\x3d" + format_b(plain)), Sample({}, radio(short_header(5, 2) + b"\x2f\x2f" + RADIO_RECORDS)), Sample({}, mode_7()),
-        Sample({"formats": ["0c130406025a"]}, radio(b"\x79" + radio_crc(bytes.fromhex("0c130406025a")).to_bytes(2, "little") + b"\0\0" + bytes(12))),
-    ]  # fmt: skip
-    found["metrics"] = [
-        Sample(
-            {"pin": ["cpu"]},
-            b'{"metrics":[{"name":"a","labels":{"cpu":"0","job":"j"},"value":0.5,"time":1795200000000000,"unit":"s"},{"name":"b","value":1}]}',
-        )
-    ]
     found["sparkplug_b"] = [Sample({}, payload(*METRICS)), Sample({"aliases": {"1": "a", "2": {"name": "b", "type": "Int16"}}}, payload(METRICS[0], METRICS[1]))]  # fmt: skip
     found["dsmr"] = [Sample({}, telegram().encode())]
     found["json"] += [

@@ -697,7 +697,7 @@ def _plain(path: Path) -> Any:
 #: Kind of parser -> inputs of the run at length: payloads, sources.
 SHARES: Final[Mapping[str, tuple[int, int]]] = {
     "table": (90_000, 40_000), "json": (60_000, 30_000), "senml": (45_000, 2_000), "senml_cbor": (35_000, 2_000), "cayenne_lpp": (35_000, 1_000), "csv": (50_000, 15_000), "bthome": (35_000, 1_000),
-    "influx": (50_000, 6_000), "network": (40_000, 10_000), "mbus": (20_000, 1_000), "wmbus": (20_000, 1_000), "metrics": (10_000, 1_000), "sparkplug_b": (45_000, 6_000), "dsmr": (20_000, 1_000),
+    "influx": (50_000, 6_000), "network": (40_000, 10_000), "mbus": (20_000, 1_000), "sparkplug_b": (45_000, 6_000), "dsmr": (20_000, 1_000),
 }  # fmt: skip
 assert SHARES.keys() == KINDS.keys()
 

@@ -17,8 +17,7 @@ from preservarium.embedded.mosquitto import PLACES
 
 COMMANDS = documented()
 #: They list what there is or write a file, and need no server.
-ASKS_NOBODY = ("preservarium sync query", "preservarium registry init", "preservarium tokens",
-               *(f"preservarium users {word}" for word in ("add", "list", "role", "passwd", "remove")))  # fmt: skip
+ASKS_NOBODY = ("preservarium sync query", "preservarium registry init")
 
 pytestmark = [pytest.mark.kafka, pytest.mark.postgres, pytest.mark.clickhouse, pytest.mark.timeout(900)]
 

@@ -4,7 +4,6 @@ import json
 import time
 from datetime import UTC, datetime
 
-import asyncpg
 import orjson
 import pytest
 from click.testing import CliRunner
@@ -17,7 +16,6 @@ from preservarium.errors import ReasonCode
 from preservarium.registry.yaml_tree import plain_file
 from preservarium.settings import Kafka, LiveSettings, Settings
 from preservarium.stages.normalize import Normalizer
-from preservarium.stores import events
 from preservarium.streaming.publish import Publisher
 from preservarium.streaming.records import error_line, parse_raw, raw_line
 from preservarium.streaming.stage import Batch, Send
@@ -293,56 +291,3 @@ async def test_a_refused_payload_becomes_an_example(kafka, topic_prefix, live, t
     }  # fmt: skip
     tested = await asyncio.to_thread(run, "test", path)
     assert "1 examples, 0 do not hold" in tested.output
-
-
-async def test_counted_discarded_and_an_event_sent_to_its_store_again(kafka, topic_prefix, live, dsn, monkeypatch):
-    monkeypatch.setenv("PRESERVARIUM_POSTGRES__URL", dsn)
-    await make_topics(kafka, topic_prefix, PARTITIONS, [topics.RAW, topics.ERRORS, topics.REDRIVEN, topics.AGGREGATES])
-    publisher = Publisher(live)
-    hour = 3_600_000_000
-
-    def refused(offset, parser, at, stage="normalize", topic=topics.RAW, **fields):
-        line = error_line(stage, ReasonCode.DECODE_FAILED, "no", topic=topic.name, partition=0, offset=offset, raw=b'{"window_id": "w"}', device_id="d1",
-                          parser=parser, now_us=at, **fields)  # fmt: skip
-        return Send(topics.ERRORS, b"d1", orjson.dumps(line))
-
-    lines = [refused(n, f"acme@{1 + n % 2}", NOW - n * hour) for n in range(4)]
-    event = refused(7, None, NOW, "sink-aggregates", topics.AGGREGATES)
-    try:
-        await publisher.publish([*lines, event])
-        since = utc(NOW - 4 * hour)
-        found = await command("counts", "--since", since, "--until", utc(NOW), "--bucket", "1h", "--by-parser")
-        assert [(c["stage"], c["parser"], c["total"]) for c in found["causes"]] == [
-            ("normalize", "acme@1", 2), ("normalize", "acme@2", 2), ("sink-aggregates", "", 1),
-        ]  # fmt: skip
-        assert [sum(c["counts"]) for c in found["causes"]] == [2, 2, 1]
-        assert found["causes"][0]["counts"].count(1) == 2
-
-        chosen = ("--parser", "acme@2", "--reason", "test bench", "--actor", "ann")
-        assert (await command("discard", *chosen, "--dry-run"))["discarded"] == 2
-        done = await command("discard", *chosen)
-        assert (done["discarded"], done["version"]) == (2, 1)
-        assert (await command("discard", *chosen))["already"] == 2
-        connection = await asyncpg.connect(dsn)
-        try:
-            (told,) = await events.read(connection, "dlq/discards")
-        finally:
-            await connection.close()
-        assert (told.actor, told.data["count"], told.data["reason"]) == ("ann", 2, "test bench")
-        assert told.data["selection"] == {"parsers": ["acme@2"]}
-
-        assert len(await command("list", "--open")) == 3
-        assert await command("redrive", "--stage", "normalize", "--dry-run") == {
-            "matched": 4, "sent": 2, "already": 2, "unusable": 0, "dry_run": True,
-        }  # fmt: skip
-        one = (await command("list", "--stage", "sink-aggregates"))[0]["id"]
-        assert (await command("redrive", "--id", one))["sent"] == 1
-        assert (await command("redrive", "--id", one))["already"] == 1
-        (again,) = await read_all(kafka, topics.AGGREGATES.full(topic_prefix), PARTITIONS)
-        assert (again.partition, again.key, again.value) == (0, b"d1", b'{"window_id": "w"}')
-        # Taken back: what was discarded is redriven after all.
-        assert (await command("redrive", "--parser", "acme@2", "--discarded"))["sent"] == 2
-        counted = (await command("counts", "--since", since))["causes"]
-        assert [(c["total"], c["redriven"], c["discarded"]) for c in counted] == [(4, 2, 0), (1, 1, 0)]
-    finally:
-        await publisher.on_stop()

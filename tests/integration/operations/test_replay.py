@@ -308,7 +308,6 @@ async def test_a_new_generation_brings_in_what_a_bound_had_refused(world: Any) -
         "passed": 0,
         "messages": MESSAGES,
         "errors": 0,
-        "archived": 0,
         "gone": 0,
     }
     (opened,) = await command("replay", "list", "--json")

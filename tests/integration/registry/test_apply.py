@@ -11,13 +11,12 @@ import orjson
 import pytest
 
 from preservarium.domain.registry.checks import RegistryFileError
-from preservarium.registry.apply import apply, apply_file, connect
-from preservarium.registry.file import dump, read, read_text
+from preservarium.registry.apply import apply, connect
+from preservarium.registry.file import dump, read
 from preservarium.settings import Settings, load
 from preservarium.stores import events
 from preservarium.stores import registry as store
 from preservarium.stores.migrate import MIGRATIONS, connect_postgres, migrate_postgres
-from preservarium.stores.registry_reads import RegistryReads
 
 REGISTRY = """\
 manufacturers:
@@ -447,76 +446,3 @@ async def test_a_device_is_on_its_topic_by_the_canonical_form_of_its_address_too
     )
     latest = {key: value for _, key, value in await _outbox(connection)}
     assert (latest[eui], latest["70B3D57ED0AA0001"]) == (None, None)
-
-
-# --- as the pages read and change it ---
-
-
-@pytest.fixture
-async def reads(settings: Settings) -> Any:
-    reads = RegistryReads(lambda: settings)
-    yield reads
-    await reads.close()
-
-
-async def test_documents_are_listed_shown_and_exported_as_a_text_that_changes_nothing(
-    settings: Settings, tmp_path: Path, reads: Any
-) -> None:
-    (tmp_path / "r.yaml").write_text(REGISTRY)
-    await apply(settings, tmp_path / "r.yaml", actor="ann")
-    counts = await reads.counts()
-    assert (counts["device"], counts["datatype"], counts["parser"]) == (2, 3, 1)
-    first = await reads.listed("datatype", q="", after="", limit=2)
-    rest = await reads.listed("datatype", q="", after=first["next"], limit=2)
-    assert [d["name"] for d in first["documents"] + rest["documents"]] == ["humidity", "temperature", "unused"]
-    assert rest["next"] is None
-    assert [d["name"] for d in (await reads.listed("device", q="LAB", after="", limit=9))["documents"]] == ["0001"]
-    assert (await reads.listed("device", q="100%", after="", limit=9))["documents"] == []
-    found = await reads.document("device", "0001")
-    assert (found["version"], found["updated_by"], found["document"]["name"]) == (1, "ann", "Lab")
-    assert await reads.document("device", "nobody") is None
-    stream = io.StringIO()
-    dump(await reads.export(), stream)
-    text = read_text(stream.getvalue())
-    assert (await apply_file(settings, text, actor="bob")).plan.changes == []
-    assert await reads.registered(["0001", "0003"]) == {"0001"}
-
-
-async def test_a_text_is_saved_as_the_event_that_a_file_makes_and_not_over_anothers(
-    settings: Settings, connection: Any, tmp_path: Path, reads: Any
-) -> None:
-    (tmp_path / "r.yaml").write_text(REGISTRY)
-    await apply(settings, tmp_path / "r.yaml", actor="ann")
-    changed = "devices:\n  - {device_id: '0001', type: T1, name: Cellar, experiment_id: run-1}\n"
-    await apply_file(settings, read_text(changed), actor="bob", expected={"device/0001": 1})
-    versions = await reads.versions("device/0001")
-    assert [(v["version"], v["actor"], v["document"]["name"]) for v in versions] == [(2, "bob", "Cellar"), (1, "ann", "Lab")]  # fmt: skip
-    assert (await events.read(connection, "device/0001"))[-1].data["set"]["name"] == "Cellar"
-    assert (await store.verify(connection)).faults == []
-    # Who looked at the first version does not write over the second, nor over one that came meanwhile.
-    with pytest.raises(events.ConflictError):
-        await apply_file(settings, read_text(changed.replace("Cellar", "Roof")), actor="eve", expected={"device/0001": 1})  # fmt: skip
-    with pytest.raises(events.ConflictError):
-        await apply_file(settings, read_text(changed.replace("Cellar", "Roof")), actor="eve", expected={"device/0001": 0})  # fmt: skip
-    assert len(await events.read(connection, "device/0001")) == 2
-
-
-async def test_a_parser_whose_source_is_changed_is_a_new_version_and_the_old_one_can_be_made_active_again(
-    settings: Settings, tmp_path: Path, reads: Any
-) -> None:
-    (tmp_path / "r.yaml").write_text(REGISTRY)
-    await apply(settings, tmp_path / "r.yaml")
-    new = "parsers:\n  - {name: acme, kind: table, source: {fields: [{name: t, type: u16}]}}\n"
-    assert read_text(new).errors == [], [str(e) for e in read_text(new).errors]
-    await apply_file(settings, read_text(new), actor="ann")
-    found = await reads.document("parser", "acme")
-    assert [(v["version"], v["status"]) for v in sorted(found["parser_versions"], key=lambda v: v["version"])] == [(1, "retired"), (2, "active")]  # fmt: skip
-    assert (await reads.parser("acme"))["version"] == 2
-    assert (await reads.parser("acme", 1))["status"] == "retired"
-    assert [d["name"] for d in (await reads.listed("parser", q="", after="", limit=9))["documents"]] == ["acme"]
-    old = next(v["document"] for v in found["parser_versions"] if v["version"] == 1)
-    stream = io.StringIO()
-    dump({"parser": [{**old, "status": "active"}]}, stream)
-    await apply_file(settings, read_text(stream.getvalue()), actor="ann")
-    assert (await reads.parser("acme"))["version"] == 1
-    assert [d["name"] for d in (await reads.matching())["parser"]] == ["acme"]

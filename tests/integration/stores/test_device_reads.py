@@ -13,8 +13,7 @@ from thread_support import in_thread
 from preservarium.errors import Retry
 from preservarium.settings import load
 from preservarium.stores import device_reads
-from preservarium.stores.device_reads import DAY_US, SORTS, STATES, US
-from preservarium.stores.series_reads import SPARK_POINTS, SeriesReads
+from preservarium.stores.device_reads import DAY_US, SORTS, STATES, US, DeviceReads
 
 pytestmark = pytest.mark.postgres
 
@@ -56,13 +55,13 @@ READINGS = """
 INSERT INTO measurements (timestamp, received_at, raw_offset, value, series_id, derivation_id, raw_index, raw_partition, quality, flags)
 SELECT $1::timestamptz - make_interval(mins => n), $1::timestamptz, n,
        CASE s.component_type WHEN 'wind' THEN CASE n % 2 WHEN 0 THEN 350 ELSE 20 END ELSE 20 + n % 10 END,
-       s.series_id, (SELECT derivation_id FROM derivations WHERE parser = 'p@3'), 0, 3, CASE WHEN n % 60 = 30 THEN 3 ELSE 1 END, CASE WHEN n % 60 = 30 THEN ARRAY['spike'] END
+       s.series_id, 1, 0, 3, CASE WHEN n % 60 = 30 THEN 3 ELSE 1 END, CASE WHEN n % 60 = 30 THEN ARRAY['spike'] END
 FROM generate_series(1, 2880) AS n, series s WHERE s.device_id = 'dev-001' AND s.component_type IN ('temperature', 'wind') AND NOT n BETWEEN 100 AND 129
 """
 #: Once a second for ten minutes; every hundredth is suspect, one failed.
 FAST = """
 INSERT INTO measurements (timestamp, received_at, raw_offset, value, series_id, derivation_id, raw_index, raw_partition, quality)
-SELECT $1::timestamptz - make_interval(secs => n), $1::timestamptz, 10000 + n, n, s.series_id, (SELECT derivation_id FROM derivations WHERE parser = 'p@3'), 0, 3, CASE WHEN n = 250 THEN 4 WHEN n % 100 = 50 THEN 3 ELSE 1 END
+SELECT $1::timestamptz - make_interval(secs => n), $1::timestamptz, 10000 + n, n, s.series_id, 1, 0, 3, CASE WHEN n = 250 THEN 4 WHEN n % 100 = 50 THEN 3 ELSE 1 END
 FROM generate_series(1, 600) AS n, series s WHERE s.component_type = 'fast'
 """
 ROLLED = """
@@ -104,7 +103,7 @@ async def _fill(dsn):
 @pytest.fixture
 async def reads(filled):
     settings = load(postgres={"url": filled}, kafka={"bootstrap_servers": "127.0.0.1:1"}, clickhouse={"enabled": False})
-    reads = SeriesReads(lambda: settings)
+    reads = DeviceReads(lambda: settings)
     yield reads
     await reads.close()
 
@@ -333,7 +332,7 @@ async def test_a_file_has_every_reading_of_the_span_and_says_where_it_is_cut(rea
 async def test_it_reads_only_but_for_its_own_table_and_a_database_that_is_away_is_a_retry(reads):
     with pytest.raises(Retry, match="read-only"):
         await reads._fetch("DELETE FROM alarms")
-    away = SeriesReads(lambda: load(postgres={"host": "127.0.0.1", "port": 1}))
+    away = DeviceReads(lambda: load(postgres={"host": "127.0.0.1", "port": 1}))
     for asked in (
         away.fleet(),
         away.devices(limit=1),
@@ -349,83 +348,3 @@ async def test_a_cursor_of_another_order_is_refused(reads):
     for sort, after in (("device", (5, "d")), ("seen", ("d", "d"))):
         with pytest.raises(ValueError, match="another order"):
             await reads.devices(sort=sort, after=after, limit=1)
-
-
-# --- series of any devices ---
-
-
-async def test_a_text_finds_the_same_whether_it_is_rare_or_in_every_name(reads, monkeypatch):
-    for wanted in ({"q": "dev-0"}, {"q": "name 1", "sort": "seen", "descending": True}, {"q": "nobody"}, {"q": "DEV-01", "sort": "name", "state": "sending"}):  # fmt: skip
-        reads._totals.clear()
-        few = await everything(reads, **wanted)
-        monkeypatch.setattr(device_reads, "FEW_MAX", 2)
-        many = await everything(reads, **wanted)
-        monkeypatch.setattr(device_reads, "FEW_MAX", 2_000)
-        assert [d["device_id"] for d in few] == [d["device_id"] for d in many]
-
-
-async def test_series_are_found_by_device_type_component_and_label_and_paged(reads):
-    async def found(**wanted):
-        series, after = [], None
-        while True:
-            page = await reads.find_series(after=after, limit=4, **wanted)
-            series += page["series"]
-            if (after := page["next"]) is None:
-                return series
-
-    everything = await found()
-    keys = [(s["device_id"], s["series_id"]) for s in everything]
-    assert keys == sorted(set(keys))
-    assert {s["component_type"] for s in await found(component="temperature")} == {"temperature"}
-    assert len(await found(component="temperature")) == 20
-    assert {s["type"] for s in await found(type_name="vane")} == {"vane"}
-    assert {s["device_id"] for s in await found(label=("area", "hall"))} == {"dev-001"}
-    assert await found(label=("area", "cellar")) == []
-    assert {s["device_id"] for s in await found(q="dev-002")} == {"dev-002"}
-    assert "zone" in {s["component_type"] for s in everything}  # its last value is a number
-    components = await reads.components(10)
-    assert components[0] == {"component_type": "temperature", "unit": "°C", "series": 20}
-
-
-async def test_curves_of_several_devices_come_as_they_are_asked_for(reads, connection):
-    temperature = (await reads.find_series(component="temperature", limit=30))["series"]
-    ids = [temperature[1]["series_id"], temperature[0]["series_id"], 99_999]
-    curves = await reads.curves_of(ids, from_us=NOW_US - HOUR_US, to_us=NOW_US, points=200, now_us=NOW_US)
-    assert [c["series_id"] for c in curves] == ids[:2]
-    assert [c["device_id"] for c in curves] == ["dev-002", "dev-001"]
-    (alone,) = (await reads.curves("dev-001", series=[ids[1]], from_us=NOW_US - HOUR_US, to_us=NOW_US, points=200, now_us=NOW_US))["series"]  # fmt: skip
-    assert curves[1]["mean"] == alone["mean"] != []
-
-
-async def test_small_curves_have_what_fell_into_each_two_minutes(reads):
-    one = (await reads.find_series(component="temperature", limit=1))["series"][0]["series_id"]
-    found = await reads.sparks([one, 99_999], now_us=NOW_US - 1)
-    assert set(found) == {one}
-    assert len(found[one]) == SPARK_POINTS
-    assert all(value is None or 20 <= value <= 29 for value in found[one])
-    assert sum(value is not None for value in found[one]) == SPARK_POINTS
-    # The half hour in which nothing came.
-    gap = (await reads.sparks([one], now_us=NOW_US - 99 * MINUTE_US - 1))[one]
-    assert gap[-13:-1] == [None] * 12
-
-
-async def test_corrections_are_those_readings_that_are_not_what_they_were(reads, connection):
-    one = (await reads.find_series(component="temperature", limit=1))["series"][0]["series_id"]
-    span = {"from_us": NOW_US - HOUR_US, "to_us": NOW_US, "now_us": NOW_US}
-    assert await reads.corrections([one], **span) == []
-    at = NOW.replace()  # the newest is a minute old
-    await connection.execute("UPDATE measurements SET revised = true WHERE series_id = $1 AND timestamp = $2::timestamptz - interval '5 minutes'", one, at)  # fmt: skip
-    await connection.execute("UPDATE measurements SET generation = 2 WHERE series_id = $1 AND timestamp = $2::timestamptz - interval '9 minutes'", one, at)  # fmt: skip
-    try:
-        found = await reads.corrections([one], **span)
-        assert [(c["timestamp"], c["revised"], c["generation"]) for c in found] == [(NOW_US - 5 * MINUTE_US, True, 0), (NOW_US - 9 * MINUTE_US, False, 2)]  # fmt: skip
-    finally:
-        await connection.execute("UPDATE measurements SET revised = NULL, generation = 0 WHERE series_id = $1 AND (revised OR generation > 0)", one)  # fmt: skip
-
-
-async def test_news_are_what_was_received_since(reads):
-    everything = await reads.news("dev-001", since_us=0)
-    assert len(everything) == 4
-    received = [each["received_at"] for each in everything]
-    assert received == sorted(received)
-    assert await reads.news("DEV-001 ", since_us=received[-1]) == []

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,17 @@ from typing import Any
 import aiohttp
 import asyncpg
 import pytest
-from aiokafka import AIOKafkaConsumer
 from click.testing import CliRunner
 from conftest import running
-from oauth_support import Issuer
 from tls_support import Authority
-from worker_support import ROOT, make_topics, until
+from worker_support import ROOT, until
 
-from preservarium import topics
 from preservarium.__main__ import cli
 from preservarium.cli.doctor import State, check_kafka
 from preservarium.embedded.kafka import Kafka
 from preservarium.embedded.service import free_port
-from preservarium.settings import LiveSettings, Settings
+from preservarium.settings import Settings
 from preservarium.streaming import kafka_clients, topics_admin
-from preservarium.streaming.publish import Publisher
-from preservarium.streaming.stage import Send
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
 
@@ -40,11 +34,6 @@ PARTITIONS = 2
 PASSWORD = "s3cret, with = and ;"
 SCRAM = "org.apache.kafka.common.security.scram.ScramLoginModule required;"
 PLAIN = f'org.apache.kafka.common.security.plain.PlainLoginModule required user_ann="{PASSWORD}";'
-
-OAUTH = "org.apache.kafka.common.security.oauthbearer.OAuthBearerLoginModule required;"
-VALIDATOR = "org.apache.kafka.common.security.oauthbearer.OAuthBearerValidatorCallbackHandler"
-#: Life of a connection by token at the most.
-TOKEN_S = 3
 
 
 class SecureKafka(Kafka):
@@ -54,9 +43,7 @@ class SecureKafka(Kafka):
 
     def __init__(self, directory: Path, authority: Authority) -> None:
         # A broker that lives for seconds starts sooner without the optimising compiler.
-        self.issuer = Issuer(authority.directory / "issuer")
-        allowed = f"-Dorg.apache.kafka.sasl.oauthbearer.allowed.urls=file://{self.issuer.key_set}"
-        super().__init__(directory, java_options=("-XX:TieredStopAtLevel=1", allowed))
+        super().__init__(directory, java_options=("-XX:TieredStopAtLevel=1",))
         self.authority = authority
         self.ports = {name: free_port() for name in ("SSL", "SASL_SSL", "SASL_PLAINTEXT")}
         self.identity = authority.sign("broker", hosts="DNS:localhost")
@@ -72,7 +59,7 @@ class SecureKafka(Kafka):
     def properties(self) -> str:
         addresses = {name: f"{name}://{self.at(name)}" for name in ("PLAINTEXT", *self.ports)}
         controller = f"CONTROLLER://127.0.0.1:{self.remembered_port('controller_port')}"
-        mechanisms = "PLAIN,SCRAM-SHA-256,SCRAM-SHA-512,OAUTHBEARER"
+        mechanisms = "PLAIN,SCRAM-SHA-256,SCRAM-SHA-512"
         lines = {
             "listeners": ",".join([*(a.replace("localhost", "127.0.0.1") for a in addresses.values()), controller]),
             "advertised.listeners": ",".join(addresses.values()),
@@ -83,18 +70,11 @@ class SecureKafka(Kafka):
             "ssl.truststore.location": str(self.authority.cert),
             "listener.name.ssl.ssl.client.auth": "required",
             "sasl.enabled.mechanisms": mechanisms,
-            "sasl.oauthbearer.jwks.endpoint.url": f"file://{self.issuer.key_set}",
-            "sasl.oauthbearer.expected.audience": "kafka",
-            "sasl.oauthbearer.expected.issuer": "tests",
         }
         for listener in ("sasl_ssl", "sasl_plaintext"):
             lines[f"listener.name.{listener}.plain.sasl.jaas.config"] = PLAIN
             lines[f"listener.name.{listener}.scram-sha-256.sasl.jaas.config"] = SCRAM
             lines[f"listener.name.{listener}.scram-sha-512.sasl.jaas.config"] = SCRAM
-            lines[f"listener.name.{listener}.oauthbearer.sasl.jaas.config"] = OAUTH
-            lines[f"listener.name.{listener}.oauthbearer.sasl.server.callback.handler.class"] = VALIDATOR
-            # A connection ends with its token, as the clouds' brokers have it.
-            lines[f"listener.name.{listener}.oauthbearer.connections.max.reauth.ms"] = str(TOKEN_S * 1_000)
         return super().properties() + "".join(f"{name}={value}\n" for name, value in lines.items())
 
 
@@ -112,8 +92,6 @@ def broker(services_directory: Path, authority: Authority) -> Iterator[SecureKaf
 def ways_in(broker: SecureKafka, authority: Authority) -> dict[str, dict[str, str]]:
     """Settings of Kafka for each way in that should work."""
     client = authority.sign("worker", password="key secret")
-    token_file = authority.directory / "token"
-    token_file.write_text(broker.issuer.token() + "\n")
     ca = {"ssl_ca_file": str(authority.cert)}
 
     def sasl(protocol: str, mechanism: str) -> dict[str, str]:
@@ -132,14 +110,6 @@ def ways_in(broker: SecureKafka, authority: Authority) -> dict[str, dict[str, st
         "plain": sasl("SASL_SSL", "PLAIN") | ca,
         "certificate": {"security_protocol": "SSL", "bootstrap_servers": broker.at("SSL"), **ca, **certificate},
         "unencrypted": sasl("SASL_PLAINTEXT", "SCRAM-SHA-512"),
-        "token": {
-            "security_protocol": "SASL_SSL",
-            "bootstrap_servers": broker.at("SASL_SSL"),
-            "sasl_mechanism": "OAUTHBEARER",
-            "sasl_oauth": "file",
-            "sasl_oauth_file": str(token_file),
-            **ca,
-        },
     }
 
 
@@ -147,7 +117,7 @@ def settings(way: dict[str, Any], **more: Any) -> Settings:
     return Settings(kafka={"topic_prefix": "nobody.", **way, **more})
 
 
-@pytest.mark.parametrize("way", ["scram-256", "scram-512", "plain", "certificate", "unencrypted", "token"])
+@pytest.mark.parametrize("way", ["scram-256", "scram-512", "plain", "certificate", "unencrypted"])
 async def test_every_way_in_lets_the_doctor_in(ways_in: dict[str, dict[str, str]], way: str) -> None:
     found = {f.name: f for f in await check_kafka(settings(ways_in[way]))}
     assert found["kafka"].state == State.GREEN, found["kafka"]
@@ -191,51 +161,6 @@ async def test_the_doctor_says_why_a_broker_does_not_let_us_in(
     assert "is it the port of a SASL_SSL listener" in said
     (finding,) = await check_kafka(Settings(kafka={"bootstrap_servers": broker.at("SASL_SSL")}))
     assert "is it the port of a PLAINTEXT listener" in finding.found
-
-
-async def test_the_doctor_says_why_a_token_is_not_taken(
-    ways_in: dict[str, dict[str, str]], broker: SecureKafka, tmp_path: Path
-) -> None:
-    for name, token in {"other": broker.issuer.token(audience="somebody-else"), "none": "no.jwt.at-all"}.items():
-        (tmp_path / name).write_text(token)
-        said = await refused(ways_in["token"], sasl_oauth_file=str(tmp_path / name))
-        assert "the token (sasl_oauth=file) is not taken" in said
-        assert token not in said
-    assert "no token for OAUTHBEARER" in await refused(ways_in["token"], sasl_oauth_file=str(tmp_path / "absent"))
-    (tmp_path / "old").write_text(broker.issuer.token(life_s=-60))
-    assert "does this machine's clock go right" in await refused(
-        ways_in["token"], sasl_oauth_file=str(tmp_path / "old")
-    )
-
-
-async def test_clients_outlive_their_tokens(ways_in: dict[str, dict[str, str]], broker: SecureKafka) -> None:
-    """The broker ends each connection with its token; nothing is lost, and whoever reads goes on."""
-    kafka = settings({**ways_in["token"], "topic_prefix": "oauth."})
-    await make_topics(broker.at("PLAINTEXT"), "oauth.", 1, [topics.RAW])
-    publisher = Publisher(LiveSettings(kafka))
-    consumer = AIOKafkaConsumer(
-        topics.RAW.full("oauth."), **kafka_clients.reading(kafka.kafka), auto_offset_reset="earliest"
-    )
-    got: list[bytes] = []
-    sent: list[bytes] = []
-    try:
-        await consumer.start()
-        began_s = time.monotonic()
-        while time.monotonic() - began_s < 3 * TOKEN_S:
-            value = b"%d" % len(sent)
-            await publisher.publish([Send(topics.RAW, b"d", value, 0)])
-            sent.append(value)
-            for records in (await consumer.getmany(timeout_ms=200)).values():
-                got += [record.value for record in records]
-        async with asyncio.timeout(30):
-            while len(got) < len(sent):
-                for records in (await consumer.getmany(timeout_ms=500)).values():
-                    got += [record.value for record in records]
-    finally:
-        await publisher.stop()
-        await kafka_clients.stop(consumer)
-    assert got == sent
-    assert len(sent) > 10
 
 
 async def test_a_release_step_says_why_it_is_not_let_in(ways_in: dict[str, dict[str, str]]) -> None:

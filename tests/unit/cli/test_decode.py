@@ -111,32 +111,3 @@ def test_the_sample_registry_has_examples_for_every_parser():
         outcomes = examples.run({"version": 1, **parser})
         assert outcomes, parser["name"]
         assert [line for o in outcomes for line in o.differences] == [], parser["name"]
-
-
-def test_a_downlink_is_tried_and_examples_of_downlinks_are_run(tmp_path):
-    (tmp_path / "v.js").write_text(
-        "function decodeUplink(i) { return {data: {a: i.bytes[0], at: i.recvTime}}; }\n"
-        "function encodeDownlink(i) { return i.data.n > 9 ? {errors: ['too much']} : {bytes: [i.data.n, i.fPort], fPort: 2}; }"
-    )
-    (tmp_path / "test_decode_v.json").write_text(
-        '[{"input": {"bytes": [5], "recvTime": "2026-01-02T03:04:05.123456789Z"}, "expected": {"data": {"a": 5, "at": "2026-01-02T03:04:05.123456789Z"}}}]'
-    )
-    (tmp_path / "test_encode_v.json").write_text(
-        '[{"input": {"data": {"n": 3}, "fPort": 4}, "expected": {"bytes": "0304"}},'
-        ' {"input": {"data": {"n": 3}, "fPort": 4}, "expected": {"bytes": [3, 5], "fPort": 2}}]'
-    )
-    run = CliRunner()
-    decoding, testing = (next(c for c in commands if c.name == name) for name in ("decode", "decoders"))
-    done = run.invoke(decoding, ["--codec", str(tmp_path / "v.js"), "--encode", '{"n": 7}', "--port", "4"])
-    assert (done.exit_code, json.loads(done.stdout[done.stdout.index("{") :])) == (
-        0,
-        {"bytes": [7, 4], "fPort": 2, "hex": "0704"},
-    )
-    assert run.invoke(decoding, ["--codec", str(tmp_path / "v.js"), "--encode", '{"n": 10}']).exit_code == 1
-    assert run.invoke(decoding, ["--format", "senml", "--encode", "{}"]).exit_code == 2
-    assert run.invoke(decoding, ["--codec", str(tmp_path / "v.js"), "--encode", "{"]).exit_code == 2
-    done = run.invoke(testing, ["test", str(tmp_path)])
-    assert done.exit_code == 1
-    assert "example 2 does not hold\n  bytes[1]: expected 5, returned 4" in done.stdout
-    assert "1 parsers, 3 examples, 1 do not hold (66.7 % hold)" in done.stdout
-    assert f"2 of 3     {tmp_path / 'v.js'}" in run.invoke(testing, ["test", str(tmp_path), "--summary"]).stdout

@@ -14,15 +14,7 @@ from hypothesis import strategies as st
 
 from preservarium.__main__ import cli
 from preservarium.cli import doctor
-from preservarium.cli.doctor import (
-    State,
-    archive_finding,
-    check_clock,
-    check_disk,
-    check_java,
-    check_skew,
-    jobs_finding,
-)
+from preservarium.cli.doctor import State, check_clock, check_disk, check_java, check_skew, jobs_finding
 from preservarium.embedded.service import free_port
 
 P = "PRESERVARIUM_"
@@ -226,32 +218,3 @@ def test_why_the_jobs_of_timescaledb_do_not_run_and_what_to_do() -> None:
     assert "max_worker_processes" in of(3, "failed to start job", slots=8).advice
     other = of(1, "permission denied")
     assert (other.state, "permission denied" in other.advice) == (State.YELLOW, True)
-
-
-@pytest.mark.parametrize(
-    ("lag", "state", "said"),
-    [
-        ({}, State.GREEN, "7 records in Kafka and in no file yet"),
-        ({"made_anew": True}, State.RED, "ARCHIVE__EPOCH"),
-        ({"about_to_be_lost": 5}, State.YELLOW, "5 offsets are neither in Kafka nor in a file"),
-        ({"seconds": 50_000.0}, State.YELLOW, "Kafka deletes iot_raw_data before long"),
-        ({"seconds": 50_000.0, "records": 0}, State.GREEN, "0 records"),
-        ({"seconds": 50_000.0, "kafka_keeps_s": None}, State.GREEN, ""),
-    ],
-)
-def test_an_archive_that_is_behind_says_so_in_time(lag: dict[str, Any], state: State, said: str) -> None:
-    one = {
-        "topic": "iot_raw_data", "records": 7, "seconds": 100.0, "about_to_be_lost": 0, "made_anew": False, "kafka_keeps_s": 86_400.0,
-    }  # fmt: skip
-    found = archive_finding("/srv/archive", {"topics": [{"files": 3}], "lags": [one | lag]})
-    assert (found.state, bool(found.advice)) == (state, state != State.GREEN)
-    assert said in found.found + found.advice
-    assert "3 files" in found.found
-
-
-def test_a_place_that_cannot_be_written_is_red(nowhere: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    nowhere.setenv(f"{P}ARCHIVE__URL", str(tmp_path / "file" / "archive"))
-    run = CliRunner().invoke(cli, ["doctor", "--json"])
-    (found,) = [f for f in orjson.loads(run.stdout)["findings"] if f["name"] == "archive"]
-    assert (found["state"], "cannot be written" in found["found"]) == ("red", True)

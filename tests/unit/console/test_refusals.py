@@ -8,7 +8,6 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from console_support import body
-from pydantic import SecretStr
 
 from preservarium.clock import ManualClock
 from preservarium.console import refusals as module
@@ -152,65 +151,3 @@ async def test_a_worker_that_nobody_looks_at_stops_at_once(stand):
     await follower.start()
     async with asyncio.timeout(10):
         await follower.stop()
-
-
-async def test_they_are_filtered_by_parser_and_time(client, stand):
-    now = stand.clock.now_us()
-    read(stand, record(1, now - 10, parser="acme@1"), record(2, now - 5, parser="acme@2"), record(3, now, parser="acme"), record(4, now))  # fmt: skip
-
-    async def ids(query):
-        return [each["id"] for each in (await body(client, f"/api/refusals?{query}"))["refusals"]]
-
-    assert await ids("parser=acme") == ["0:3", "0:2", "0:1"]
-    assert await ids("parser=acme%402") == ["0:2"]
-    assert await ids(f"since={now - 5}&until={now - 1}") == ["0:2"]
-    assert (await body(client, "/api/refusals?since=perhaps", 400))["status"] == 400
-
-
-async def test_a_cause_is_redriven_and_discarded_by_those_who_may(client, stand, monkeypatch):
-    asked = []
-
-    async def redrive(settings, select, **more):
-        asked.append((select, more))
-        return dlq.Redriven(matched=3, sent=2, already=1)
-
-    async def discard(settings, select, **more):
-        asked.append((select, more))
-        if more["cause"] == "away":
-            raise dlq.DlqError("Kafka cannot be reached")
-        return dlq.Discarded(matched=3, discarded=3, version=1)
-
-    monkeypatch.setattr(dlq, "redrive", redrive)
-    monkeypatch.setattr(dlq, "discard", discard)
-
-    async def post(what, status=200, **fields):
-        response = await client.post(f"/api/refusals/{what}", json=fields)
-        assert response.status == status, await response.text()
-        return await response.json()
-
-    done = await post("redrive", code="value_range", stage="validate", parser="acme@2", since=5, dry_run=True)
-    assert done == {"matched": 3, "sent": 2, "already": 1, "unusable": 0, "dry_run": True, "more": False}
-    select, more = asked.pop()
-    assert (select.codes, select.stages, select.parsers, select.since_us) == (
-        ("value_range",),
-        ("validate",),
-        ("acme@2",),
-        5,
-    )
-    assert (more["dry_run"], more["discarded"]) == (True, False)
-    done = await post("discard", ids=["0:1"], reason="test bench", actor="ann", limit=2)
-    assert done == {"matched": 3, "discarded": 3, "already": 0, "version": 1, "dry_run": False, "more": True}
-    assert (asked[-1][1]["actor"], asked[-1][1]["cause"]) == ("ann", "test bench")
-    count = len(asked)
-    for wrong in (
-        {}, {"limit": 5}, {"code": "none"}, {"stage": 7}, {"since": "today"}, {"ids": "0:1"}, {"ids": ["x"] * 1_001}, {"code": "value_range", "limit": 0},
-        {"code": "value_range", "limit": True}, {"code": "value_range", "dry_run": 1}, {"code": "value_range"}, {"code": "value_range", "reason": " "},
-        {"code": "value_range", "reason": "x" * 1_001}, {"code": "value_range", "reason": ["x"]},
-    ):  # fmt: skip
-        assert "error" in await post("discard", 400, **wrong)
-    assert len(asked) == count
-    assert "cannot be reached" in (await post("discard", 503, code="value_range", reason="away"))["detail"]
-    response = await client.post("/api/refusals/discard", data="{}", headers={"content-type": "text/plain"})
-    assert response.status == 415
-    stand.live().web = Web(operator_token=SecretStr("secret"))
-    assert (await client.post("/api/refusals/redrive", json={"code": "value_range"})).status == 401

@@ -70,16 +70,8 @@ class Table:
     def __init__(self, content):
         self.content = content
 
-    key = "device address"
-
     def partitions(self):
         return sorted(self.content)
-
-    def owned(self):
-        return sorted(self.content)
-
-    def size(self, partition):
-        return len(self.content[partition]), 1_000
 
     def peek(self, partition, key):
         return self.content[partition].get(key)

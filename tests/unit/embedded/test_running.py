@@ -115,16 +115,6 @@ def test_what_is_shared_is_what_is_not_the_default(monkeypatch):
     assert shareable(load()) == {}
 
 
-def test_an_archive_is_shared_whole_or_not_at_all(monkeypatch):
-    monkeypatch.setenv("PRESERVARIUM_ARCHIVE__URL", "s3://bucket/plant")
-    monkeypatch.setenv("PRESERVARIUM_ARCHIVE__S3_ENDPOINT", "http://127.0.0.1:9000")
-    assert shareable(load()).keys() == {"PRESERVARIUM_ARCHIVE__URL", "PRESERVARIUM_ARCHIVE__S3_ENDPOINT"}
-    monkeypatch.setenv("PRESERVARIUM_ARCHIVE__S3_ACCESS_KEY", "archivist")
-    monkeypatch.setenv("PRESERVARIUM_ARCHIVE__S3_SECRET_KEY", "a secret")
-    # Half of a log-in would be refused, and every command with it.
-    assert shareable(load()) == {}
-
-
 def test_addresses_are_told_without_credentials(monkeypatch):
     monkeypatch.setenv("PRESERVARIUM_POSTGRES__URL", "postgresql://ann:pw@db:5433/x?sslmode=require")
     monkeypatch.setenv("PRESERVARIUM_CLICKHOUSE__URL", "https://ann:pw@ch")

@@ -22,7 +22,7 @@ async def test_a_console_is_asked_with_an_operators_token_and_a_refusal_is_no_st
         return web.json_response({"lag": 3})
 
     application = web.Application()
-    application.router.add_get("/api/v1/status", status)
+    application.router.add_get("/api/status", status)
     async with TestServer(application) as server, aiohttp.ClientSession() as http:
         worker: Any = SimpleNamespace(name="worker-0", url=f"http://127.0.0.1:{server.port}", alive=True)
         assert await Workers([worker], print, token=token).statuses(http) == found

@@ -47,42 +47,6 @@ def test_every_command_explains_itself() -> None:
             assert sub.help, f"{name} {sub_name} has no help"
 
 
-def test_a_command_imports_its_own_module_and_not_those_of_the_others() -> None:
-    script = (
-        "import sys; from preservarium.__main__ import cli; cli.get_command(None, sys.argv[1]) or sys.exit('no such command');"
-        "print(*sorted(n for n in sys.modules if n.startswith('preservarium.cli.')))"
-    )
-    for name, module in (("trace", "trace"), ("lineage", "trace"), ("archive", "archive")):
-        done = subprocess.run(
-            [sys.executable, "-c", script, name], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
-        )
-        loaded = {one.removeprefix("preservarium.cli.") for one in done.stdout.split()}
-        assert module in loaded
-        assert loaded & set(CLI_MODULES) == {module}
-
-
-def test_each_command_is_found_whatever_was_loaded_before() -> None:
-    context = cli.make_context("preservarium", [], resilient_parsing=True)
-    for name in cli.list_commands(context):
-        fresh = type(cli)(name="preservarium")
-        command = fresh.get_command(context, name)
-        assert command is not None
-        assert command.name == name
-    assert cli.get_command(context, "no-such-command") is None
-    # Those that several modules make are whole.
-    fresh = type(cli)(name="preservarium")
-    whole, alone = cli.get_command(context, "alarms"), fresh.get_command(context, "alarms")
-    assert set(whole.commands) == set(alone.commands)  # type: ignore[union-attr]
-
-
-def test_nothing_but_the_archive_imports_pyarrow() -> None:
-    script = (
-        "import sys; import preservarium.operations.trace, preservarium.operations.archive.archiver, preservarium.cli.archive, preservarium.stages.sink;"
-        "sys.exit('pyarrow' in sys.modules or 'fsspec' in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60, check=True)
-
-
 def test_a_wrong_setting_is_one_line_and_exit_2() -> None:
     done = _run("topics", PRESERVARIUM_KAFKA__PARTITIONS="many")
     assert done.returncode == 2

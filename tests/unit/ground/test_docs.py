@@ -10,7 +10,7 @@ from preservarium import metrics, settings, topics
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-ROOMS = ("preservarium", "agents", "tables", "docs", "examples", "migrations", "tests", "bench", "deploy")
+ROOMS = ("preservarium", "agents", "tables", "docs", "examples", "migrations", "tests", "bench")
 FILES = [path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.*")]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 

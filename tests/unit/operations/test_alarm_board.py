@@ -691,6 +691,24 @@ def test_the_page_offers_what_the_machine_allows():
 # --- the description ---
 
 
+async def test_the_description_is_of_these_routes(client):
+    assert await body(client, "/api/openapi.json") == orjson.loads(orjson.dumps(DOCUMENT))
+    routes = {
+        (route.resource.canonical, route.method.lower())
+        for route in client.application.router.routes()
+        if route.method in ("GET", "POST") and route.resource.canonical.startswith("/api/")
+    }
+    described = {(path, method) for path, item in DOCUMENT["paths"].items() for method in item}
+    assert described == routes | {("/api/trace", "get")}, "mounted in tests/integration/operations/test_lineage.py"
+    for path, method in described:
+        operation = DOCUMENT["paths"][path][method]
+        in_path = {p["name"] for p in operation.get("parameters", ()) if p["in"] == "path"}
+        assert in_path == set(re.findall(r"{(\w+)}", path))
+        assert operation["summary"]
+    ids = [DOCUMENT["paths"][path][method]["operationId"] for path, method in described]
+    assert len(set(ids)) == len(ids)
+
+
 def test_a_command_is_described_as_it_is_taken():
     assert set(DOCUMENT["components"]["schemas"]["CommandRequest"]["properties"]) == REQUEST_FIELDS
 

@@ -142,26 +142,3 @@ def test_devices_that_the_registry_does_not_know_are_counted_once(monkeypatch):
 )  # fmt: skip
 def test_the_bytes_of_a_line(line, found):
     assert bytes_of(line) == found
-
-
-def test_what_became_of_an_input_is_read_from_the_marks_and_the_last_word_counts(monkeypatch):
-    found = Refusals()
-
-    def mark(key, **marker):
-        return SimpleNamespace(key=key, value=orjson.dumps(marker))
-
-    def line(offset, **more):
-        return {"raw_partition": 0, "raw_offset": offset, "raw_index": 0} | more
-
-    discarded = {"at": T, "outcome": "discarded", "reason": "test bench", "actor": "ann"}
-    found.settle([
-        mark(b"0/1/0", **discarded), mark(b"0/2/0/1", at=T), mark(b"0/3/0", **discarded), mark(b"0/3/0", at=T + 1), mark(b"0/4/0"),
-        SimpleNamespace(key=b"0/5/0", value=b"no JSON"), SimpleNamespace(key=None, value=None), SimpleNamespace(key=b"\xff", value=b'{"at": 1}'),
-    ])  # fmt: skip
-    assert found.settled(line(1)) == {"how": "discarded", "at": T, "reason": "test bench", "actor": "ann"}
-    assert found.settled(line(2, part=1)) == {"how": "redriven", "at": T, "reason": None, "actor": None}
-    assert found.settled(line(3))["how"] == "redriven"  # it was taken back
-    assert [found.settled(line(n)) for n in (2, 4, 5)] == [None] * 3
-    monkeypatch.setattr("preservarium.operations.refusals.SETTLED_MAX", 2)
-    found.settle([mark(b"0/9/0", at=T)])
-    assert found.settled(line(1)) is None

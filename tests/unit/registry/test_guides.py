@@ -17,13 +17,10 @@ from preservarium.__main__ import cli
 from preservarium.cli.registry import STARTS as OFFERED
 from preservarium.clock import ManualClock
 from preservarium.connectors import http
-from preservarium.connectors.base import Limits, RawProducer
-from preservarium.connectors.files import Columns, backfill
+from preservarium.connectors.base import Limits
 from preservarium.connectors.mqtt import patterns_of, sends_of
-from preservarium.domain.decoders.examples import raw_message
 from preservarium.domain.readings.instant import iso_us
 from preservarium.domain.readings.normalize import compile_device, normalize
-from preservarium.domain.registry.sealed import Keyring
 from preservarium.registry.file import read
 from preservarium.registry.starting import STARTS, start_text
 from preservarium.settings import LiveSettings, Settings
@@ -187,66 +184,3 @@ def test_every_format_is_in_the_table():
 
     rows = re.findall(r"^\| `(\w+)` \|", page("README"), re.MULTILINE)
     assert sorted(rows) == sorted(FORMATS)
-
-
-async def test_the_guide_to_meters_leads_to_its_series(tmp_path):
-    text = page("meters")
-    documents = registry_of(block(text, "yaml"), tmp_path)
-    (device,), (kind,), (parser,) = documents["device"], documents["type"], documents["parser"]
-    keys = Keyring(re.findall(r"SECRETS_KEY='([^']+)'", text)[0])
-    sealed = {name: keys.seal(device["device_id"], name, plain) for name, plain in device["secrets"].items()}
-    compiled = compile_device(
-        {"rev": 1, **device, "secrets": sealed},
-        {"rev": 1, **kind},
-        {"rev": 1, "version": 1, "hash": "h", **parser},
-        {}.get,
-        keys=keys,
-    )
-    sent = orjson.loads(re.findall(r"-d '(\{.*?\})'", text)[0])
-    raw = {**raw_message(sent["payload"], device=sent["device"])}
-    message, refused = normalize(raw, compiled, NOW_US)
-    assert refused == ()
-    found = {r["component_type"]: (f"{r['value']:g}", r["unit"]) for r in message["readings"] if "value" in r}
-    printed = {row["series"]: (row["value"], row["unit"]) for row in table_of(text.split("| meter |")[0]).values()}
-    assert found == printed
-    assert re.findall(r"--hex (\w+)", text) == [sent["payload"]]
-
-
-async def test_the_guide_to_loggers_leads_to_its_series(tmp_path):
-    text = page("loggers")
-    documents = registry_of(block(text, "yaml"), tmp_path)
-    (tmp_path / "station.dat").write_text(block(text, "csv"))
-    publisher = MemoryPublisher()
-    zone = re.findall(r"--time-zone (\S+)", text)[0]
-    totals = await backfill(
-        tmp_path / "station.dat",
-        "csv",
-        Columns(time_zone=zone),
-        RawProducer(publisher, "files"),
-        None,
-        LIMITS,
-        ManualClock(NOW_US),
-    )
-    assert (totals.sent, totals.refused) == (2, 0)
-    found = readings(documents, publisher.sends[:1])
-    printed = table_of(text.split("| layout |")[0])
-    assert {name: (f"{value:g}", unit, at) for name, (value, unit, at) in found.items()} == {
-        name: (row["value"], row["unit"], iso_us(row["timestamp"])) for name, row in printed.items()
-    }
-
-
-def test_the_guide_to_monitoring_leads_to_its_series(tmp_path):
-    text = page("monitoring")
-    documents = registry_of(block(text, "yaml"), tmp_path)
-    (device,), (kind,), (parser,) = documents["device"], documents["type"], documents["parser"]
-    compiled = compile_device(
-        {"rev": 1, **device}, {"rev": 1, **kind}, {"rev": 1, "version": 1, "hash": "h", **parser}, {}.get
-    )
-    sent = orjson.loads(block(text, "json"))
-    message, refused = normalize(raw_message(sent["payload"], device=sent["device"]), compiled, NOW_US)
-    assert refused == ()
-    rows = table_of("| series |" + text.split("| series |")[1])
-    assert {r["component_type"]: (r["pin_position"], f"{r['value']:g}") for r in message["readings"]} == {
-        name: (row["pin"], row["value"]) for name, row in rows.items()
-    }
-    assert all(path in text for path in ("/api/v1/write", "/v1/metrics"))

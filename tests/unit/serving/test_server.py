@@ -13,7 +13,6 @@ import aiohttp
 import pytest
 from aiohttp import web
 from connector_fakes import MemoryPublisher
-from prometheus_client import REGISTRY, generate_latest
 
 from preservarium.clock import ManualClock
 from preservarium.connectors import http
@@ -85,7 +84,7 @@ class Answer(SimpleNamespace):
 
     @property
     def json(self) -> Any:
-        assert self.headers["content-type"].partition(";")[0].endswith("json"), self
+        assert self.headers["content-type"].startswith("application/json"), self
         return json.loads(self.body)
 
 
@@ -288,7 +287,7 @@ async def test_what_is_no_http_is_refused_in_json_without_a_word_in_the_log(site
     with caplog.at_level(logging.DEBUG):
         answer = await site.say(data)
     assert answer.status in (400, 413, 414, 431, 505)
-    assert set(answer.json) == {"type", "title", "status", "detail", "error", "message"}
+    assert set(answer.json) == {"error", "message"}
     assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
     assert capsys.readouterr() == ("", "")
 
@@ -373,25 +372,3 @@ async def test_it_serves_unix_sockets_too(tmp_path):
 def test_this_machine_has_a_second_loopback_address():
     with socket.socket() as one:
         one.bind(("127.0.0.2", 0))
-
-
-# --- how long requests take ---
-
-
-async def test_requests_are_timed_by_route_and_no_path_becomes_a_label() -> None:
-    def count(route: str, method: str, code: str) -> float:
-        labels = {"route": route, "method": method, "code": code}
-        return REGISTRY.get_sample_value("preservarium_http_seconds_count", labels) or 0.0
-
-    wanted = [("/ingest", "POST", "202"), ("/moved", "GET", "302"), ("/fails", "GET", "500"), ("other", "other", "404")]
-    before = [count(*labels) for labels in wanted]
-    async with Site() as site:
-        end = b"\r\nHost: localhost\r\nConnection: close\r\n"
-        length = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(ONE)
-        assert (await site.say(b"POST /ingest HTTP/1.1" + end + length + ONE)).status == 202
-        assert (await site.say(b"GET /moved HTTP/1.1" + end + b"\r\n")).status == 302
-        assert (await site.say(b"GET /fails HTTP/1.1" + end + b"\r\n")).status == 500
-        for name in (b"secret-1", b"secret-2"):
-            assert (await site.say(b"PROPFIND /" + name + b" HTTP/1.1" + end + b"\r\n")).status == 404
-    assert [count(*labels) - was for labels, was in zip(wanted, before, strict=True)] == [1, 1, 1, 2]
-    assert "secret" not in generate_latest(REGISTRY).decode()

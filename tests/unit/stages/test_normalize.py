@@ -555,22 +555,3 @@ async def test_a_message_without_a_payload_calls_no_codec_stores_nothing_and_is_
     assert errors == []
     assert [(s.key, messages(s)[0]["raw_index"]) for s in out] == [(b"j", 1)]
     assert metrics.WITHOUT_PAYLOAD._value.get() - before == 4
-
-
-async def test_devices_of_a_canarys_share_are_read_with_its_candidate_and_shown_to_who_compares(world):
-    _, types, clock = world
-    seen = []
-    stage = Normalizer(world[0], types, clock, LiveSettings(Settings()), saw=lambda partition, found: seen.append((partition, [m["device"] for m in found])))  # fmt: skip
-    records = batch(line("j", {"temperature": 1}), line("a", {"raw": 1}))
-    (send, *_), _ = split(await stage(records))
-    assert (messages(send)[0]["parser"], seen) == ("json@1", [])
-    candidate = {**types.parsers["json"], "version": 2, "hash": "json2"}
-    made = {"name": "parser/json", "kind": "parser", "of": "json", "candidate": candidate, "percent": 100, "started_at": 0, "step_at": 0, "limits": {}, "rev": 9}  # fmt: skip
-    types.canaries, types.rev = {"parser/json": made}, 2
-    (send, *_), errors = split(await stage(records))
-    assert messages(send)[0]["parser"] == "json@2"
-    assert seen == [(3, ["j", "a"])]
-    assert [e["parser"] for e in errors] == ["table@1"]
-    types.canaries, types.rev = {}, 3
-    (send, *_), _ = split(await stage(records))
-    assert messages(send)[0]["parser"] == "json@1"

@@ -15,7 +15,6 @@ from preservarium.stages.sync import (
     SEEN_MAX,
     STANDING_GAP_US,
     EventSync,
-    LegacySync,
     ReadingSync,
     _ranges,
     row_version,
@@ -334,47 +333,3 @@ async def test_alarm_transitions_become_columns() -> None:
     assert store.column("transition_id") == ["t1"]
     assert store.column("value") == [1.0]
     assert store.column("cleared_at") == [None]
-
-
-# --- the replaced service's messages
-
-
-def old_message(**fields: Any) -> bytes:
-    return orjson.dumps(
-        {
-            "mac_address": "f2-1", "mode": "LoRaWAN", "data_point_label": "Temperature", "pin": 2, "value": "21.5", "unit": "C", "original_topic": "a/b",
-            "timestamp": NOW_US / 1e6,
-        }
-        | fields
-    )  # fmt: skip
-
-
-async def test_the_old_services_messages_become_the_same_columns() -> None:
-    store = Store()
-    sync = LegacySync(store, Settings, clock=ManualClock(NOW_US))  # type: ignore[arg-type]
-    lines = [
-        old_message(),
-        old_message(timestamp=(NOW_US - 1_000_000) / 1e6, value=None)
-        + b"\n"
-        + old_message(timestamp=(NOW_US - 2_000_000) / 1e6),
-        b"no message",
-        old_message(timestamp=0),
-        old_message(timestamp=NOW_US / 1e6 + 2 * 86_400),
-        old_message(timestamp=NOW_US / 1e6 - 400 * 86_400),
-        old_message(unit="x" * 256),
-    ]
-    effects = await run(sync, Batch("decoded_iot_data", 1, [Rec(n, value=line) for n, line in enumerate(lines, 5)]))
-    # What is of no use is told by the sink, once.
-    assert not effects.refused
-    (columns,) = store.inserts.values()
-    assert list(store.inserts) == ["decoded_iot_data-1-5-12"]
-    assert columns["timestamp"] == [NOW_US, NOW_US - 1_000_000, NOW_US - 2_000_000]
-    assert columns["value"] == [21.5, None, 21.5]
-    assert set(columns["pin_position"]) == {"2"}
-    assert set(columns["parser"]) == {"decoded_iot_data@1"}
-    assert list(zip(columns["raw_partition"], columns["raw_offset"], columns["raw_index"], strict=True)) == [
-        (1, 5, 0),
-        (1, 6, 0),
-        (1, 6, 1),
-    ]
-    assert set(columns["quality"]) == {2}

@@ -311,43 +311,6 @@ def test_of_a_bthome_payload_what_stands_before_an_unknown_object_is_read(rest):
         assert "too short" in reject("bthome", torn)
 
 
-BINDKEY = "231d39c1d7cc1ab1aee224cd096db932"
-SENDER = "54:48:E6:8F:80:A5"
-
-
-@pytest.mark.parametrize(
-    ("hexadecimal", "device", "variables"),
-    [
-        ("41a47266c95f730011223378237214", SENDER, {}),
-        ("d2fc41a47266c95f730011223378237214", "5448e68f80a5", {}),
-        ("41a47266c95f730011223378237214", "bathroom", {"mac": SENDER}),
-        ("43a5808fe64854f196c06ffb4900112233f08ecbde", "bathroom", {}),
-    ],
-)
-def test_bthome_advertisements_are_decrypted_with_the_devices_bindkey(hexadecimal, device, variables):
-    parser = {"name": "p", "version": 1, "kind": "bthome", "source": {}}
-    raw = examples.raw_message(hexadecimal, device=device)
-    found = compile_parser(parser, {"bindkey": BINDKEY, **variables}).decode(raw)
-    assert [(f.name, f.value) for f in found] == [("temperature", 25.06), ("humidity", 50.55)]
-    for keys, why in (({"bindkey": BINDKEY[:-1] + "0"}, "integrity"), ({}, "secret `bindkey`")):
-        with pytest.raises(Reject, match=why):
-            compile_parser(parser, {**variables, **keys}).decode(raw)
-
-
-def test_bthome_that_is_sealed_for_nobody_we_know_is_refused():
-    parser = {"name": "p", "version": 1, "kind": "bthome", "source": {}}
-    sealed = compile_parser(parser, {"bindkey": BINDKEY})
-    for payload, why in (
-        ("41a47266c95f730011223378237214", "MAC address"), ("4002c409", "not encrypted"), ("410011223378237214", "too short"),
-    ):  # fmt: skip
-        with pytest.raises(Reject, match=why):
-            sealed.decode(examples.raw_message(payload, device="bathroom"))
-    for wrong in ({"bindkey": "00"}, {"mac": "nobody"}):
-        with pytest.raises(Reject) as e:
-            compile_parser(parser, wrong)
-        assert e.value.code is ReasonCode.NO_PARSER
-
-
 def test_bthome_of_an_address_alone_or_torn_has_no_field():
     for payload in ("42b2188d38c1a4", "42b218"):
         assert not decode("bthome", payload)

@@ -229,10 +229,3 @@ def test_any_payload_is_values_or_a_refusal(kind, given_):
 @given(kind=st.sampled_from(sorted(WHOLE)), data=st.data())
 def test_many_damaged_payloads(kind, data):
     never_raises(kind, damaged(kind, data))
-
-
-def test_what_stands_below_the_end_of_a_telegram_is_no_checksum():
-    text = "/ESY5Q3DA1004 V3.04\r\n\r\n1-0:0.0.0*255(1336001560)\r\n1-0:1.8.0*255(00032549.5061662*kWh)\r\n1-0:21.7.0*255(000557.29*W)\r\n!\r\n  25818685\r\nDE00000003\r\n"
-    assert [(f.name, f.value, f.unit) for f in decode("dsmr", text)] == [
-        ("energy_import", 32549.5061662, "kWh"), ("power_import_l1", 557.29, "W"),
-    ]  # fmt: skip
