@@ -98,7 +98,7 @@ async def test_connections_killed_at_random_points(dsn, postgres):
     await store.close()
     # A slow machine makes fewer connections, and fewer of them die with a write under way; some must.
     assert killed > 20
-    assert sum(failures) > 0
+    assert sum(failures) > 2
     await check(dsn, partitions, total)
 
 
