@@ -10,6 +10,8 @@ back, behind what its successor wrote, and no timer can keep it from that. So th
 - **A writer looks whether its records came to stand where it expected** (`Kept.next`). Where they did not, somebody else wrote: it
   reads what is between, by the same rule. If a later fence is there, its own records do not count, and it has not written them to
   its store, since that comes after the acknowledgement.
+- **A fence that lands late**, of who owned the partition before, stands behind the owner's, so what the owner writes would count for nobody.
+  Wherever the owner meets one, also among what it restores, it writes a new fence before anything else.
 - **A stale record is the newest of its key for Kafka's compaction**, which would keep it and drop the right one. So its key is noted,
   and the owner writes what is right once more. Changelogs are not compacted for some minutes (`min.compaction.lag.ms`).
 

@@ -272,7 +272,8 @@ class StateTable:
                 if _overtaken(store, partition, turn):
                     # The fence of a worker before us landed while the table was restored.
                     await self._catch_up(partition, turn, None)
-                await self._repair(partition)
+                else:
+                    await self._repair(partition)
         turn.restored = True
 
     def revoked(self, partition: int) -> None:

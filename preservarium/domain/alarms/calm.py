@@ -8,15 +8,12 @@ be unpacked. What is not so takes the way of `observation.py`, which gives the s
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from preservarium.domain.alarms.rule import Rule, RuleSet
+from preservarium.domain.alarms.rule import CalmRules, Rule, RuleSet
 from preservarium.domain.alarms.state import ROW_PLAIN
 from preservarium.domain.readings.lineage import take
 
 #: What a generation holds besides its rows while something waits for time, or for another series.
 _WAITING = frozenset({"until", "i", "h", "s"})
-
-#: Component type -> of each rule that watches it: name, pin or None, sign, and where its condition begins.
-CalmRules = Mapping[str, tuple[tuple[str, str | None, int, float], ...]]
 
 
 def calm_rules(sets: Sequence[RuleSet]) -> CalmRules | None:

@@ -121,6 +121,10 @@ class RuleSet:
     masters: bool  #: one of them is the master of a group
 
 
+#: Component type -> of each rule that watches it: name, pin or None, sign, and where its condition begins.
+CalmRules = Mapping[str, tuple[tuple[str, str | None, int, float], ...]]
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceRules:
     """The rules that watch one device."""
@@ -133,7 +137,7 @@ class DeviceRules:
     no_data: tuple[Rule, ...] = ()
     groups: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
     #: for the short way of readings that change nothing (calm.py); None: there is none
-    calm: Mapping[str, tuple[tuple[str, str | None, int, float], ...]] | None = None
+    calm: CalmRules | None = None
     #: why rules that the registry has for the device do not watch it; "" names the device itself
     left_out: Mapping[str, Gone] = field(default_factory=dict)
 
